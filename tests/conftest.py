@@ -1,8 +1,16 @@
 """Every test runs on eight fake CPU devices, and accidental rank promotion is an error."""
 
+import os
+import tempfile
+
 import jax
 import pytest
 
+# What one test has compiled the next one reads back, scripts that tests start included.
+_COMPILED = tempfile.TemporaryDirectory(prefix="compiled-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name
+jax.config.update("jax_compilation_cache_dir", _COMPILED.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -13,3 +21,13 @@ def x64():
     """Double precision for the length of one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="session")
+def digits_dir(tmp_path_factory) -> str:
+    """A data directory with the prepared data set `sklearn_digits`."""
+    from polaformer_jax.data import prepare
+
+    directory = tmp_path_factory.mktemp("data")
+    prepare.prepare("sklearn_digits", directory)
+    return str(directory)

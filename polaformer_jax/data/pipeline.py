@@ -1,0 +1,168 @@
+"""From a source to batches that are a pure function of (seed, step).
+
+Grain's random-access datasets are chained so that batch b can be computed without batches 0 to b-1; resuming is slicing
+from b, on any number of processes and workers. With P processes that take L examples each, global batch b holds the
+stream positions b·P·L to (b+1)·P·L - 1, and process p computes the p-th run of L of them. With the seed, a position
+determines the record (a new permutation each epoch) and every random number of its transform.
+"""
+
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+from absl import logging
+
+from polaformer_jax.data.sources import Source
+from polaformer_jax.data.transforms import CorruptImageError, Example, Transform
+from polaformer_jax.data.workers import Stream
+from polaformer_jax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+
+def train_batches(
+    source: Source,
+    transform: Transform,
+    *,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    workers: int = 0,
+    prefetch: int = 2,
+    timeout_s: float | None = None,
+) -> Stream:
+    """Endless shuffled batches, from global batch number `start` on.
+
+    Args:
+      source: where the records come from.
+      transform: makes an example of a record and a generator; `transform.on_error` says what to do with broken records.
+      batch_size: examples in a global batch, over all processes.
+      seed: a non-negative integer; batch b depends on nothing but (seed, b), given source, transform and batch_size.
+      start: the first global batch to compute; costs nothing, however large.
+      process_index, process_count: which part of every global batch is this process's.
+      workers: worker processes here; 0 computes in the calling thread.
+      prefetch: batches each worker keeps ready (see `workers.Stream`).
+      timeout_s: the longest wait for a batch from the workers; None sets no limit.
+
+    Returns:
+      An iterator of dicts of arrays with leading dimension `batch_size // process_count`; call its `close()`.
+
+    Raises:
+      UserError: a batch size that the processes cannot share evenly, or a source without examples; from `next`, a
+        corrupt record or a label outside the classes, naming the record.
+      RuntimeError: from `next`, any other failure with a record, naming it, or a worker that died.
+    """
+    local = _local_batch(source, batch_size, process_index, process_count)
+    if start < 0:
+        raise UserError(f"start is {start}, expected a batch number from 0 on")
+    # Explicit seeds: those that Grain derives depend on an operation's place in the chain. Hashed, because Grain
+    # permutes epoch e by seed + e, which would make epoch 1 of seed 0 the same as epoch 0 of seed 1.
+    shuffle_seed, transform_seed = (int(n) for n in np.random.SeedSequence(seed).generate_state(2))
+    dataset = (
+        grain.MapDataset.range(len(source))
+        .shuffle(seed=shuffle_seed)
+        .repeat()
+        # Before the slice: the generator then depends on the position in the global stream.
+        .random_map(_Load(source, transform), seed=transform_seed)
+        .batch(local, drop_remainder=True)[start * process_count + process_index :: process_count]
+    )
+    return Stream(dataset, workers=workers, prefetch=prefetch, timeout_s=timeout_s)
+
+
+class EvalBatches:
+    """All examples of a source in order, each exactly once over all processes; every `iter()` is one pass.
+
+    The last batch is filled up with blank examples (`mask` False), so that every process has the same number of batches
+    of the same size. Workers stay alive between passes and begin the next one while they wait. One pass at a time:
+    beginning another before the last has ended starts over, at the cost of new workers.
+
+    Arguments and errors as in `train_batches`. `len()` is the number of batches in a pass.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        transform: Transform,
+        *,
+        batch_size: int,
+        process_index: int = 0,
+        process_count: int = 1,
+        workers: int = 0,
+        prefetch: int = 2,
+        timeout_s: float | None = None,
+    ):
+        local = _local_batch(source, batch_size, process_index, process_count)
+        self._length = -(-len(source) // batch_size)
+        self._dataset = (
+            grain.MapDataset.range(self._length * batch_size)
+            .map(_LoadOrPad(source, transform))
+            .batch(local, drop_remainder=True)[process_index::process_count]
+            .repeat()
+        )
+        self._options = {"workers": workers, "prefetch": prefetch, "timeout_s": timeout_s}
+        self._stream: Stream | None = None
+        self._taken = 0  # batches of the present pass
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._taken:
+            self.close()
+        if self._stream is None:
+            self._stream = Stream(self._dataset, **self._options)
+        stream = self._stream
+        for number in range(1, self._length + 1):
+            batch = next(stream)
+            self._taken = number % self._length
+            yield batch
+
+    def close(self) -> None:
+        """Ends the workers; a later pass starts new ones."""
+        if self._stream is not None:
+            self._stream.close()
+        self._stream, self._taken = None, 0
+
+
+class _Load:
+    """Index and generator to example; whatever goes wrong becomes an error that names the record."""
+
+    def __init__(self, source: Source, transform: Transform):
+        self._source = source
+        self._transform = transform
+
+    def __call__(self, index: int, rng: np.random.Generator | None) -> Example:
+        name, record = self._source.describe(index), {}
+        # What leaves here holds text alone: an exception that cannot be pickled would hang the main process, and a
+        # StopIteration would end the data.
+        try:
+            record = self._source[index]
+            return self._transform(record, rng)
+        except (CorruptImageError, OSError) as error:
+            if self._transform.on_error == "stop":
+                raise UserError(f"{name}: {error}") from error
+            logging.warning("skipped %s: %s", name, error)
+            return self._transform.blank(record.get("label", 0))
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+        except (Exception, SystemExit) as error:
+            raise RuntimeError(f"{name}: {type(error).__name__}: {error}") from error
+
+
+class _LoadOrPad(_Load):
+    """As `_Load`, without a generator; indices past the end give blank examples."""
+
+    def __call__(self, index: int) -> Example:
+        return super().__call__(index, None) if index < len(self._source) else self._transform.blank()
+
+
+def _local_batch(source: Source, batch_size: int, process_index: int, process_count: int) -> int:
+    if batch_size < 1 or batch_size % process_count:
+        raise UserError(f"batch size {batch_size} cannot be shared evenly by {process_count} processes")
+    if not 0 <= process_index < process_count:
+        raise UserError(f"process_index is {process_index}, expected 0 to {process_count - 1}")
+    if not len(source):
+        raise UserError(f"{source.name} has no examples")
+    return batch_size // process_count

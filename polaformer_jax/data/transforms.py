@@ -1,0 +1,211 @@
+"""Images on the host, with Pillow: decode, random resized crop, flip; resize and centre crop for evaluation.
+
+Pillow is what the official pipeline uses (torchvision and timm call it), so the pixels are the same. The parts are
+functions `(image, ..., rng) -> image`; a transform is a small frozen dataclass that chains them, so that it can be
+pickled to worker processes and compared. Everything random is drawn from the generator that is passed in.
+"""
+
+import dataclasses
+import io
+import math
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from polaformer_jax.data.sources import Record
+from polaformer_jax.errors import UserError
+
+Example = dict[str, Any]
+OnError = Literal["stop", "skip"]
+
+
+class CorruptImageError(UserError):
+    """The bytes are not an image that Pillow can decode."""
+
+
+class Transform(Protocol):
+    """From a raw record to an example of fixed shapes and dtypes; the pipeline's promise to every kind of data.
+
+    Attributes:
+      on_error: what becomes of a record that cannot be read or decoded: `stop` ends the run with an error that names
+        it, `skip` puts a blank example in its place and logs its name.
+    """
+
+    on_error: OnError
+
+    def __call__(self, record: Record, rng: np.random.Generator | None) -> Example: ...
+
+    def blank(self, label: int = 0) -> Example:
+        """An example of zeros with `mask` False: padding, and what takes a skipped record's place, with its label."""
+        ...
+
+
+def decode(data: bytes) -> Image.Image:
+    """Decodes to RGB. EXIF orientation is ignored, as the official loader does.
+
+    Pillow's own guard against decompression bombs stays in force: above 179 million pixels is an error.
+
+    Raises:
+      CorruptImageError: whatever Pillow raises on broken data; that is more than OSError.
+    """
+    try:
+        image = Image.open(io.BytesIO(data))
+        # `open` reads only the header; the pixels must be decoded here, where a failure is still this image's.
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")
+    except Exception as error:
+        # Pillow's own text for this one holds an address in memory and no more.
+        reason = "of no known format" if isinstance(error, UnidentifiedImageError) else error
+        raise CorruptImageError(f"corrupt image ({len(data)} bytes): {reason}") from error
+
+
+def random_crop_box(
+    width: int, height: int, rng: np.random.Generator, *, area: tuple[float, float], aspect: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """Draws a box (left, top, right, bottom) as torchvision's `RandomResizedCrop` does.
+
+    Area is uniform in `area` (share of the image), aspect ratio log-uniform in `aspect`, position uniform; after ten
+    boxes that do not fit, the largest central box whose aspect is in range.
+    """
+    for _ in range(10):
+        target = width * height * rng.uniform(*area)
+        ratio = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
+        w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+            return left, top, left + w, top + h
+    # A ratio may leave less than a pixel of a one-pixel-wide image: torchvision would fail, we keep one.
+    w = min(width, max(1, round(height * aspect[1])))
+    h = min(height, max(1, round(width / aspect[0])))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def random_resized_crop(
+    image: Image.Image,
+    size: int,
+    rng: np.random.Generator,
+    *,
+    area: tuple[float, float],
+    aspect: tuple[float, float],
+) -> Image.Image:
+    """A random box of the image, resized to (size, size) bicubically."""
+    box = random_crop_box(*image.size, rng, area=area, aspect=aspect)
+    # Crop, then resize: `resize(box=...)` would let pixels from outside the box into its edges.
+    return image.crop(box).resize((size, size), Image.Resampling.BICUBIC)
+
+
+def random_flip(image: Image.Image, rng: np.random.Generator, *, probability: float) -> Image.Image:
+    """Mirrors left to right with the given probability."""
+    flip = rng.random() < probability  # drawn in any case: what follows sees the same numbers for any probability
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """The central (size, size) box, rounded as torchvision does."""
+    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
+    return image.crop((left, top, left + size, top + size))
+
+
+def check_label(label: int, num_classes: int) -> np.int32:
+    """The label as int32.
+
+    Raises:
+      UserError: outside `[0, num_classes)`. Never skipped: it means that data and model do not fit.
+    """
+    if not 0 <= label < num_classes:
+        raise UserError(f"label {label} is outside the {num_classes} classes (expected 0 to {num_classes - 1})")
+    return np.int32(label)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _ImageTransform:
+    num_classes: int
+    on_error: OnError = "stop"
+
+    def __post_init__(self):
+        if self.on_error not in ("stop", "skip"):
+            raise UserError(f"on_error is {self.on_error!r}, expected 'stop' or 'skip'")
+        if self.num_classes < 1:
+            raise UserError(f"num_classes is {self.num_classes}, expected at least 1")
+
+    @property
+    def size(self) -> int:
+        raise NotImplementedError
+
+    def blank(self, label: int = 0) -> Example:
+        image = np.zeros((self.size, self.size, 3), np.uint8)
+        return {"image": image, "label": np.int32(label), "mask": np.bool_(False)}
+
+    def _example(self, image: Image.Image, label: np.int32) -> Example:
+        return {"image": np.asarray(image), "label": label, "mask": np.bool_(True)}  # (S, S, 3) uint8
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainImageTransform(_ImageTransform):
+    """Random resized crop and flip: `{"image": bytes, "label"}` to an example of (image_size, image_size, 3) uint8.
+
+    Args:
+      image_size: side of the result in pixels.
+      crop_area: smallest and largest share of the image that a crop covers.
+      crop_aspect: smallest and largest width / height of a crop.
+      flip: probability of mirroring left to right.
+      num_classes, on_error: see `check_label` and `Transform`.
+    """
+
+    image_size: int
+    _: dataclasses.KW_ONLY
+    crop_area: tuple[float, float] = (0.08, 1.0)
+    crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.image_size < 1:
+            raise UserError(f"image_size is {self.image_size}, expected at least 1")
+        for name, upper in (("crop_area", 1.0), ("crop_aspect", math.inf)):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= upper:
+                raise UserError(f"{name} is ({low}, {high}), expected 0 < low <= high <= {upper}")
+            object.__setattr__(self, name, (float(low), float(high)))  # a list in a config becomes a tuple
+        if not 0 <= self.flip <= 1:
+            raise UserError(f"flip is {self.flip}, expected a probability")
+
+    @property
+    def size(self) -> int:
+        return self.image_size
+
+    def __call__(self, record: Record, rng: np.random.Generator | None) -> Example:
+        if rng is None:
+            raise ValueError("a training transform needs a random generator")
+        label = check_label(record["label"], self.num_classes)
+        image = decode(record["image"])
+        image = random_resized_crop(image, self.image_size, rng, area=self.crop_area, aspect=self.crop_aspect)
+        image = random_flip(image, rng, probability=self.flip)
+        return self._example(image, label)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalImageTransform(_ImageTransform):
+    """Resizes to (resize, resize) **without keeping the aspect**, bicubic, then takes the central (crop, crop).
+
+    The official evaluation does it this way; `resize == crop` takes no crop.
+    """
+
+    resize: int
+    crop: int
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.crop <= self.resize:
+            raise UserError(f"evaluation crop is {self.crop}, expected 1 to the resize of {self.resize}")
+
+    @property
+    def size(self) -> int:
+        return self.crop
+
+    def __call__(self, record: Record, rng: np.random.Generator | None = None) -> Example:
+        label = check_label(record["label"], self.num_classes)
+        image = decode(record["image"]).resize((self.resize, self.resize), Image.Resampling.BICUBIC)
+        return self._example(center_crop(image, self.crop), label)

@@ -1,0 +1,139 @@
+"""Worker processes: none can make the run hang, and none outlives it. Real processes, real signals."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import grain
+import numpy as np
+import pytest
+
+from polaformer_jax.data import workers
+from polaformer_jax.data.workers import Stream
+
+
+def value(index):
+    return {"value": np.full((2, 3), index)}
+
+
+def quiet_exit(index):
+    if index == 5:
+        os._exit(0)
+    return value(index)
+
+
+def sleeper(index):
+    if index == 5:
+        time.sleep(1000)
+    return value(index)
+
+
+def stream(function=value, **options):
+    return Stream(grain.MapDataset.range(1000).map(function), **{"workers": 2} | options)
+
+
+def drain(batches, limit=1000):
+    for _ in range(limit):
+        next(batches)
+
+
+def is_running(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as status:
+            return status.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition, seconds=15):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
+def test_workers_are_deaf_to_signals_and_end_on_close():
+    batches = stream()
+    pids = [process.pid for process in batches._processes]
+    assert len(pids) == 2
+    for pid in pids:  # still starting: from their first moment
+        os.kill(pid, signal.SIGINT)
+        os.kill(pid, signal.SIGTERM)
+    drain(batches, 10)
+    for pid in pids:
+        os.kill(pid, signal.SIGTERM)
+    drain(batches, 10)
+    assert all(map(is_running, pids))
+    batches.close()
+    batches.close()
+    assert not any(map(is_running, pids))
+
+
+def test_a_killed_worker_is_an_error():
+    batches = stream()
+    next(batches)
+    os.kill(batches._processes[0].pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match="exit code -9"):
+        drain(batches)
+    assert not any(is_running(process.pid) for process in batches._processes)
+
+
+def test_a_worker_that_exits_quietly_is_an_error():
+    batches = stream(quiet_exit, workers=1)
+    with pytest.raises(RuntimeError, match="exit code 1"):
+        drain(batches)
+
+
+def test_a_worker_that_hangs_is_an_error_after_the_time_limit(monkeypatch):
+    monkeypatch.setattr(workers, "_CLOSE_S", 0.2)
+    batches = stream(sleeper, workers=1, timeout_s=60)
+    drain(batches, 5)
+    batches._timeout_s = 1.5  # not before: a worker's start may take longer
+    with pytest.raises(RuntimeError, match="no batch in 1.5 s"):
+        next(batches)
+    assert not any(is_running(process.pid) for process in batches._processes)
+
+
+SCRIPT = """
+    import sys, time
+    import grain
+    from polaformer_jax.data.workers import Stream
+    from tests.test_data_workers import value
+
+    if __name__ == "__main__":  # workers import this file again
+        batches = Stream(grain.MapDataset.range(1000).map(value), workers={workers})
+        next(batches)
+        print(*(process.pid for process in batches._processes), flush=True)
+        {end}
+"""
+
+
+def start_script(tmp_path, end, workers):
+    script = tmp_path / "main.py"
+    script.write_text(textwrap.dedent(SCRIPT).format(end=end, workers=workers))
+    process = subprocess.Popen(
+        [sys.executable, script],
+        env=os.environ | {"PYTHONPATH": os.getcwd(), "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    return process, [int(pid) for pid in process.stdout.readline().split()]
+
+
+def test_no_worker_outlives_a_killed_main_process(tmp_path):
+    process, pids = start_script(tmp_path, "time.sleep(1000)", workers=2)
+    assert len(pids) == 2 and all(map(is_running, pids))
+    process.kill()
+    assert wait_until(lambda: not any(map(is_running, pids)))
+    process.communicate(timeout=15)  # nobody holds its output open any more
+
+
+def test_a_program_that_forgets_to_close_ends_cleanly(tmp_path):
+    process, pids = start_script(tmp_path, "sys.exit(0)", workers=1)
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (0, "")
+    assert not any(map(is_running, pids))
