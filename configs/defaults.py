@@ -1,0 +1,133 @@
+"""The one schema of all configs: every field, its default, and what it means.
+
+A config (`digits.py`, `pola_pvt.py`, `pola_swin.py`) starts from `defaults()`, changes what differs and returns it
+locked, so that a misspelt field is an error. Any field can be overridden on the command line:
+`--config.optimizer.lr=1e-3`. A field is here only if it acts.
+"""
+
+import ast
+from collections.abc import Sequence
+
+import ml_collections
+from ml_collections.config_dict import placeholder
+
+from polaformer_jax.errors import UserError
+
+
+def defaults() -> ml_collections.ConfigDict:
+    """A new, unlocked config. Learning rates, weight decay and the schedule are ImageNet's official ones."""
+    config = ml_collections.ConfigDict()
+    config.seed = 0  # initial weights, order of the data, augmentation, stochastic depth: everything random
+
+    config.task = task = ml_collections.ConfigDict()
+    task.name = "image"  # what is learnt; "image": classification of images
+
+    config.model = model = ml_collections.ConfigDict()
+    model.name = "pola_pvt_t"  # one of polaformer_jax.list_models()
+    model.img_size = 224  # pixels, square
+    model.num_classes = 1000
+    model.drop_path = placeholder(float)  # greatest rate of stochastic depth; None: the model's own
+    model.dtype = "bfloat16"  # of activations and matrix products: float32 or bfloat16
+    model.param_dtype = "float32"  # of stored parameters
+    model.attn_type = placeholder(str)  # the rest: None leaves the model's own (see polaformer_jax/zoo.py)
+    model.window_size = placeholder(int)  # Pola-Swin only
+    model.softmax_window_size = placeholder(int)  # Pola-Swin only
+    model.alpha = placeholder(float)
+    model.kernel_size = placeholder(int)
+
+    config.init = init = ml_collections.ConfigDict()
+    init.weights = placeholder(str)  # file of weights to start from, or to evaluate; None: initial weights
+
+    config.data = data = ml_collections.ConfigDict()
+    data.source = "tfds"  # a prepared TensorFlow Datasets folder in ArrayRecord format
+    data.name = "imagenet2012"
+    data.data_dir = "data"
+    data.train_split = "train"
+    data.eval_split = "validation"
+    data.workers = 8  # processes that read, decode and augment; 0: in the training process itself
+    data.prefetch = 2  # batches that each worker keeps ready
+    data.on_error = "stop"  # a record that cannot be decoded: "stop", or "skip" it and count it
+
+    config.augment = augment = ml_collections.ConfigDict()
+    augment.crop_area = (0.08, 1.0)  # random resized crop: share of the image's area
+    augment.crop_aspect = (3 / 4, 4 / 3)  # and width / height
+    augment.flip = 0.5  # probability of a horizontal flip
+
+    config.train = train = ml_collections.ConfigDict()
+    train.epochs = placeholder(float)  # exactly one of epochs and steps; the other stays None
+    train.steps = placeholder(int)
+    train.batch_size = 1024  # examples per update, over all devices and hosts
+    train.label_smoothing = 0.1
+
+    config.optimizer = optimizer = ml_collections.ConfigDict()
+    optimizer.lr = 5e-4  # at a batch of lr_base_batch; this, warmup_lr and min_lr scale with train.batch_size
+    optimizer.lr_base_batch = 512
+    optimizer.b1 = 0.9
+    optimizer.b2 = 0.999
+    optimizer.eps = 1e-8
+    optimizer.weight_decay = 0.05
+    optimizer.clip_norm = placeholder(float)  # greatest global norm of the gradient; None: no clipping
+
+    config.schedule = schedule = ml_collections.ConfigDict()
+    schedule.name = "cosine"
+    schedule.warmup = 5.0  # these durations count in the unit of train: epochs or steps
+    schedule.warmup_lr = 1e-6
+    schedule.min_lr = 1e-5
+    schedule.cooldown = 0.0  # at min_lr, after the cosine and on top of epochs or steps
+
+    config.eval = evaluation = ml_collections.ConfigDict()
+    evaluation.every = 1.0  # in the unit of train; always once more at the end
+    evaluation.batch_size = 1024
+    evaluation.resize = 256  # pixels, both sides (the aspect is not kept, as in the official evaluation)
+    evaluation.crop = 224  # the central part that the model sees; equals model.img_size
+
+    config.checkpoint = checkpoint = ml_collections.ConfigDict()
+    checkpoint.every_steps = 1000  # besides the one after each evaluation
+    checkpoint.keep_last = 2
+    checkpoint.best_metric = "accuracy"  # or "loss": which evaluated checkpoint is also kept
+
+    config.mesh = mesh = ml_collections.ConfigDict()
+    mesh.data = -1  # devices that a batch is spread over; -1: all
+
+    config.log = log = ml_collections.ConfigDict()
+    log.every = 50  # steps
+    log.pictures = True  # draw curves, confusion matrix and test images at the end
+
+    return config
+
+
+def parse_arg(arg: str | None, *, models: Sequence[str], **options):
+    """Reads what follows the colon of `--config file.py:MODEL,key=value,...`.
+
+    Args:
+      arg: the text, or None.
+      models: valid values of the first, optional item; the first of them is the default.
+      **options: the other options and their defaults. A value given is converted to its default's type.
+
+    Returns:
+      A ConfigDict with `model` and every option.
+
+    Raises:
+      UserError: an unknown model or option, or a value of another type.
+    """
+    parsed = ml_collections.ConfigDict({"model": models[0], **options})
+    items = [item.strip() for item in arg.split(",") if item.strip()] if arg else []
+    if items and "=" not in items[0]:
+        parsed.model = items.pop(0)
+    if parsed.model not in models:
+        raise UserError(f"this config has no model {parsed.model!r}; it has {', '.join(models)}")
+    for item in items:
+        key, equals, text = item.partition("=")
+        if not equals or key not in options:
+            raise UserError(f"unknown config option {item!r}; the options are {', '.join(f'{o}=' for o in options)}")
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        wanted = type(options[key])
+        if wanted is float and type(value) is int:
+            value = float(value)
+        if type(value) is not wanted:
+            raise UserError(f"config option {key}={text} is not of type {wanted.__name__}")
+        parsed[key] = value
+    return parsed

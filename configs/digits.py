@@ -1,0 +1,46 @@
+"""Small PolaFormers on handwritten digits: the run to begin with, about two minutes on two CPU cores.
+
+The 1,797 digits that scikit-learn ships, 1,437 to train on and 360 to test with, brought from 8x8 to 32x32 pixels.
+
+    python -m polaformer_jax.data.prepare sklearn_digits --data-dir data
+    python train.py --config configs/digits.py --workdir runs/digits                # Pola-PVT, or: make train
+    python train.py --config configs/digits.py:swin --workdir runs/digits_swin      # Pola-Swin
+
+Expected: at least 97.5 % of the test digits (there is no published figure). Options: `epochs=`.
+"""
+
+from configs.defaults import defaults, parse_arg
+
+
+def get_config(arg=None):
+    arg = parse_arg(arg, models=("pvt", "swin"), epochs=30.0)
+    config = defaults()
+    config.model.name = f"pola_{arg.model}_nano"
+    config.model.img_size = 32
+    config.model.num_classes = 10
+    config.model.dtype = "float32"  # CPUs have no fast bfloat16
+
+    config.data.name = "sklearn_digits"
+    config.data.eval_split = "test"
+    config.data.workers = 1
+
+    config.augment.crop_area = (0.6, 1.0)
+    config.augment.flip = 0.0  # a mirrored digit is no digit
+
+    config.train.epochs = arg.epochs
+    config.train.batch_size = 64
+    config.train.label_smoothing = 0.1
+
+    config.optimizer.lr = 1e-3
+    config.optimizer.lr_base_batch = 64
+    config.optimizer.clip_norm = 5.0
+    config.schedule.warmup = 2.0
+
+    config.eval.every = 2.0
+    config.eval.batch_size = 120
+    config.eval.resize = 32
+    config.eval.crop = 32
+    config.checkpoint.every_steps = 100
+    config.log.every = 20
+    config.lock()
+    return config

@@ -1,0 +1,30 @@
+"""Pola-PVT on ImageNet-1k, 224 pixels.
+
+    python train.py --config configs/pola_pvt.py:t --workdir runs/pola_pvt_t --config.data.data_dir=/data/tfds
+
+Models: t, s, m, b. Published top-1 (the paper, not measured here): t 78.8 %, s 81.9 %; m and b are not published.
+These are the official numbers for model, crop, flip, loss, optimizer and schedule. The batches are those of the
+official launch on 8 devices: t 1024, s 512, m 512, b 256. Options: `epochs=`.
+"""
+
+from configs.defaults import defaults, parse_arg
+
+
+def get_config(arg=None):
+    arg = parse_arg(arg, models=("t", "s", "m", "b"), epochs=300.0)
+    config = defaults()
+    config.model.name = f"pola_pvt_{arg.model}"
+
+    config.train.epochs = arg.epochs
+    config.train.batch_size = {"t": 1024, "s": 512, "m": 512, "b": 256}[arg.model]
+    config.optimizer.lr = 5e-4
+    config.optimizer.weight_decay = 0.05
+    if arg.model in ("m", "b"):
+        config.optimizer.clip_norm = 1.0
+
+    config.schedule.warmup = 5.0
+    config.schedule.warmup_lr = 1e-6
+    config.schedule.min_lr = 1e-5
+    config.schedule.cooldown = 10.0
+    config.lock()
+    return config

@@ -1,0 +1,42 @@
+"""Evaluates a trained PolaFormer.
+
+    python eval.py --workdir runs/digits                                 # the best checkpoint of a training
+    python eval.py --workdir runs/digits --checkpoint latest --predictions predictions.csv
+    python eval.py --config configs/digits.py --config.init.weights=mine.safetensors
+
+Prints the result as JSON, and writes it to WORKDIR/eval.json or where --json says.
+"""
+
+import json
+
+from absl import flags
+from ml_collections import config_flags
+
+from polaformer_jax import command_line
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file; without it, the config of the run in --workdir.", lock_config=True
+)
+WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of a training.")
+CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "Which of its checkpoints: best, latest, or a step.")
+JSON = flags.DEFINE_string("json", None, "File for the result. [WORKDIR/eval.json]")
+PREDICTIONS = flags.DEFINE_string("predictions", None, "File for a CSV table with one row an image.")
+
+
+def main(argv: list[str]) -> None:
+    # Imported here, since processes that read data import this file again.
+    from polaformer_jax.training import evaluation, progress
+
+    progress.set_up_logging()
+    result = evaluation.evaluate(
+        CONFIG.value,
+        WORKDIR.value,
+        checkpoint=CHECKPOINT.value,
+        json_path=JSON.value,
+        predictions_path=PREDICTIONS.value,
+    )
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,123 @@
+"""Training state on disk: an Orbax CheckpointManager that keeps the latest N steps and the best one.
+
+A step's folder holds two items, `params` and `optimizer` (with the step), so that evaluation reads the first alone.
+"""
+
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import checkpoint_managers
+
+from polaformer_jax.errors import UserError
+from polaformer_jax.training.step import TrainState
+
+GREATER_IS_BETTER = {"accuracy": True, "loss": False}
+
+
+class Checkpoints:
+    """The checkpoints of one work directory. Use as a context manager: leaving it waits for saves under way.
+
+    Args:
+      directory: created if need be, unless `read_only`.
+      keep_last: how many of the latest steps are kept.
+      best_metric: name of the evaluation metric by which one more step, the best, is kept.
+      read_only: never writes or deletes, as evaluation beside a running training wants.
+    """
+
+    def __init__(self, directory: epath.PathLike, *, keep_last: int, best_metric: str, read_only: bool = False):
+        self.directory = epath.Path(directory)
+        self._metric = best_metric
+        self._sign = 1.0 if GREATER_IS_BETTER[best_metric] else -1.0
+        keep = checkpoint_managers.AnyPreservationPolicy(
+            [
+                checkpoint_managers.LatestN(keep_last),
+                checkpoint_managers.BestN(get_metric_fn=self._score, n=1, keep_checkpoints_without_metrics=False),
+            ]
+        )
+        # Both are needed: without best_fn metrics are not written, without the policy the newest step may be deleted.
+        options = ocp.CheckpointManagerOptions(
+            best_fn=self._score, preservation_policy=keep, read_only=read_only, create=not read_only
+        )
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=("params", "optimizer"))
+
+    def _score(self, metrics: dict[str, float]) -> float:
+        return self._sign * metrics[self._metric]
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._manager.close()
+
+    def save(self, state: TrainState, metrics: dict[str, float] | None = None) -> None:
+        """Starts saving; writing goes on in the background.
+
+        Args:
+          state: its arrays may be donated as soon as this returns.
+          metrics: evaluation metrics of this very state, where it has been evaluated.
+
+        Raises:
+          RuntimeError: a checkpoint of this or of a later step exists.
+        """
+        step = int(state.step)
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            optimizer=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
+        )
+        # force: the loop decides when to save. Orbax answers False, silently, to a step that is not the newest.
+        if not self._manager.save(step, args=items, metrics=metrics, force=True):
+            raise RuntimeError(f"the checkpoint of step {step} was not saved: {self.directory} holds {self.steps()}")
+
+    def wait(self) -> None:
+        """Returns when all saves are on disk; raises what went wrong with them."""
+        self._manager.wait_until_finished()
+
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    def latest(self) -> int | None:
+        return self._manager.latest_step()
+
+    def best(self) -> int | None:
+        """The evaluated step with the best metric, the later one of equals; None if none was evaluated."""
+        scored = [(self._score(metrics), step) for step in self.steps() if (metrics := self._manager.metrics(step))]
+        return max(scored)[1] if scored else None
+
+    def restore(self, abstract: TrainState) -> TrainState | None:
+        """The state of the latest checkpoint, None if there is none.
+
+        Args:
+          abstract: shapes, dtypes and shardings of the state: where its arrays will be placed.
+        """
+        step = self.latest()
+        if step is None:
+            return None
+        rest = {"step": abstract.step, "opt_state": abstract.opt_state}
+        items = ocp.args.Composite(
+            params=ocp.args.StandardRestore(abstract.params), optimizer=ocp.args.StandardRestore(rest)
+        )
+        restored = self._manager.restore(step, args=items)
+        return TrainState(params=restored["params"], **restored["optimizer"])
+
+    def restore_params(self, abstract: Any, which: str | int = "best") -> tuple[Any, int]:
+        """Parameters alone, and the step they are of.
+
+        Args:
+          abstract: nested dict of `jax.ShapeDtypeStruct` with shardings.
+          which: "best", "latest", or a step.
+
+        Raises:
+          UserError: there is no such checkpoint.
+        """
+        step = {"best": self.best, "latest": self.latest}[which]() if isinstance(which, str) else which
+        if step is None or step not in self.steps():
+            raise UserError(f"{self.directory} has no checkpoint {which!r}; it has the steps {self.steps()}")
+        items = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
+        return self._manager.restore(step, args=items)["params"], step
+
+
+def with_shardings(abstract: Any, sharding: jax.sharding.Sharding) -> Any:
+    """The tree of shapes and dtypes, every leaf to be placed by `sharding`."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract)

@@ -1,0 +1,78 @@
+"""Looks a config through before anything is built: every problem is found, all are reported at once."""
+
+import jax
+
+from polaformer_jax.errors import UserError
+
+CHOICES = {
+    "task.name": ("image",),
+    "data.source": ("tfds",),
+    "data.on_error": ("stop", "skip"),
+    "model.dtype": ("bfloat16", "float32", "float64"),
+    "model.param_dtype": ("float32", "float64"),
+    "schedule.name": ("cosine",),
+    "checkpoint.best_metric": ("accuracy", "loss"),
+}
+POSITIVE = (
+    "model.img_size",
+    "train.batch_size",
+    "optimizer.lr_base_batch",
+    "eval.every",
+    "eval.batch_size",
+    "checkpoint.every_steps",
+    "checkpoint.keep_last",
+    "data.prefetch",
+    "log.every",
+)
+NOT_NEGATIVE = (
+    "seed",
+    "data.workers",
+    "optimizer.lr",
+    "optimizer.weight_decay",
+    "schedule.warmup",
+    "schedule.warmup_lr",
+    "schedule.min_lr",
+    "schedule.cooldown",
+)
+
+
+def check_config(config) -> None:
+    """Raises one UserError that lists every field whose value cannot work, and what could."""
+    problems = []
+
+    def value(field: str):
+        part = config
+        for name in field.split("."):
+            part = part[name]
+        return part
+
+    for field, choices in CHOICES.items():
+        if value(field) not in choices:
+            problems.append(f"{field}={value(field)!r}: it is one of {', '.join(choices)}")
+    problems += [f"{field}={value(field)}: it must be positive" for field in POSITIVE if not value(field) > 0]
+    problems += [f"{field}={value(field)}: it must not be negative" for field in NOT_NEGATIVE if not value(field) >= 0]
+
+    if (config.train.epochs is None) == (config.train.steps is None):
+        problems.append(
+            f"train.epochs={config.train.epochs} and train.steps={config.train.steps}:"
+            " exactly one of them must be given, the other None"
+        )
+    if "float64" in (config.model.dtype, config.model.param_dtype) and not jax.config.jax_enable_x64:
+        problems.append("model.dtype, model.param_dtype: float64 needs the environment variable JAX_ENABLE_X64=1")
+    if not 0 <= config.train.label_smoothing < 1:
+        problems.append(f"train.label_smoothing={config.train.label_smoothing}: it must be in [0, 1)")
+    if not 0 <= config.augment.flip <= 1:
+        problems.append(f"augment.flip={config.augment.flip}: it is a probability")
+    for field in ("crop_area", "crop_aspect"):
+        low_high = tuple(config.augment[field])
+        if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1]:
+            problems.append(f"augment.{field}={low_high}: it is a pair (low, high) with 0 < low <= high")
+    if len(tuple(config.augment.crop_area)) == 2 and config.augment.crop_area[1] > 1:
+        problems.append(f"augment.crop_area={tuple(config.augment.crop_area)}: a crop is at most the whole image, 1.0")
+    if config.eval.crop != config.model.img_size:
+        problems.append(f"eval.crop={config.eval.crop}: it must equal model.img_size={config.model.img_size}")
+    if config.eval.resize < config.eval.crop:
+        problems.append(f"eval.resize={config.eval.resize}: it must be at least eval.crop={config.eval.crop}")
+
+    if problems:
+        raise UserError("the config cannot work:\n" + "\n".join(f"  {problem}" for problem in problems))

@@ -1,0 +1,219 @@
+"""From a config to the pieces of a run: data, model, optimizer, and the compiled steps."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from polaformer_jax import weights, zoo
+from polaformer_jax.data import pipeline, sources, transforms
+from polaformer_jax.errors import UserError
+from polaformer_jax.training import sharding
+from polaformer_jax.training.checkpoints import with_shardings
+from polaformer_jax.training.checks import check_config
+from polaformer_jax.training.optimizer import make_optimizer
+from polaformer_jax.training.schedule import Durations, durations, learning_rate
+from polaformer_jax.training.step import TrainState, make_eval_step, make_train_step
+from polaformer_jax.training.tasks import ImageClassification, Task
+
+# Fields of `config.model` that are passed on to the model's constructor where they are not None.
+ARCHITECTURE = ("attn_type", "window_size", "softmax_window_size", "alpha", "kernel_size")
+
+
+def build_model(config: ml_collections.ConfigDict, rngs: nnx.Rngs) -> nnx.Module:
+    """The model of the config's `model` part.
+
+    Raises:
+      UserError: the model's constructor refuses a value.
+    """
+    try:
+        return zoo.create_model(
+            config.name,
+            num_classes=config.num_classes,
+            img_size=config.img_size,
+            drop_path=config.drop_path,
+            dtype=jnp.dtype(config.dtype),
+            param_dtype=jnp.dtype(config.param_dtype),
+            rngs=rngs,
+            **{name: config[name] for name in ARCHITECTURE if config[name] is not None},
+        )
+    except ValueError as error:
+        raise UserError(f"config.model: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What a config describes. Building it reads no weights and no images, and compiles nothing.
+
+    Raises:
+      UserError: the config cannot work: its values, its model, its data set, or its batch on these devices.
+    """
+
+    config: ml_collections.ConfigDict
+
+    def __post_init__(self):
+        check_config(self.config)
+        classes = self.eval_source.num_classes
+        if self.config.model.num_classes != classes:
+            raise UserError(
+                f"model.num_classes={self.config.model.num_classes}, but {self.config.data.name} has {classes} classes:"
+                f" set --config.model.num_classes={classes}"
+            )
+        sharding.check_batch(self.config.train.batch_size, self.mesh, "train.batch_size")
+        self._abstract  # noqa: B018  the model's own checks
+
+    # --- data
+
+    @functools.cached_property
+    def train_source(self) -> sources.Source:
+        return sources.open_source(self.config.data, self.config.data.train_split)
+
+    @functools.cached_property
+    def eval_source(self) -> sources.Source:
+        return sources.open_source(self.config.data, self.config.data.eval_split)
+
+    @functools.cached_property
+    def mesh(self) -> Mesh:
+        return sharding.make_mesh(self.config.mesh)
+
+    def train_batches(self, start: int):
+        """This process's part of each training batch from step `start` on, without end."""
+        augment, data = self.config.augment, self.config.data
+        transform = transforms.TrainImageTransform(
+            self.config.model.img_size,
+            crop_area=tuple(augment.crop_area),
+            crop_aspect=tuple(augment.crop_aspect),
+            flip=augment.flip,
+            num_classes=self.config.model.num_classes,
+            on_error=data.on_error,
+        )
+        return pipeline.train_batches(
+            self.train_source,
+            transform,
+            batch_size=self.config.train.batch_size,
+            seed=self.config.seed,
+            start=start,
+            **self._reading,
+        )
+
+    def eval_batches(self) -> pipeline.EvalBatches:
+        """Batches of the whole evaluation split."""
+        return pipeline.EvalBatches(
+            self.eval_source, self.eval_transform, batch_size=self.eval_batch_size, **self._reading
+        )
+
+    @property
+    def eval_batch_size(self) -> int:
+        """`eval.batch_size`, rounded up to a multiple of the devices."""
+        return self.config.eval.batch_size + -self.config.eval.batch_size % self.mesh.size
+
+    @functools.cached_property
+    def eval_transform(self) -> transforms.EvalImageTransform:
+        return transforms.EvalImageTransform(
+            self.config.eval.resize,
+            self.config.eval.crop,
+            num_classes=self.config.model.num_classes,
+            on_error=self.config.data.on_error,
+        )
+
+    @property
+    def _reading(self) -> dict[str, int]:
+        return {
+            "process_index": jax.process_index(),
+            "process_count": jax.process_count(),
+            "workers": self.config.data.workers,
+            "prefetch": self.config.data.prefetch,
+        }
+
+    # --- model
+
+    @functools.cached_property
+    def task(self) -> Task:
+        return ImageClassification(self.config.model.num_classes, self.config.train.label_smoothing)
+
+    @functools.cached_property
+    def _abstract(self) -> tuple[nnx.GraphDef, Any]:
+        graphdef, params = nnx.split(nnx.eval_shape(lambda: build_model(self.config.model, nnx.Rngs(0))))
+        return graphdef, with_shardings(nnx.to_pure_dict(params), sharding.replicated(self.mesh))
+
+    @property
+    def graphdef(self) -> nnx.GraphDef:
+        """The model's static part; with parameters it makes the model."""
+        return self._abstract[0]
+
+    @property
+    def abstract_params(self) -> Any:
+        """Nested dict of the parameters' shapes, dtypes and shardings."""
+        return self._abstract[1]
+
+    def initial_params(self) -> Any:
+        """Parameters from `init.weights` if given, else drawn from the seed."""
+        if self.config.init.weights is None:
+            create = jax.jit(self._draw_params, out_shardings=sharding.replicated(self.mesh))
+            return create()
+        return self.read_params(self.config.init.weights)
+
+    def read_params(self, path: str) -> Any:
+        """Parameters from a file of weights. Raises a UserError where they are not this model's."""
+        model = build_model(self.config.model, nnx.Rngs(0))
+        weights.load_weights(model, path)
+        params = nnx.to_pure_dict(nnx.split(model)[1])
+        return jax.device_put(params, sharding.replicated(self.mesh))
+
+    def _draw_params(self) -> Any:
+        return nnx.to_pure_dict(nnx.split(build_model(self.config.model, nnx.Rngs(self.config.seed)))[1])
+
+    # --- training
+
+    @functools.cached_property
+    def length(self) -> Durations:
+        return durations(self.config, num_examples=len(self.train_source))
+
+    @functools.cached_property
+    def rate(self):
+        return learning_rate(self.config, self.length)
+
+    @functools.cached_property
+    def optimizer(self):
+        return make_optimizer(self.config.optimizer, self.rate)
+
+    def _new_state(self, params: Any) -> TrainState:
+        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=self.optimizer.init(params))
+
+    def initial_state(self) -> TrainState:
+        create = jax.jit(self._new_state, out_shardings=sharding.replicated(self.mesh), donate_argnums=0)
+        return create(self.initial_params())
+
+    @functools.cached_property
+    def abstract_state(self) -> TrainState:
+        state = jax.eval_shape(self._new_state, self.abstract_params)
+        return with_shardings(state, sharding.replicated(self.mesh))
+
+    def abstract_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        size = self.config.model.img_size
+        shapes = {"image": ((size, size, 3), np.uint8), "label": ((), np.int32), "mask": ((), np.bool_)}
+        placed = sharding.batch_sharding(self.mesh)
+        return {
+            name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=placed)
+            for name, (shape, dtype) in shapes.items()
+        }
+
+    def compile_train_step(self) -> jax.stages.Compiled:
+        """(state, batch) -> (state, sums of metrics); the state given is used up."""
+        step = make_train_step(self.graphdef, self.task, self.optimizer, rate=self.rate, seed=self.config.seed)
+        copied = sharding.replicated(self.mesh)
+        step = jax.jit(step, donate_argnums=0, out_shardings=copied)
+        return step.lower(self.abstract_state, self.abstract_batch(self.config.train.batch_size)).compile()
+
+    def compile_eval_step(self, batch_size: int) -> jax.stages.Compiled:
+        """(params, batch) -> (sums of metrics, outputs of each example)."""
+        step = make_eval_step(self.graphdef, self.task)
+        # Outputs are copied to all devices, so that every process can read those of the whole batch.
+        step = jax.jit(step, out_shardings=sharding.replicated(self.mesh))
+        return step.lower(self.abstract_params, self.abstract_batch(batch_size)).compile()

@@ -1,0 +1,79 @@
+"""How a long run shows itself: a progress bar on a terminal, plain log lines elsewhere."""
+
+import logging as std_logging
+import sys
+import time
+
+import tqdm
+from absl import flags, logging
+
+log = std_logging.getLogger("polaformer_jax")
+
+
+def set_up_logging() -> None:
+    """Sends this project's messages to stderr, with the time.
+
+    Other libraries keep to their warnings, unless `--verbosity` asks for more: Orbax alone would write dozens of lines
+    for each checkpoint.
+    """
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
+        # Checkpoints between evaluations have no metrics, on purpose; Orbax warns of each.
+        logging.get_absl_logger().addFilter(lambda record: "did not provide metrics" not in record.getMessage())
+    if not log.handlers:
+        handler = _TqdmHandler()
+        handler.setFormatter(std_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        log.addHandler(handler)
+        log.setLevel(std_logging.INFO)
+        log.propagate = False
+
+
+class _TqdmHandler(std_logging.Handler):
+    """Prints above a progress bar rather than through it."""
+
+    def emit(self, record: std_logging.LogRecord) -> None:
+        tqdm.tqdm.write(self.format(record), file=sys.stderr)
+
+
+class Progress:
+    """Progress of a training. Use as a context manager.
+
+    Args:
+      total: steps of the whole run.
+      start: steps taken before, by an earlier process.
+    """
+
+    def __init__(self, total: int, start: int):
+        self._total = total
+        self._start = start
+        self._began = time.monotonic()
+        # disable=None: no bar where stderr is not a terminal
+        self._bar = tqdm.tqdm(total=total, initial=start, unit="step", disable=None, dynamic_ncols=True)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._bar.close()
+
+    def step(self) -> None:
+        self._bar.update()
+
+    def report(self, step: int, metrics: dict[str, float]) -> None:
+        """Shows the metrics of the last steps, at step number `step` (steps taken so far)."""
+        if not self._bar.disable:
+            rate = f"{metrics['images_per_second']:.0f} images/s"
+            self._bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {rate}", refresh=False)
+            return
+        left = (time.monotonic() - self._began) / max(step - self._start, 1) * (self._total - step)
+        log.info(
+            "step %d/%d  loss %.4f  accuracy %.3f  lr %.2e  %.0f images/s  waiting for data %.0f%%  left %s",
+            step,
+            self._total,
+            metrics["loss"],
+            metrics["accuracy"],
+            metrics["learning_rate"],
+            metrics["images_per_second"],
+            100 * metrics["input_wait_share"],
+            tqdm.tqdm.format_interval(left),
+        )

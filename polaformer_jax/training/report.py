@@ -1,0 +1,62 @@
+"""What a training says to people: at its end, and in a dry run."""
+
+import dataclasses
+import json
+import os
+
+import jax
+import numpy as np
+from clu import parameter_overview
+from etils import epath
+
+from polaformer_jax.training.evaluation import Evaluation
+from polaformer_jax.training.experiment import Experiment
+from polaformer_jax.training.workdir import as_json
+
+MEBIBYTE = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """The evaluation of the best checkpoint, and where things are."""
+
+    evaluation: Evaluation
+    step: int
+    checkpoint: epath.Path
+    pictures: list[epath.Path]
+
+
+def describe(result: Result, workdir: epath.PathLike) -> str:
+    """What a training ends with, for people."""
+    metrics = result.evaluation.metrics
+    lines = [
+        f"test accuracy  {100 * metrics['accuracy']:.2f} %  (top-5 {100 * metrics['accuracy_top5']:.2f} %,"
+        f" loss {metrics['loss']:.4f})",
+        f"images         {result.evaluation.counted}",
+        f"checkpoint     {os.fspath(result.checkpoint)}  (step {result.step}, the best)",
+        f"TensorBoard    tensorboard --logdir {os.fspath(workdir)}",
+    ]
+    if result.evaluation.skipped:
+        lines.insert(2, f"skipped        {result.evaluation.skipped} images could not be decoded")
+    lines += [f"picture        {os.fspath(path)}" for path in result.pictures]
+    return "\n".join(lines)
+
+
+def describe_dry(experiment: Experiment) -> str:
+    """What `--dry_run` prints: config, parameters, batches, and the memory of the compiled training step."""
+    config, length = experiment.config, experiment.length
+    params = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), experiment.abstract_params)
+    memory = experiment.compile_train_step().memory_analysis()
+    batch = experiment.abstract_batch(config.train.batch_size)
+    lines = [
+        json.dumps(as_json(config), indent=2),
+        parameter_overview.get_parameter_overview(params, include_stats=False),
+        f"steps: {length.total:,} of {config.train.batch_size} examples, {length.warmup:,} of them warm-up;"
+        f" {len(experiment.train_source):,} examples to train on, {len(experiment.eval_source):,} to evaluate",
+        *(f"batch[{name!r}]: {leaf.dtype} {leaf.shape}, {leaf.sharding.spec}" for name, leaf in batch.items()),
+        f"devices: {experiment.mesh.size} x {jax.devices()[0].device_kind}",
+        f"memory of the training step on each device: arguments {memory.argument_size_in_bytes / MEBIBYTE:.1f} MiB"
+        f" (reused for outputs: {memory.alias_size_in_bytes / MEBIBYTE:.1f} MiB),"
+        f" temporary {memory.temp_size_in_bytes / MEBIBYTE:.1f} MiB",
+    ]
+    return "\n".join(lines)

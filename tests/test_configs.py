@@ -1,0 +1,117 @@
+"""Every config resolves to a known text. `python -m tests.test_configs` writes the texts anew."""
+
+import importlib
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import polaformer_jax as pf
+from configs.defaults import defaults, parse_arg
+from polaformer_jax.errors import UserError
+from polaformer_jax.training.checks import check_config
+from polaformer_jax.training.workdir import as_json
+
+GOLDEN = Path(__file__).parent / "golden/configs"
+CONFIGS = {
+    "digits": ("pvt", "swin"),
+    "pola_pvt": ("t", "s", "m", "b"),
+    "pola_swin": ("t", "s", "b", "b_384"),
+}
+ALL = [(file, model) for file, models in CONFIGS.items() for model in models]
+
+
+def resolve(file, arg):
+    return importlib.import_module(f"configs.{file}").get_config(arg)
+
+
+def text_of(config):
+    return json.dumps(as_json(config), indent=1) + "\n"
+
+
+@pytest.mark.parametrize("file, model", ALL)
+def test_resolved_config(file, model):
+    assert text_of(resolve(file, model)) == (GOLDEN / f"{file}_{model}.json").read_text()
+
+
+@pytest.mark.parametrize("file, model", ALL)
+def test_config_can_work_and_names_a_model(file, model):
+    config = resolve(file, model)
+    check_config(config)
+    assert config.is_locked
+    built = nnx.eval_shape(
+        lambda: pf.create_model(
+            config.model.name,
+            num_classes=config.model.num_classes,
+            img_size=config.model.img_size,
+            drop_path=config.model.drop_path,
+            dtype=jnp.dtype(config.model.dtype),
+            rngs=nnx.Rngs(0),
+        )
+    )
+    assert isinstance(built, nnx.Module)
+
+
+@pytest.mark.parametrize("file", CONFIGS)
+def test_the_first_model_is_the_default(file):
+    assert str(resolve(file, None)) == str(resolve(file, CONFIGS[file][0]))
+
+
+def test_every_docstring_has_the_launch_command():
+    for file in CONFIGS:
+        assert f"--config configs/{file}.py" in importlib.import_module(f"configs.{file}").__doc__
+
+
+def test_options_follow_the_model():
+    assert resolve("digits", "swin,epochs=3").train.epochs == 3.0
+    assert resolve("pola_pvt", "epochs=2.5").train.epochs == 2.5
+
+
+@pytest.mark.parametrize(
+    "arg, message",
+    [
+        ("huge", "no model 'huge'; it has pvt, swin"),
+        ("pvt,epoch=3", "unknown config option 'epoch=3'; the options are epochs="),
+        ("pvt,epochs", "unknown config option 'epochs'"),
+        ("pvt,epochs=many", "epochs=many is not of type float"),
+    ],
+)
+def test_bad_options_are_refused(arg, message):
+    with pytest.raises(UserError, match=message):
+        parse_arg(arg, models=("pvt", "swin"), epochs=30.0)
+
+
+def test_unknown_fields_are_refused():
+    with pytest.raises(AttributeError, match="drop_paths"):
+        resolve("digits", None).model.drop_paths = 0.1
+
+
+def test_all_problems_are_reported_at_once():
+    config = defaults()
+    config.train.steps = 10
+    config.train.epochs = 1.0
+    config.eval.crop = 225
+    config.augment.crop_area = (0.5, 1.5)
+    config.data.on_error = "shrug"
+    config.train.batch_size = 0
+    config.model.dtype = "float16"
+    with pytest.raises(UserError) as error:
+        check_config(config)
+    text = str(error.value)
+    for expected in (
+        "train.epochs=1.0 and train.steps=10: exactly one",
+        "eval.crop=225: it must equal model.img_size=224",
+        "augment.crop_area=(0.5, 1.5): a crop is at most the whole image",
+        "data.on_error='shrug': it is one of stop, skip",
+        "train.batch_size=0: it must be positive",
+        "model.dtype='float16': it is one of bfloat16, float32",
+    ):
+        assert expected in text
+
+
+if __name__ == "__main__":
+    GOLDEN.mkdir(parents=True, exist_ok=True)
+    for file, model in ALL:
+        (GOLDEN / f"{file}_{model}.json").write_text(text_of(resolve(file, model)))

@@ -1,0 +1,66 @@
+"""A work directory belongs to one run and is used by one training at a time."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from configs.digits import get_config
+from polaformer_jax.errors import UserError
+from polaformer_jax.training.workdir import claim, read_config
+
+
+def test_the_config_is_kept(tmp_path):
+    config = get_config()
+    with claim(tmp_path / "run", config):
+        pass
+    assert read_config(tmp_path / "run").to_dict() == json.loads(json.dumps(config.to_dict()))
+
+
+def test_the_same_run_may_come_back_elsewhere_and_log_otherwise(tmp_path):
+    config = get_config()
+    with claim(tmp_path, config):
+        pass
+    config.data.workers = 7
+    config.data.data_dir = "/elsewhere"
+    config.mesh.data = 2
+    config.log.every = 1
+    config.checkpoint.keep_last = 5
+    config.eval.batch_size = 3
+    with claim(tmp_path, config):
+        pass
+
+
+def test_another_run_is_refused_with_the_differences(tmp_path):
+    config = get_config()
+    with claim(tmp_path, config):
+        pass
+    config.optimizer.lr = 0.5
+    config.seed = 1
+    with pytest.raises(UserError) as error, claim(tmp_path, config):
+        pass
+    assert "  optimizer.lr: 0.001 there, 0.5 now\n  seed: 0 there, 1 now\n" in str(error.value)
+
+
+def test_two_trainings_at_once_are_refused(tmp_path):
+    with claim(tmp_path, get_config()), pytest.raises(UserError, match=r"another process \(pid \d+\) is training in"):
+        with claim(tmp_path, get_config()):
+            pass
+
+
+def test_a_killed_training_leaves_no_lock(tmp_path):
+    program = (
+        "import os, signal, sys; from configs.digits import get_config\n"
+        "from polaformer_jax.training.workdir import claim\n"
+        "with claim(sys.argv[1], get_config()): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    killed = subprocess.run([sys.executable, "-c", program, tmp_path], check=False)
+    assert killed.returncode == -9
+    with claim(tmp_path, get_config()):
+        pass
+
+
+def test_a_folder_that_is_no_work_directory(tmp_path):
+    with pytest.raises(UserError, match="config.json does not exist"):
+        read_config(tmp_path)
