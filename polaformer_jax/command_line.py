@@ -14,7 +14,7 @@ from polaformer_jax.errors import UserError
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """As `absl.app.run`, but a UserError ends the process with its message alone. Other exceptions are bugs and show."""
+    """As `absl.app.run`, but a UserError ends the process with its message alone. Any other exception is a bug."""
     try:
         app.run(main, flags_parser=_parse)
     except UserError as error:
@@ -35,7 +35,7 @@ def _parse(argv: list[str]) -> list[str]:
     if len(rest) > 1:
         raise UserError(f"unexpected arguments {' '.join(rest[1:])}; see --help")
     if "config" in flags.FLAGS and flags.FLAGS["config"].present:
-        path = config_flags.get_config_filename(flags.FLAGS["config"])
+        path, _, _ = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
         if not os.path.exists(path):
             raise UserError(f"there is no config file {path}")
     return rest

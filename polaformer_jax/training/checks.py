@@ -52,10 +52,10 @@ def check_config(config) -> None:
     problems += [f"{field}={value(field)}: it must be positive" for field in POSITIVE if not value(field) > 0]
     problems += [f"{field}={value(field)}: it must not be negative" for field in NOT_NEGATIVE if not value(field) >= 0]
 
-    if (config.train.epochs is None) == (config.train.steps is None):
+    if bool(config.train.epochs) == bool(config.train.steps) or (config.train.epochs or config.train.steps) < 0:
         problems.append(
             f"train.epochs={config.train.epochs} and train.steps={config.train.steps}:"
-            " exactly one of them must be given, the other None"
+            " exactly one of them must be given, the other None or 0"
         )
     if "float64" in (config.model.dtype, config.model.param_dtype) and not jax.config.jax_enable_x64:
         problems.append("model.dtype, model.param_dtype: float64 needs the environment variable JAX_ENABLE_X64=1")

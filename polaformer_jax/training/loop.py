@@ -202,9 +202,7 @@ class _Stopwatch:
         setattr(self.window, self.attribute, getattr(self.window, self.attribute) + took)
 
 
-def _conclude(
-    experiment: Experiment, workdir: epath.Path, checkpoints: Checkpoints, evaluator: Evaluator
-) -> Result:
+def _conclude(experiment: Experiment, workdir: epath.Path, checkpoints: Checkpoints, evaluator: Evaluator) -> Result:
     """Evaluates the best checkpoint, writes `eval.json` and the pictures."""
     params, step = checkpoints.restore_params(experiment.abstract_params, "best")
     evaluation = evaluator(params)

@@ -28,21 +28,21 @@ def durations(config, *, num_examples: int) -> Durations:
     """Converts the config's epochs or steps.
 
     Args:
-      config: the whole config; `train.epochs` or `train.steps` is set, and `schedule` counts in the same unit.
+      config: the whole config; either `train.epochs` or `train.steps` is set, and `schedule` counts in the same unit.
       num_examples: size of the training set. An epoch has `num_examples // batch_size` steps.
 
     Raises:
       UserError: the training set is smaller than a batch, or the run would have no step.
     """
     unit = 1
-    if config.train.epochs is not None:
+    if config.train.epochs:
         unit = num_examples // config.train.batch_size
         if unit == 0:
             raise UserError(
                 f"train.batch_size={config.train.batch_size} is larger than the training set ({num_examples} examples):"
                 " lower it, or give the length of the run as train.steps"
             )
-    length = config.train.epochs if config.train.epochs is not None else config.train.steps
+    length = config.train.epochs or config.train.steps
     main = round(length * unit)
     warmup = round(config.schedule.warmup * unit)
     if main < 1 or warmup > main:

@@ -1,0 +1,244 @@
+"""What both model families are built of: patch embedding, MLP, pre-norm block, stochastic depth, windows.
+
+Attribute names are those of the official PyTorch code (https://github.com/ZacharyMeng/PolaFormer), so that a path in
+the parameter tree reads like a key of its `state_dict`. Tokens are (batch, tokens, channels).
+
+Modules take `key=None`: None means evaluation, a key means training with dropout and stochastic depth.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+_BLOCK = 1 << 16
+
+
+def wide(dtype) -> jnp.dtype:
+    """The type of sums, powers, quotients and softmax beside products in `dtype`: at least float32."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+class Keys:
+    """A stream of random keys from one: number i is fold_in(key, i).
+
+    It stands in for `nnx.Rngs` inside a model. That keeps its count in a Variable, and while a function is traced every
+    change of one takes time in proportion to what was traced before: to trace the making of pola_pvt_b took 17 s.
+    """
+
+    def __init__(self, key: jax.Array):
+        self.key, self.count = key, 0
+
+    def __call__(self) -> jax.Array:
+        self.count += 1
+        return jax.random.fold_in(self.key, self.count - 1)
+
+    params = __call__  # what the layers of nnx ask an Rngs for
+
+
+def product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """`einsum` whose sums, and so its result, are at least float32, whatever the type of the operands."""
+    full = wide(a.dtype)
+
+    def accumulate(a, b):
+        return jnp.einsum(subscripts, a, b, preferred_element_type=full)
+
+    if a.dtype == full:
+        return accumulate(a, b)
+    # XLA's CPU back end lacks batched products of bfloat16 with a float32 result; widened operands give the same.
+    return jax.lax.platform_dependent(
+        a, b, cpu=lambda a, b: accumulate(a.astype(full), b.astype(full)), default=accumulate
+    )
+
+
+def linear(features_in: int, features_out: int, *, use_bias: bool = True, dtype, param_dtype, rngs) -> nnx.Linear:
+    """A linear layer with the official initial values: normal(0.02), bias 0."""
+    return nnx.Linear(
+        features_in,
+        features_out,
+        use_bias=use_bias,
+        kernel_init=normal_init,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=rngs,
+    )
+
+
+def layer_norm(features: int, *, epsilon: float, dtype, param_dtype, rngs) -> nnx.LayerNorm:
+    """LayerNorm with statistics in at least float32; two passes, for E[x²] - E[x]² cancels."""
+    return nnx.LayerNorm(
+        features, epsilon=epsilon, use_fast_variance=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+    )
+
+
+def table(shape: tuple[int, ...], *, param_dtype, rngs) -> nnx.Param:
+    """A position table with the official initial values, normal(0.02)."""
+    return nnx.Param(normal_init(rngs.params(), shape, param_dtype))
+
+
+def normal_init(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
+    """normal(0.02); the official truncation at ±2, a hundred standard deviations, never acts."""
+    return _draw(jax.random.normal, 0.02, key, shape, dtype)
+
+
+def uniform_init(key: jax.Array, shape: tuple[int, ...], dtype, *, bound: float) -> jax.Array:
+    """Uniform in ±bound."""
+    return _draw(_symmetric_uniform, bound, key, shape, dtype)
+
+
+def _symmetric_uniform(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
+    return jax.random.uniform(key, shape, dtype, -1, 1)
+
+
+def _draw(sample, scale: float, key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
+    """Random values drawn in blocks of one size, since each further size would cost a third of a second to compile.
+
+    A model has about fifty shapes: the difference is ten seconds before the first step. Inside a traced function the
+    same blocks are drawn at once, and that saving is lost.
+    """
+    size = math.prod(shape)
+    blocks = -(-size // _BLOCK)
+    if isinstance(key, jax.core.Tracer):
+        drawn = jax.vmap(lambda i: _draw_block(sample, key, i))(jnp.arange(blocks))
+        return (scale * drawn.reshape(-1)[:size]).reshape(shape).astype(dtype)
+    drawn = np.concatenate([_draw_block(sample, key, i) for i in range(blocks)])
+    return jnp.asarray((np.float32(scale) * drawn[:size]).reshape(shape), dtype)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _draw_block(sample, key: jax.Array, index: int) -> jax.Array:
+    return sample(jax.random.fold_in(key, index), (_BLOCK,), jnp.float32)
+
+
+class ConvParams(nnx.Module):
+    """Kernel (height, width, in, out) and bias (out,) of a convolution, with PyTorch's initial values.
+
+    Both are uniform within ±1/sqrt(fan_in), fan_in = height * width * in. How they are applied is up to the owner.
+    """
+
+    def __init__(self, size: tuple[int, int], features_in: int, features_out: int, *, param_dtype, rngs: nnx.Rngs):
+        bound = float(np.prod(size) * features_in) ** -0.5
+        shape = (*size, features_in, features_out)
+        self.kernel = nnx.Param(uniform_init(rngs.params(), shape, param_dtype, bound=bound))
+        self.bias = nnx.Param(uniform_init(rngs.params(), shape[-1:], param_dtype, bound=bound))
+
+
+class PatchConv(ConvParams):
+    """Convolution whose stride is its kernel size: cut into patches, then one matrix product."""
+
+    def __init__(self, size: int, features_in: int, features_out: int, *, dtype, param_dtype, rngs: nnx.Rngs):
+        super().__init__((size, size), features_in, features_out, param_dtype=param_dtype, rngs=rngs)
+        self.size, self.dtype = size, dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(B, H, W, in) -> (B, H/size * W/size, out)"""
+        batch, height, width, channels = x.shape
+        r = self.size
+        x = x.reshape(batch, height // r, r, width // r, r, channels).transpose(0, 1, 3, 2, 4, 5)
+        x = x.reshape(batch, -1, r * r * channels).astype(self.dtype)  # (B, tokens, size * size * in)
+        kernel = self.kernel[...].reshape(r * r * channels, -1).astype(self.dtype)
+        return x @ kernel + self.bias[...].astype(self.dtype).reshape(1, 1, -1)
+
+
+class PatchEmbed(nnx.Module):
+    """Non-overlapping patches to tokens, with LayerNorm (eps 1e-5 in both families) where `patch_norm`."""
+
+    def __init__(self, size: int, features_in: int, features_out: int, *, patch_norm: bool = True, **types):
+        self.proj = PatchConv(size, features_in, features_out, **types)
+        self.norm = layer_norm(features_out, epsilon=1e-5, **types) if patch_norm else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(B, H, W, in) -> (B, H/size * W/size, out)"""
+        x = self.proj(x)
+        return x if self.norm is None else self.norm(x)
+
+
+class Mlp(nnx.Module):
+    """fc1, exact GELU, dropout, fc2, dropout."""
+
+    def __init__(self, dim: int, hidden: int, *, drop_rate: float, **types):
+        self.fc1 = linear(dim, hidden, **types)
+        self.fc2 = linear(hidden, dim, **types)
+        self.drop_rate = drop_rate
+
+    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        key1, key2 = split_key(key, 2)
+        x = dropout(jax.nn.gelu(self.fc1(x), approximate=False), self.drop_rate, key1)
+        return dropout(self.fc2(x), self.drop_rate, key2)
+
+
+class Block(nnx.Module):
+    """Pre-norm residual block: attention, then MLP, with stochastic depth drawn apart for the two residuals."""
+
+    def __init__(
+        self,
+        attn: nnx.Module,
+        dim: int,
+        *,
+        mlp_ratio: float,
+        epsilon: float,
+        drop_rate: float,
+        drop_path: float,
+        **types,
+    ):
+        self.norm1 = layer_norm(dim, epsilon=epsilon, **types)
+        self.attn = attn
+        self.norm2 = layer_norm(dim, epsilon=epsilon, **types)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop_rate=drop_rate, **types)
+        self.drop_path = drop_path
+
+    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        key_attn, key_path1, key_mlp, key_path2 = split_key(key, 4)
+        x = x + stochastic_depth(self.mix(self.norm1(x), key_attn), self.drop_path, key_path1)
+        return x + stochastic_depth(self.mlp(self.norm2(x), key_mlp), self.drop_path, key_path2)
+
+    def mix(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        """Tokens exchange information, (B, N, C) -> (B, N, C); Pola-Swin does it within windows."""
+        return self.attn(x, key)
+
+
+def split_key(key: jax.Array | None, count: int) -> list:
+    return [None] * count if key is None else list(jax.random.split(key, count))
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    if key is None or rate == 0:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+
+
+def stochastic_depth(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Drops the whole branch x for each sample with probability `rate`; kept ones are scaled by 1 / (1 - rate)."""
+    if key is None or rate == 0:
+        return x
+    kept = jax.random.bernoulli(key, 1 - rate, (x.shape[0], *(1 for _ in x.shape[1:])))
+    return jnp.where(kept, x / (1 - rate), 0)
+
+
+def drop_path_rates(rate: float, depths: tuple[int, ...]) -> list[list[float]]:
+    """Rates that rise linearly from 0 to `rate` over all blocks of all stages, as one list a stage."""
+    rates = iter(np.linspace(0, rate, sum(depths)).tolist())
+    return [[next(rates) for _ in range(depth)] for depth in depths]
+
+
+def partition_windows(x: jax.Array, window: int, *, grid: int) -> jax.Array:
+    """(B, grid², C) -> (B * windows, window², C); the windows of an image lie together, row by row."""
+    batch, _, channels = x.shape
+    if window == grid:
+        return x
+    count = grid // window
+    x = x.reshape(batch, count, window, count, window, channels).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch * count**2, window**2, channels)
+
+
+def merge_windows(x: jax.Array, window: int, *, grid: int) -> jax.Array:
+    """The inverse of `partition_windows`."""
+    channels = x.shape[-1]
+    if window == grid:
+        return x
+    count = grid // window
+    x = x.reshape(-1, count, count, window, window, channels).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(-1, grid**2, channels)

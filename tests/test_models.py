@@ -1,0 +1,496 @@
+"""What holds for any model that the constructors accept: shapes, finite numbers, randomness, and clear refusals."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import polaformer_jax as pf
+from polaformer_jax import layers, pola_swin, zoo
+from tests.golden_models import FULL, QUICK
+
+# Small models that reach every kind of block: reduced keys, softmax, shifted windows of both types, windows as large as
+# their grid, every position table.
+PVT = {
+    "img_size": 32,
+    "num_classes": 5,
+    "embed_dims": (8, 8, 12, 16),
+    "num_heads": (1, 2, 2, 2),
+    "mlp_ratios": (2, 2, 1.5, 1),
+    "depths": (1, 1, 1, 1),
+    "sr_ratios": (4, 2, 2, 1),
+    "la_sr_ratios": "2111",
+    "attn_type": "LSLL",
+}
+SWIN = {
+    "img_size": 32,
+    "num_classes": 5,
+    "embed_dim": 8,
+    "depths": (2, 2, 1, 1),
+    "num_heads": (1, 2, 2, 2),
+    "window_size": 4,
+    "softmax_window_size": 2,
+    "attn_type": "LSLS",
+    "ape": True,
+    "mlp_ratio": 2,
+}
+FAMILIES = {"pvt": (pf.PolaPVT, PVT), "swin": (pf.PolaSwin, SWIN)}
+OFFICIAL = [name for name in pf.list_models() if "nano" not in name]
+
+
+def build(family: str, **changes):
+    constructor, arguments = FAMILIES[family]
+    return constructor(**{**arguments, "drop_path_rate": 0.0, **changes}, rngs=nnx.Rngs(0))
+
+
+def split(model):
+    graphdef, state = nnx.split(model)
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def all_finite(tree) -> bool:
+    return all(np.isfinite(np.asarray(leaf, np.float32)).all() for leaf in jax.tree.leaves(tree))
+
+
+def noise(*shape, seed=1):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+@functools.cache
+def compiled(family: str, dtype: str):
+    """(function, params): images -> (cross-entropy to class 0, (pooled features, logits, params)), gradients."""
+    graphdef, params = split(build(family, dtype=dtype))
+
+    def loss(params, images):
+        model = nnx.merge(graphdef, params)
+        pooled = model.pooled(images)
+        logits = model.head(pooled)
+        return -jax.nn.log_softmax(logits)[:, 0].mean(), (pooled, logits, nnx.to_pure_dict(nnx.state(model)))
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK), params
+
+
+# --- sizes and shapes
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_official_models_have_the_official_number_of_parameters(name):
+    published = {
+        **{name: entry["params"] for name, entry in FULL.items()},
+        "pola_pvt_b": 54_366_568,
+        "pola_swin_b_384": 91_599_304,
+    }
+    unused = 2 * 512 if "pvt" in name else 0  # the final norm, which the official model never calls
+    model = nnx.eval_shape(lambda: pf.create_model(name, rngs=nnx.Rngs(0)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(split(model)[1])) == published[name] - unused
+
+
+@pytest.mark.parametrize("name", ["pola_pvt_t", "pola_swin_t", "pola_pvt_nano", "pola_swin_nano"])
+def test_features_are_the_maps_of_four_strides(name):
+    arguments = zoo.arguments(name)
+    size = arguments["img_size"]
+    dims = arguments.get("embed_dims") or [arguments["embed_dim"] * 2**i for i in range(4)]
+    graphdef, params = split(nnx.eval_shape(lambda: pf.create_model(name, num_classes=7, rngs=nnx.Rngs(0))))
+
+    def call(params, images):
+        model = nnx.merge(graphdef, params)
+        return model.features(images), model.pooled(images), model(images)
+
+    maps, pooled, logits = jax.eval_shape(call, params, jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32))
+    assert [m.shape for m in maps] == [(2, size // s, size // s, d) for s, d in zip((4, 8, 16, 32), dims, strict=True)]
+    assert pooled.shape == (2, dims[-1])
+    assert logits.shape == (2, 7)
+
+
+def test_small_models_of_the_zoo_are_small():
+    for name in ("pola_pvt_nano", "pola_swin_nano"):
+        model = nnx.eval_shape(lambda name=name: pf.create_model(name, num_classes=10, rngs=nnx.Rngs(0)))
+        assert sum(leaf.size for leaf in jax.tree.leaves(split(model)[1])) < 1.05e6
+
+
+def test_without_classes_a_model_returns_the_pooled_features():
+    graphdef, params = split(build("pvt", num_classes=0))
+    assert "head" not in params
+    both = jax.jit(lambda p, x: (nnx.merge(graphdef, p)(x), nnx.merge(graphdef, p).pooled(x)), compiler_options=QUICK)
+    np.testing.assert_array_equal(*both(params, noise(2, 32, 32, 3)))
+
+
+# --- a model is its parameters
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_state_is_parameters_only(family):
+    state = nnx.split(build(family))[1]
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    assert leaves and all(type(leaf) is nnx.Param for leaf in leaves)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pure_dict_is_the_whole_model(family):
+    step, params = compiled(family, "float32")
+    (_, (_, _, survived)), _ = step(params, noise(8, 32, 32, 3))
+    jax.tree.map(np.testing.assert_array_equal, survived, params)
+
+
+def test_models_of_one_architecture_share_their_graph():
+    """So that it can be a static argument of a compiled function."""
+    one, other = split(build("pvt"))[0], split(build("pvt"))[0]
+    assert one == other and hash(one) == hash(other)
+
+
+def test_merges_deep_models_under_trace():
+    graphdef, params = split(nnx.eval_shape(lambda: pf.create_model("pola_pvt_b", rngs=nnx.Rngs(0))))
+    assert len(jax.tree.leaves(params)) > 600
+    survived = jax.eval_shape(jax.jit(lambda p: nnx.to_pure_dict(nnx.state(nnx.merge(graphdef, p)))), params)
+    assert jax.tree.structure(survived) == jax.tree.structure(params)
+
+
+# --- numbers
+
+
+@pytest.mark.parametrize("family, dtype", list(itertools.product(FAMILIES, ("float32", "bfloat16"))))
+def test_zero_images_have_finite_logits_and_gradients(family, dtype):
+    step, params = compiled(family, dtype)
+    (value, (_, logits, _)), gradients = step(params, jnp.zeros((8, 32, 32, 3)))
+    assert all_finite((value, logits, gradients))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_is_close_to_float32(family):
+    step, params = compiled(family, "float32")
+    (_, (expected, _, _)), _ = step(params, noise(8, 32, 32, 3))
+    (_, (found, logits, _)), _ = compiled(family, "bfloat16")[0](params, noise(8, 32, 32, 3))
+    assert found.dtype == logits.dtype == jnp.float32
+    assert 0 < jnp.linalg.norm(found - expected) < 0.03 * jnp.linalg.norm(expected)
+
+
+def test_stores_parameters_in_the_type_asked_for(x64):
+    for param_dtype in ("bfloat16", "float32", "float64"):
+        params = split(nnx.eval_shape(lambda d=param_dtype: build("swin", param_dtype=d)))[1]
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {param_dtype}
+
+
+def test_float32_stays_float32_where_double_precision_is_on(x64):
+    for family in FAMILIES:
+        graphdef, params = split(build(family))
+        images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+        assert jax.eval_shape(lambda p, x, g=graphdef: nnx.merge(g, p)(x), params, images).dtype == jnp.float32
+        jaxpr = str(jax.make_jaxpr(lambda p, x, g=graphdef: nnx.merge(g, p)(x))(params, images))
+        assert "f64[2" not in jaxpr
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_over_eight_devices_gives_the_same_logits(family):
+    graphdef, params = split(build(family))
+    images = noise(8, 32, 32, 3)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spread = jax.device_put(images, jax.NamedSharding(mesh, jax.P("data")))
+    call = jax.jit(lambda params, images: nnx.merge(graphdef, params)(images), compiler_options=QUICK)
+    found = call(jax.device_put(params, jax.NamedSharding(mesh, jax.P())), spread)
+    assert len(found.sharding.device_set) == 8 and not found.sharding.is_fully_replicated
+    expected = compiled(family, "float32")[0](params, images)[0][1][1]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def sweep(count: int):
+    """Random combinations of constructor arguments; what cannot be built is left out."""
+    rng = np.random.default_rng(0)
+    pick = lambda *options: options[rng.integers(len(options))]  # noqa: E731
+    found = []
+    while len(found) < count:
+        common = {
+            "img_size": 32 if len(found) % 4 < 2 else pick(64, 96),
+            "num_classes": pick(0, 1, 3),
+            "qkv_bias": pick(True, False),
+            "depths": tuple(int(n) for n in rng.integers(1, 3, 4)),
+            "alpha": pick(0, 0.5, 3, 4.0),
+            "kernel_size": pick(1, 3, 5, 7),
+            "drop_rate": pick(0.0, 0.1),
+            "drop_path_rate": pick(0.0, 0.3),
+        }
+        if len(found) % 2:
+            constructor, arguments = (
+                pf.PolaSwin,
+                {
+                    "embed_dim": pick(8, 12),
+                    "num_heads": tuple(pick(1, 2) for _ in range(4)),
+                    "attn_type": "".join(pick("L", "S", "M") for _ in range(4)),
+                    "window_size": pick(1, 2, 3, 4, 6, 8, 57),
+                    "softmax_window_size": pick(None, 1, 2, 3, 7),
+                    "mlp_ratio": pick(1, 2.5),
+                    "ape": pick(True, False),
+                    "patch_norm": pick(True, False),
+                },
+            )
+            if "M" in arguments["attn_type"]:
+                arguments["attn_type"] += pick("0", "1", "9")
+        else:
+            constructor, arguments = (
+                pf.PolaPVT,
+                {
+                    "embed_dims": tuple(pick(4, 8, 12) for _ in range(4)),
+                    "num_heads": tuple(pick(1, 2) for _ in range(4)),
+                    "mlp_ratios": tuple(pick(1, 2.5) for _ in range(4)),
+                    "attn_type": "".join(pick("L", "S") for _ in range(4)),
+                    "sr_ratios": tuple(pick(1, 2, 3) for _ in range(4)),
+                    "la_sr_ratios": "".join(pick("1", "2", "3") for _ in range(4)),
+                },
+            )
+        try:
+            nnx.eval_shape(lambda c=constructor, a={**common, **arguments}: c(**a, rngs=nnx.Rngs(0)))
+        except ValueError:
+            continue
+        found.append((constructor, {**common, **arguments}))
+    return found
+
+
+@pytest.mark.parametrize("count, compiled_ones", [(6, 0), pytest.param(60, 20, marks=pytest.mark.slow)])
+def test_any_accepted_combination_trains(count, compiled_ones):
+    """Shapes for all combinations, numbers for some of them: to compile one takes seconds."""
+    for constructor, arguments in sweep(count):
+        graphdef, params = split(nnx.eval_shape(lambda c=constructor, a=arguments: c(**a, rngs=nnx.Rngs(0))))
+        size, classes = arguments["img_size"], arguments["num_classes"]
+
+        def loss(params, images, graphdef=graphdef):
+            logits = nnx.merge(graphdef, params)(images, train=True, rngs=nnx.Rngs(dropout=jax.random.key(0)))
+            return jnp.mean(logits**2), logits
+
+        step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)
+        (_, logits), gradients = jax.eval_shape(step, params, jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32))
+        assert logits.shape[0] == 2 and (not classes or logits.shape[1] == classes), arguments
+        assert jax.tree.structure(gradients) == jax.tree.structure(params), arguments
+        if size == 32 and compiled_ones:
+            compiled_ones -= 1
+            params = split(constructor(**arguments, rngs=nnx.Rngs(0)))[1]
+            (_, logits), gradients = step(params, noise(2, size, size, 3))
+            assert all_finite((logits, gradients)), arguments
+    assert not compiled_ones
+
+
+# --- randomness
+
+
+def test_stochastic_depth_rises_linearly_over_all_blocks():
+    rates = layers.drop_path_rates(0.3, (1, 2, 3, 1))
+    assert [len(stage) for stage in rates] == [1, 2, 3, 1]
+    np.testing.assert_allclose(sum(rates, []), 0.3 * np.arange(7) / 6)
+    model = build("swin", drop_path_rate=0.6)
+    found = [block.drop_path for stage in model.layers for block in stage.blocks]
+    np.testing.assert_allclose(found, 0.6 * np.arange(6) / 5)
+
+
+class Constant(nnx.Module):
+    def __init__(self, value: float):
+        self.value = value
+
+    def __call__(self, x, key=None):
+        return jnp.full_like(x, self.value)
+
+
+def test_stochastic_depth_acts_per_sample_and_apart_for_the_two_residuals():
+    types = {"dtype": jnp.float32, "param_dtype": jnp.float32, "rngs": nnx.Rngs(0)}
+    block = layers.Block(Constant(1.0), 4, mlp_ratio=1, epsilon=1e-6, drop_rate=0.0, drop_path=0.2, **types)
+    block.mlp = Constant(10.0)
+    x = jnp.zeros((20_000, 3, 4))
+    y = np.asarray(block(x, jax.random.key(0)))
+
+    assert (y == y[:, :1, :1]).all()  # all tokens and channels of a sample share its fate
+    attended, processed = np.round(0.8 * y[:, 0, 0]) % 10, np.round(0.8 * y[:, 0, 0]) // 10
+    np.testing.assert_allclose(y[:, 0, 0], attended / 0.8 + processed / 0.08, rtol=1e-6)  # kept ones are scaled
+    deviation = (0.2 * 0.8 / len(y)) ** 0.5
+    assert abs(attended.mean() - 0.8) < 4 * deviation
+    assert abs(processed.mean() - 0.8) < 4 * deviation
+    assert abs(np.corrcoef(attended, processed)[0, 1]) < 4 / len(y) ** 0.5
+
+    assert (np.asarray(block(x)) == 11.0).all()  # evaluation
+
+
+def test_dropout_keeps_the_mean():
+    x = jnp.ones((400, 500))
+    y = layers.dropout(x, 0.25, jax.random.key(0))
+    assert set(np.unique(y).tolist()) == {0.0, np.float32(1 / 0.75)}
+    assert abs(y.mean() - 1) < 0.01
+    assert layers.dropout(x, 0.25, None) is x
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_is_random_by_the_given_key_alone(family):
+    graphdef, params = split(build(family, drop_rate=0.2, drop_path_rate=0.4))
+    images = noise(4, 32, 32, 3)
+
+    def train(key):
+        return nnx.merge(graphdef, params)(images, train=True, rngs=nnx.Rngs(dropout=key))
+
+    call = jax.jit(train, compiler_options=QUICK)
+    one, same, other = (call(jax.random.key(seed)) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(one, same)
+    assert (one != other).any(axis=1).all()
+
+
+def test_training_without_random_numbers_is_refused():
+    with pytest.raises(ValueError, match=r"drop_path_rate = \(0.0, 0.1\).*pass rngs=nnx.Rngs\(dropout=key\)"):
+        build("pvt", drop_path_rate=0.1)(noise(1, 32, 32, 3), train=True)
+
+
+def test_training_without_dropout_needs_no_random_numbers():
+    graphdef, params = split(build("pvt"))
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    train, evaluate = (
+        jax.make_jaxpr(lambda p, x, t=t: nnx.merge(graphdef, p)(x, train=t))(params, images) for t in (1, 0)
+    )
+    assert str(train) == str(evaluate)
+
+
+# --- initial weights
+
+
+def test_initial_weights():
+    params = pf.weights.flatten(split(pf.create_model("pola_swin_nano", ape=True, rngs=nnx.Rngs(0)))[1])
+    for name, leaf in params.items():
+        value = np.asarray(leaf)
+        parent, kind = name.rpartition(".")[::2]
+        if kind in ("power", "positional_encoding") or name.endswith("attn.scale"):
+            assert (value == 0).all(), name
+        elif kind == "scale":
+            assert (value == 1).all(), name
+        elif parent.endswith((".dwc", "patch_embed.proj")):
+            kernel = params[f"{parent}.kernel"]
+            bound = np.prod(kernel.shape[:3]) ** -0.5
+            assert 0.8 * bound < np.abs(value).max() <= bound, name
+            assert abs(value.mean()) < 4 * bound / (3 * value.size) ** 0.5, name
+        elif kind == "bias":
+            assert (value == 0).all(), name
+        else:  # linear kernels and position tables
+            assert abs(value.std() / 0.02 - 1) < 4 / (2 * value.size) ** 0.5, name
+            assert abs(value.mean()) < 4 * 0.02 / value.size**0.5, name
+
+
+def test_initial_weights_follow_from_the_seed():
+    one, same, other = (split(pf.create_model("pola_pvt_nano", rngs=nnx.Rngs(seed)))[1] for seed in (0, 0, 1))
+    jax.tree.map(np.testing.assert_array_equal, one, same)
+    assert (np.asarray(one["head"]["kernel"]) != np.asarray(other["head"]["kernel"])).all()
+    values = pf.weights.flatten(one)
+    assert (values["block3.0.mlp.fc1.kernel"] != values["block3.1.mlp.fc1.kernel"]).all()
+
+
+# --- windows
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 7])
+def test_relative_position_index(window):
+    index = pola_swin.relative_position_index(window)
+    places = list(itertools.product(range(window), repeat=2))
+    for i, j in itertools.product(range(window**2), repeat=2):
+        rows, columns = places[i][0] - places[j][0], places[i][1] - places[j][1]  # query minus key
+        assert index[i, j] == (rows + window - 1) * (2 * window - 1) + columns + window - 1
+
+
+@pytest.mark.parametrize("grid, window, shift", [(4, 2, 1), (6, 3, 1), (14, 7, 3), (12, 4, 2)])
+def test_shift_mask_separates_what_is_not_adjacent(grid, window, shift):
+    """Tokens of one window may see each other where the shift moved them by the same number of grids."""
+    place = np.indices((grid, grid)).reshape(2, -1).T  # where each token stands after the shift
+    wrapped = (place + shift) // grid  # how often each came around an edge, by row and column
+    of_window = np.stack(np.split(place // window, 2, axis=1), axis=-1).reshape(-1, 2) @ [grid // window, 1]
+    mask = pola_swin.shift_mask(grid, window, shift)
+    for i in range((grid // window) ** 2):
+        members = wrapped[of_window == i]
+        np.testing.assert_array_equal(mask[i], (members[:, None] != members[None]).any(-1))
+
+
+def test_windows_are_cut_and_joined():
+    x = noise(2, 36, 5)
+    cut = layers.partition_windows(x, 3, grid=6)
+    np.testing.assert_array_equal(cut[1], x[0].reshape(6, 6, 5)[:3, 3:].reshape(9, 5))
+    np.testing.assert_array_equal(layers.merge_windows(cut, 3, grid=6), x)
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    "family, arguments, messages",
+    [
+        ("pvt", {"img_size": 100}, ["img_size=100: expected a multiple of 32, such as 96 or 128"]),
+        ("swin", {"img_size": (32, 32)}, ["img_size=(32, 32): expected an integer"]),
+        ("pvt", {"depths": (1, 1, 1)}, ["depths=(1, 1, 1): expected four values"]),
+        ("swin", {"depths": (1, 0, 1, 1)}, ["depths[1]=0: expected an integer >= 1"]),
+        ("pvt", {"num_heads": (3, 2, 2, 2)}, ["num_heads[0]=3 does not divide the 8 channels"]),
+        ("pvt", {"num_heads": (8, 8, 12, 2)}, ["num_heads[0]=8 makes heads of 1 channels", "num_heads[2]=12"]),
+        ("pvt", {"attn_type": "LLM1"}, ["attn_type='LLM1': expected one letter of L, S"]),
+        ("pvt", {"attn_type": "LLLLL"}, ["attn_type='LLLLL'"]),
+        ("swin", {"attn_type": "LMSL"}, ["attn_type='LMSL': a number after the four letters"]),
+        ("swin", {"attn_type": "LLSL1"}, ["attn_type='LLSL1': a number after the four letters"]),
+        ("swin", {"attn_type": "LLXL"}, ["attn_type='LLXL': expected one letter of L, S, M"]),
+        ("pvt", {"la_sr_ratios": "3111"}, ["la_sr_ratios[0]=3 does not divide", "8x8", "choose one of 1, 2, 4, 8"]),
+        ("pvt", {"la_sr_ratios": "01"}, ["la_sr_ratios='01': expected one digit"]),
+        ("pvt", {"sr_ratios": (1, 3, 1, 1)}, ["sr_ratios[1]=3 does not divide"]),
+        ("swin", {"alpha": -1}, ["alpha=-1: expected a number >= 0"]),
+        ("swin", {"kernel_size": 4}, ["kernel_size=4: expected an odd number, such as 3 or 5"]),
+        ("pvt", {"drop_path_rate": 1.0}, ["drop_path_rate=1.0: expected a number in [0, 1)"]),
+        ("pvt", {"dtype": "float16"}, ["dtype='float16': expected one of bfloat16, float32, float64"]),
+        ("pvt", {"param_dtype": "float64"}, ["param_dtype=float64 needs jax.config.update('jax_enable_x64', True)"]),
+        (
+            "swin",
+            {"num_classes": -1, "alpha": None, "embed_dim": 2.5},
+            ["num_classes=-1", "alpha=None", "embed_dim=2.5"],
+        ),
+    ],
+    ids=str,
+)
+def test_constructors_say_what_is_wrong(family, arguments, messages):
+    with pytest.raises(ValueError) as error:
+        build(family, **arguments)
+    assert all(message in str(error.value) for message in messages), error.value
+
+
+def test_an_image_size_that_the_windows_cannot_take_is_refused_with_those_they_can():
+    with pytest.raises(ValueError) as error:
+        pf.create_model("pola_swin_t", img_size=128, rngs=nnx.Rngs(0))
+    message = str(error.value)
+    assert "stage 2 has 8x8 tokens and softmax_window_size=7" in message
+    assert "32, 64, 96, 224, 448" in message
+    sizes = [int(size) for size in message.split("can take: ")[1].split("; or")[0].split(", ")]
+    for size in sizes:
+        nnx.eval_shape(lambda size=size: pf.create_model("pola_swin_t", img_size=size, rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize(
+    "shape, dtype",
+    [
+        ((2, 3, 32, 32), "float32"),
+        ((2, 64, 64, 3), "float32"),
+        ((32, 32, 3), "float32"),
+        ((2, 32, 32, 3), "uint8"),
+    ],
+    ids=str,
+)
+def test_images_of_another_shape_or_type_are_refused(shape, dtype):
+    with pytest.raises(ValueError, match="images have (shape|type)"):
+        build("pvt")(jnp.zeros(shape, dtype))
+
+
+def test_names_of_models():
+    assert pf.list_models() == sorted(
+        [f"pola_pvt_{size}" for size in ("t", "s", "m", "b", "nano")]
+        + [f"pola_swin_{size}" for size in ("t", "s", "b", "b_384", "nano")]
+    )
+    with pytest.raises(ValueError, match="unknown model 'pola_swin_tiny'. Did you mean .*pola_swin_t"):
+        pf.create_model("pola_swin_tiny", rngs=nnx.Rngs(0))
+
+
+def test_arguments_of_models():
+    arguments = zoo.arguments("pola_swin_t", drop_path=0.4, kernel_size=3)
+    assert arguments["drop_path_rate"] == 0.4 and arguments["kernel_size"] == 3
+    assert arguments["alpha"] == 4 and arguments["window_size"] == 56 and arguments["depths"] == (2, 2, 6, 2)
+    with pytest.raises(TypeError):
+        arguments["alpha"] = 3
+    with pytest.raises(
+        ValueError, match="pola_pvt_t has no argument window_size; the arguments of PolaPVT are img_size"
+    ):
+        zoo.arguments("pola_pvt_t", window_size=7)
+    with pytest.raises(ValueError, match="two names for one rate"):
+        zoo.arguments("pola_pvt_t", drop_path=0.1, drop_path_rate=0.1)
