@@ -45,7 +45,7 @@ def defaults() -> ml_collections.ConfigDict:
     data.train_split = "train"
     data.eval_split = "validation"
     data.workers = 8  # processes that read, decode and augment; 0: in the training process itself
-    data.prefetch = 2  # batches that each worker keeps ready
+    data.prefetch = 1  # batches that each worker keeps ready (up to 2 * prefetch + 2 of each in memory)
     data.on_error = "stop"  # a record that cannot be decoded: "stop", or "skip" it and count it
 
     config.augment = augment = ml_collections.ConfigDict()
@@ -54,7 +54,7 @@ def defaults() -> ml_collections.ConfigDict:
     augment.flip = 0.5  # probability of a horizontal flip
 
     config.train = train = ml_collections.ConfigDict()
-    train.epochs = placeholder(float)  # exactly one of epochs and steps; the other stays None
+    train.epochs = placeholder(float)  # exactly one of epochs and steps; the other is None or 0
     train.steps = placeholder(int)
     train.batch_size = 1024  # examples per update, over all devices and hosts
     train.label_smoothing = 0.1
@@ -66,7 +66,7 @@ def defaults() -> ml_collections.ConfigDict:
     optimizer.b2 = 0.999
     optimizer.eps = 1e-8
     optimizer.weight_decay = 0.05
-    optimizer.clip_norm = placeholder(float)  # greatest global norm of the gradient; None: no clipping
+    optimizer.clip_norm = placeholder(float)  # greatest global norm of the gradient; None or inf: no clipping
 
     config.schedule = schedule = ml_collections.ConfigDict()
     schedule.name = "cosine"

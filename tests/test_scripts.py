@@ -13,7 +13,7 @@ import tensorstore as ts
 
 ROOT = Path(__file__).parent.parent
 TINY = (
-    "--config.train.epochs=None",
+    "--config.train.epochs=0",
     "--config.train.steps=40",
     "--config.train.batch_size=8",
     "--config.schedule.warmup=2.0",
@@ -84,8 +84,9 @@ def test_a_killed_training_goes_on_to_the_same_end_and_leaves_no_process(digits_
     one, two = parameters(straight, 40), parameters(broken, 40)
     assert one.keys() == two.keys() and len(one) > 50
     assert one == two
-    assert json.loads((straight / "eval.json").read_text())["accuracy"] == (
-        json.loads((broken / "eval.json").read_text())["accuracy"]
+    assert (
+        json.loads((straight / "eval.json").read_text())["accuracy"]
+        == (json.loads((broken / "eval.json").read_text())["accuracy"])
     )
 
 
@@ -134,9 +135,9 @@ def test_evaluating_what_is_not_there(tmp_path):
     assert ended.stderr.strip().endswith("is not the work directory of a training")
 
 
-def test_an_entry_script_imports_nothing_heavy():
+@pytest.mark.parametrize("script", ["train", "eval"])
+def test_an_entry_script_imports_nothing_heavy(script):
     """Processes that read data import the main script again."""
-    program = "import sys, train, eval\nprint([m for m in ('jax', 'flax', 'tensorflow', 'orbax') if m in sys.modules])"
+    program = f"import sys, {script}\nprint([m for m in ('jax', 'flax', 'tensorflow', 'orbax') if m in sys.modules])"
     ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert ended.stdout.strip() == "[]", ended.stderr
-
