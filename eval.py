@@ -2,6 +2,7 @@
 
     python eval.py --workdir runs/digits                                 # the best checkpoint of a training
     python eval.py --workdir runs/digits --checkpoint latest --predictions predictions.csv
+    python eval.py --workdir runs/digits --save_weights mine.safetensors
     python eval.py --config configs/digits.py --config.init.weights=mine.safetensors
 
 Prints the result as JSON, and writes it to WORKDIR/eval.json or where --json says.
@@ -18,9 +19,11 @@ CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file; without it, the config of the run in --workdir.", lock_config=True
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of a training.")
-CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "Which of its checkpoints: best, latest, or a step.")
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Which of its checkpoints: best, latest, or a step. [best]")
+DATA_DIR = flags.DEFINE_string("data_dir", None, "Where the data is now, if not where the config says.")
 JSON = flags.DEFINE_string("json", None, "File for the result. [WORKDIR/eval.json]")
 PREDICTIONS = flags.DEFINE_string("predictions", None, "File for a CSV table with one row an image.")
+SAVE_WEIGHTS = flags.DEFINE_string("save_weights", None, "File (.safetensors) for the weights that are evaluated.")
 
 
 def main(argv: list[str]) -> None:
@@ -32,8 +35,10 @@ def main(argv: list[str]) -> None:
         CONFIG.value,
         WORKDIR.value,
         checkpoint=CHECKPOINT.value,
+        data_dir=DATA_DIR.value,
         json_path=JSON.value,
         predictions_path=PREDICTIONS.value,
+        weights_path=SAVE_WEIGHTS.value,
     )
     print(json.dumps(result, indent=2))
 

@@ -27,7 +27,7 @@ def defaults() -> ml_collections.ConfigDict:
     model.img_size = 224  # pixels, square
     model.num_classes = 1000
     model.drop_path = placeholder(float)  # greatest rate of stochastic depth; None: the model's own
-    model.dtype = "bfloat16"  # of activations and matrix products: float32 or bfloat16
+    model.dtype = "bfloat16"  # of activations and matrix products: bfloat16, float32 (or float64)
     model.param_dtype = "float32"  # of stored parameters
     model.attn_type = placeholder(str)  # the rest: None leaves the model's own (see polaformer_jax/zoo.py)
     model.window_size = placeholder(int)  # Pola-Swin only
@@ -44,7 +44,8 @@ def defaults() -> ml_collections.ConfigDict:
     data.data_dir = "data"
     data.train_split = "train"
     data.eval_split = "validation"
-    data.workers = 8  # processes that read, decode and augment; 0: in the training process itself
+    # Processes that read, decode and augment, and as many again for evaluation; 0: in the training process itself.
+    data.workers = 8
     data.prefetch = 1  # batches that each worker keeps ready (up to 2 * prefetch + 2 of each in memory)
     data.on_error = "stop"  # a record that cannot be decoded: "stop", or "skip" it and count it
 
@@ -54,7 +55,7 @@ def defaults() -> ml_collections.ConfigDict:
     augment.flip = 0.5  # probability of a horizontal flip
 
     config.train = train = ml_collections.ConfigDict()
-    train.epochs = placeholder(float)  # exactly one of epochs and steps; the other is None or 0
+    train.epochs = placeholder(float)  # exactly one of epochs and steps; the other is None
     train.steps = placeholder(int)
     train.batch_size = 1024  # examples per update, over all devices and hosts
     train.label_smoothing = 0.1
@@ -66,7 +67,7 @@ def defaults() -> ml_collections.ConfigDict:
     optimizer.b2 = 0.999
     optimizer.eps = 1e-8
     optimizer.weight_decay = 0.05
-    optimizer.clip_norm = placeholder(float)  # greatest global norm of the gradient; None or inf: no clipping
+    optimizer.clip_norm = placeholder(float)  # greatest global norm of the gradient; None: no clipping
 
     config.schedule = schedule = ml_collections.ConfigDict()
     schedule.name = "cosine"
@@ -119,7 +120,8 @@ def parse_arg(arg: str | None, *, models: Sequence[str], **options):
     for item in items:
         key, equals, text = item.partition("=")
         if not equals or key not in options:
-            raise UserError(f"unknown config option {item!r}; the options are {', '.join(f'{o}=' for o in options)}")
+            known = ", ".join(f"{option}=" for option in options) or "none"
+            raise UserError(f"unknown config option {item!r}; the options are: {known}")
         try:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError):

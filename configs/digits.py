@@ -29,7 +29,6 @@ def get_config(arg=None):
 
     config.train.epochs = arg.epochs
     config.train.batch_size = 64
-    config.train.label_smoothing = 0.1
 
     config.optimizer.lr = 1e-3
     config.optimizer.lr_base_batch = 64

@@ -4,18 +4,21 @@
 
 Models: t, s, m, b. Published top-1 (the paper, not measured here): t 78.8 %, s 81.9 %; m and b are not published.
 These are the official numbers for model, crop, flip, loss, optimizer and schedule. The batches are those of the
-official launch on 8 devices: t 1024, s 512, m 512, b 256. Options: `epochs=`.
+official launch on 8 devices: t 1024, s 512, m 512, b 256. Options: `img_size=`, a multiple of 32 (evaluation resizes in
+proportion).
 """
 
 from configs.defaults import defaults, parse_arg
 
 
 def get_config(arg=None):
-    arg = parse_arg(arg, models=("t", "s", "m", "b"), epochs=300.0)
+    arg = parse_arg(arg, models=("t", "s", "m", "b"), img_size=224)
     config = defaults()
     config.model.name = f"pola_pvt_{arg.model}"
+    config.model.img_size = config.eval.crop = arg.img_size
+    config.eval.resize = round(arg.img_size * 256 / 224)
 
-    config.train.epochs = arg.epochs
+    config.train.epochs = 300.0
     config.train.batch_size = {"t": 1024, "s": 512, "m": 512, "b": 256}[arg.model]
     config.optimizer.lr = 5e-4
     config.optimizer.weight_decay = 0.05

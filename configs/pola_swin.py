@@ -5,19 +5,19 @@
 Models: t, s, b, b_384. Published top-1 (the paper, not measured here): t 82.6 %, s 83.6 %, b 83.8 %; b_384 is not
 published. These are the official numbers for model, crop, flip, loss, optimizer and schedule. The batches are those of
 the official launch on 8 devices: t and s 1024, b 512, b_384 256. b_384 is meant to start from trained weights
-(`--config.init.weights`). Options: `epochs=` (default: 300, b_384 30).
+(`--config.init.weights`). No options.
 """
 
 from configs.defaults import defaults, parse_arg
 
 
 def get_config(arg=None):
-    arg = parse_arg(arg, models=("t", "s", "b", "b_384"), epochs=0.0)
+    arg = parse_arg(arg, models=("t", "s", "b", "b_384"))
     fine_tune = arg.model == "b_384"
     config = defaults()
     config.model.name = f"pola_swin_{arg.model}"
 
-    config.train.epochs = arg.epochs or (30.0 if fine_tune else 300.0)
+    config.train.epochs = 30.0 if fine_tune else 300.0
     config.train.batch_size = {"t": 1024, "s": 1024, "b": 512, "b_384": 256}[arg.model]
     config.optimizer.lr = 5e-4
     config.optimizer.weight_decay = 0.05

@@ -61,6 +61,7 @@ def linear(features_in: int, features_out: int, *, use_bias: bool = True, dtype,
         features_out,
         use_bias=use_bias,
         kernel_init=normal_init,
+        bias_init=zeros_init,
         dtype=dtype,
         param_dtype=param_dtype,
         rngs=rngs,
@@ -70,13 +71,29 @@ def linear(features_in: int, features_out: int, *, use_bias: bool = True, dtype,
 def layer_norm(features: int, *, epsilon: float, dtype, param_dtype, rngs) -> nnx.LayerNorm:
     """LayerNorm with statistics in at least float32; two passes, for E[x²] - E[x]² cancels."""
     return nnx.LayerNorm(
-        features, epsilon=epsilon, use_fast_variance=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        features,
+        epsilon=epsilon,
+        use_fast_variance=False,
+        scale_init=ones_init,
+        bias_init=zeros_init,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=rngs,
     )
 
 
 def table(shape: tuple[int, ...], *, param_dtype, rngs) -> nnx.Param:
     """A position table with the official initial values, normal(0.02)."""
     return nnx.Param(normal_init(rngs.params(), shape, param_dtype))
+
+
+def zeros_init(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
+    # From NumPy, as `jnp.zeros` compiles a program for each shape.
+    return jnp.asarray(np.zeros(shape, dtype))
+
+
+def ones_init(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
+    return jnp.asarray(np.ones(shape, dtype))
 
 
 def normal_init(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:

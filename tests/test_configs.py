@@ -4,14 +4,14 @@ import importlib
 import json
 from pathlib import Path
 
-import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-import polaformer_jax as pf
 from configs.defaults import defaults, parse_arg
+from polaformer_jax import weights
 from polaformer_jax.errors import UserError
 from polaformer_jax.training.checks import check_config
+from polaformer_jax.training.experiment import build_model
 from polaformer_jax.training.workdir import as_json
 
 GOLDEN = Path(__file__).parent / "golden/configs"
@@ -41,17 +41,20 @@ def test_config_can_work_and_names_a_model(file, model):
     config = resolve(file, model)
     check_config(config)
     assert config.is_locked
-    built = nnx.eval_shape(
-        lambda: pf.create_model(
-            config.model.name,
-            num_classes=config.model.num_classes,
-            img_size=config.model.img_size,
-            drop_path=config.model.drop_path,
-            dtype=jnp.dtype(config.model.dtype),
-            rngs=nnx.Rngs(0),
-        )
-    )
-    assert isinstance(built, nnx.Module)
+    model = nnx.eval_shape(lambda: build_model(config.model, nnx.Rngs(0)))
+    assert model.img_size == config.model.img_size
+
+
+def test_architecture_can_be_overridden():
+    config = resolve("pola_swin", "t")
+    config.model.alpha = 7.0
+    config.model.attn_type = "LLLL"
+    config.model.window_size = 28
+    config.model.kernel_size = 3
+    params = nnx.to_pure_dict(nnx.split(nnx.eval_shape(lambda: build_model(config.model, nnx.Rngs(0))))[1])
+    names = weights.flatten(params)
+    assert names["layers.0.blocks.0.attn.positional_encoding"].shape == (1, 28 * 28, 96)
+    assert names["layers.3.blocks.0.attn.dwc.kernel"].shape[:2] == (3, 3)
 
 
 @pytest.mark.parametrize("file", CONFIGS)
@@ -59,21 +62,23 @@ def test_the_first_model_is_the_default(file):
     assert str(resolve(file, None)) == str(resolve(file, CONFIGS[file][0]))
 
 
-def test_every_docstring_has_the_launch_command():
+def test_every_docstring_has_the_launch_command_and_what_is_published():
     for file in CONFIGS:
-        assert f"--config configs/{file}.py" in importlib.import_module(f"configs.{file}").__doc__
+        text = importlib.import_module(f"configs.{file}").__doc__
+        assert f"--config configs/{file}.py" in text
+        assert "published" in text.lower()
 
 
 def test_options_follow_the_model():
     assert resolve("digits", "swin,epochs=3").train.epochs == 3.0
-    assert resolve("pola_pvt", "epochs=2.5").train.epochs == 2.5
+    assert resolve("pola_pvt", "s,img_size=448").eval.resize == 512
 
 
 @pytest.mark.parametrize(
     "arg, message",
     [
         ("huge", "no model 'huge'; it has pvt, swin"),
-        ("pvt,epoch=3", "unknown config option 'epoch=3'; the options are epochs="),
+        ("pvt,epoch=3", "unknown config option 'epoch=3'; the options are: epochs="),
         ("pvt,epochs", "unknown config option 'epochs'"),
         ("pvt,epochs=many", "epochs=many is not of type float"),
     ],
@@ -97,6 +102,9 @@ def test_all_problems_are_reported_at_once():
     config.data.on_error = "shrug"
     config.train.batch_size = 0
     config.model.dtype = "float16"
+    config.optimizer.clip_norm = 0.0
+    config.optimizer.b1 = 1.5
+    config.eval.every = float("inf")
     with pytest.raises(UserError) as error:
         check_config(config)
     text = str(error.value)
@@ -107,6 +115,9 @@ def test_all_problems_are_reported_at_once():
         "data.on_error='shrug': it is one of stop, skip",
         "train.batch_size=0: it must be positive",
         "model.dtype='float16': it is one of bfloat16, float32",
+        "optimizer.clip_norm=0.0: it must be positive, or None",
+        "optimizer.b1=1.5: it must be in [0, 1)",
+        "eval.every=inf: it must be positive and finite",
     ):
         assert expected in text
 

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.golden_models import FOLDER, FULL, build_full, float32_tolerance, images, relative_error
-
-NAMES = [pytest.param(name, marks=() if name in ("pola_pvt_t", "pola_swin_t") else pytest.mark.slow) for name in FULL]
+from tests.golden_models import FOLDER, FULL, QUICK, build_full, float32_tolerance, images, relative_error
 
 
-def run(name, dtype):
+def names(*quick: str) -> list:
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in FULL]
+
+
+def run(name, dtype, options):
     graphdef, params = build_full(name, dtype)
     x = images(1, FULL[name]["img_size"], dtype)
 
@@ -20,18 +22,18 @@ def run(name, dtype):
         pooled = model.pooled(x)
         return pooled, model.head(pooled)
 
-    return jax.jit(both)(params)
+    return jax.jit(both, compiler_options=options)(params)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", names("pola_pvt_t", "pola_swin_t"))
 def test_float64(name, x64):
     golden = np.load(FOLDER / "full.npz")
-    pooled, logits = run(name, jnp.float64)
+    pooled, logits = run(name, jnp.float64, QUICK)
     assert relative_error(pooled, golden[f"{name}/features"]) < 1e-9
     assert relative_error(logits, golden[f"{name}/logits"]) < 1e-9
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", names("pola_pvt_t"))
 def test_float32(name):
-    _, logits = run(name, jnp.float32)
+    _, logits = run(name, jnp.float32, {})
     assert relative_error(logits, np.load(FOLDER / "full.npz")[f"{name}/logits"]) < float32_tolerance(FULL[name])

@@ -2,9 +2,11 @@
 
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import tensorstore as ts
 
 ROOT = Path(__file__).parent.parent
 TINY = (
-    "--config.train.epochs=0",
+    "--config.train.epochs=None",
     "--config.train.steps=40",
     "--config.train.batch_size=8",
     "--config.schedule.warmup=2.0",
@@ -54,10 +56,11 @@ def parameters(workdir, step):
     """All parameters of a checkpoint as bytes, read without this project's code."""
     spec = {"driver": "ocdbt", "base": f"file://{workdir}/checkpoints/{step}/params/"}
     store = ts.KvStore.open(spec).result()
-    keys = sorted(key for key in store.list().result() if b"/c/" not in key)
+    keys = sorted(store.list().result())
     return {key: store.read(key).result().value for key in keys}
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_to_the_same_end_and_leaves_no_process(digits_dir, tmp_path):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     done = subprocess.run(train_command(digits_dir, straight), cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -94,7 +97,12 @@ def test_a_killed_training_goes_on_to_the_same_end_and_leaves_no_process(digits_
     "arguments, message",
     [
         (["--config=configs/digits.py", "--config.optimizer.learning_rate=1"], "learning_rate"),
-        (["--config=configs/digits.py:pvt,epoch=3"], "unknown config option 'epoch=3'; the options are epochs="),
+        (["--config=configs/digits.py:pvt,epoch=3"], "unknown config option 'epoch=3'; the options are: epochs="),
+        (["--config=configs/none.py", "--config.seed=1"], "No such file"),
+        (["--config=configs/none.py"], "No such file"),
+        (["--config=configs/defaults.py"], "no get_config"),
+        (["--config=configs/digits.py", "--config.augment.crop_area[7]=0.5"], "there is no field"),
+        (["--config=configs/digits.py", "--config.seed=None"], "--config.seed=None: this field must have a value"),
         (["--config=configs/digits.py:resnet"], "no model 'resnet'; it has pvt, swin"),
         (["--config=configs/digits.py", "--config.train.steps=5"], "exactly one of them must be given"),
         (["--config=configs/digits.py"], "python -m polaformer_jax.data.prepare sklearn_digits --data-dir"),
@@ -106,7 +114,7 @@ def test_bad_input_ends_with_one_message_and_a_status(arguments, message, tmp_pa
     if any(argument.startswith("--config=") for argument in arguments):
         arguments = [*arguments, f"--config.data.data_dir={tmp_path}/empty"]
     ended = run("train.py", *arguments, "--workdir", tmp_path / "run")
-    assert ended.returncode not in (0, -9)
+    assert ended.returncode == 1
     assert message in ended.stderr + ended.stdout
     assert "Traceback" not in ended.stderr
     assert not (tmp_path / "run").exists()
@@ -132,7 +140,33 @@ def test_an_image_size_that_the_windows_cannot_take(digits_dir, tmp_path):
 def test_evaluating_what_is_not_there(tmp_path):
     ended = run("eval.py", "--workdir", tmp_path)
     assert ended.returncode == 1
-    assert ended.stderr.strip().endswith("is not the work directory of a training")
+    assert ended.stderr.strip().endswith("one just begun")
+
+
+def test_progress_on_a_terminal_is_a_bar():
+    program = """
+import time
+from polaformer_jax.training.progress import Progress
+with Progress(total=3, start=1) as progress:
+    progress.step()
+    progress.report(2, {"loss": 1.25, "images_per_second": 10.0, "skipped": 0})
+    progress.step()
+"""
+    terminal, process_side = pty.openpty()
+    termios.tcsetwinsize(process_side, (24, 100))
+    with subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdin=process_side, stderr=process_side
+    ) as process:
+        os.close(process_side)
+        shown = b""
+        try:
+            while part := os.read(terminal, 4096):
+                shown += part
+        except OSError:  # the other side has closed
+            pass
+    os.close(terminal)
+    assert process.returncode == 0
+    assert b"3/3" in shown and b"step/s" in shown
 
 
 @pytest.mark.parametrize("script", ["train", "eval"])

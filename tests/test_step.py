@@ -12,6 +12,7 @@ import polaformer_jax as pf
 from polaformer_jax.training import sharding
 from polaformer_jax.training.step import TrainState, make_eval_step, make_train_step, purpose_key
 from polaformer_jax.training.tasks import ImageClassification
+from tests.golden_models import QUICK
 
 TASK = ImageClassification(10, label_smoothing=0.1)
 OPTIMIZER = optax.adamw(1e-3)
@@ -21,15 +22,21 @@ def rate(step):
     return jnp.asarray(1e-3)
 
 
+def small(**types):
+    return pf.create_model(
+        "pola_pvt_nano", num_classes=10, depths=(1, 1, 1, 1), drop_path=0.2, rngs=nnx.Rngs(0), **types
+    )
+
+
 @pytest.fixture(scope="module")
 def model():
-    graphdef, params = nnx.split(pf.create_model("pola_pvt_nano", num_classes=10, drop_path=0.2, rngs=nnx.Rngs(0)))
+    graphdef, params = nnx.split(small())
     return graphdef, nnx.to_pure_dict(params)
 
 
 @pytest.fixture(scope="module")
 def step(model):
-    return jax.jit(make_train_step(model[0], TASK, OPTIMIZER, rate=rate, seed=0))
+    return jax.jit(make_train_step(model[0], TASK, OPTIMIZER, rate=rate, seed=0), compiler_options=QUICK)
 
 
 def state_of(params, step=0):
@@ -98,6 +105,18 @@ def test_randomness_is_a_function_of_the_step(model, step):
 def test_keys_differ_by_seed_and_step():
     keys = [jax.random.key_data(purpose_key(seed, step, "dropout")).tolist() for seed in (0, 1) for step in (0, 1)]
     assert len({tuple(key) for key in keys}) == 4
+
+
+def test_bfloat16_keeps_parameters_loss_and_gradients_in_float32(model):
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: small(dtype=jnp.bfloat16)))
+    step = jax.jit(make_train_step(graphdef, TASK, OPTIMIZER, rate=rate, seed=0), compiler_options=QUICK)
+    state, losses = state_of(model[1]), []
+    for _ in range(5):
+        state, sums = step(state, batch_of())
+        losses.append(float(sums["loss"][0] / sums["loss"][1]))
+    assert sums["loss"][0].dtype == sums["grad_norm"][0].dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+    assert losses[-1] < losses[0]
 
 
 def test_the_logged_rate_and_norm_are_those_of_the_step(model, step):

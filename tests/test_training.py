@@ -2,14 +2,16 @@
 
 import csv
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from configs.digits import get_config
-from polaformer_jax import weights
+from polaformer_jax.data import sources
 from polaformer_jax.errors import UserError
 from polaformer_jax.training import evaluation, loop, report
 from polaformer_jax.training.checkpoints import Checkpoints
@@ -34,9 +36,13 @@ def config_of(digits_dir, **changes):
     return config
 
 
+def checkpoints_of(workdir):
+    return Checkpoints(workdir / "checkpoints", keep_last=1, best_metric="accuracy", read_only=True)
+
+
 def final_params(config, workdir):
     experiment = Experiment(config)
-    with Checkpoints(workdir / "checkpoints", keep_last=1, best_metric="accuracy", read_only=True) as checkpoints:
+    with checkpoints_of(workdir) as checkpoints:
         params, step = checkpoints.restore_params(experiment.abstract_params, "latest")
     assert step == experiment.length.total
     return params
@@ -66,9 +72,15 @@ def test_scalars_are_written_for_tensorboard(finished):
 
 def test_the_latest_and_the_best_checkpoints_are_kept(finished):
     config, workdir, result = finished
-    with Checkpoints(workdir / "checkpoints", keep_last=1, best_metric="accuracy", read_only=True) as checkpoints:
+    with checkpoints_of(workdir) as checkpoints:
         assert set(checkpoints.steps()) == {6, 8, result.step}
         assert checkpoints.best() == result.step
+
+
+def test_the_parameters_are_listed_in_tensorboard(finished):
+    events = EventAccumulator(str(finished[1])).Reload()
+    name = next(tag for tag in events.Tags()["tensors"] if tag.startswith("parameters"))
+    assert b"head/kernel" in events.Tensors(name)[0].tensor_proto.string_val[0]
 
 
 def test_pictures_are_drawn(finished):
@@ -93,22 +105,121 @@ def test_evaluating_the_work_directory_gives_the_same_numbers(finished, tmp_path
     assert written["step"] == result.step
     assert written["accuracy"] == result.evaluation.metrics["accuracy"]
     assert json.loads((tmp_path / "e.json").read_text()) == written
+    assert json.loads((workdir / "eval.json").read_text()).keys() == written.keys()
     table = list(csv.DictReader(rows.read_text().splitlines()))
     assert len(table) == 360
     assert np.mean([int(row["correct"]) for row in table]) == pytest.approx(written["accuracy"])
     assert len({row["record"] for row in table}) == 360
 
 
-def test_weights_written_to_a_file_evaluate_the_same(finished, tmp_path):
+def test_saved_weights_evaluate_the_same(finished, tmp_path):
     config, workdir, result = finished
-    experiment = Experiment(config)
-    with Checkpoints(workdir / "checkpoints", keep_last=1, best_metric="accuracy", read_only=True) as checkpoints:
-        params, _ = checkpoints.restore_params(experiment.abstract_params, "best")
-    weights.save_weights(params, tmp_path / "w.safetensors")
+    file = tmp_path / "w.safetensors"
+    evaluation.evaluate(None, workdir, json_path=tmp_path / "e.json", weights_path=file)
     config = config.copy_and_resolve_references()
-    config.init.weights = str(tmp_path / "w.safetensors")
-    written = evaluation.evaluate(config, None)
-    assert written["loss"] == result.evaluation.metrics["loss"]
+    config.init.weights = str(file)
+    assert evaluation.evaluate(config, None)["loss"] == result.evaluation.metrics["loss"]
+
+
+def test_a_training_starts_from_weights(finished, tmp_path):
+    config, workdir, _ = finished
+    file = tmp_path / "w.safetensors"
+    evaluation.evaluate(None, workdir, json_path=tmp_path / "e.json", weights_path=file)
+    config = config.copy_and_resolve_references()
+    config.init.weights = str(file)
+    experiment = Experiment(config)
+    trained, _ = checkpoints_of(workdir).restore_params(experiment.abstract_params, "best")
+    jax.tree.map(np.testing.assert_array_equal, experiment.initial_state().params, trained)
+
+
+def test_a_work_directory_is_evaluated_by_its_checkpoint_wherever_it_began(finished, tmp_path):
+    config, workdir, result = finished
+    config = config.copy_and_resolve_references()
+    config.init.weights = "not/there.safetensors"
+    written = evaluation.evaluate(config, workdir, checkpoint="latest", json_path=tmp_path / "e.json")
+    assert written["step"] == 8
+    assert "weights" not in written
+
+
+def test_evaluation_does_not_need_the_devices_of_the_training(finished, tmp_path):
+    config, workdir, result = finished
+    stored = workdir / "config.json"
+    text = stored.read_text()
+    changed = json.loads(text)
+    changed["mesh"]["data"] = 512
+    changed["train"]["batch_size"] = 513
+    stored.write_text(json.dumps(changed))
+    try:
+        written = evaluation.evaluate(None, workdir, json_path=tmp_path / "e.json")
+    finally:
+        stored.write_text(text)
+    assert written["accuracy"] == result.evaluation.metrics["accuracy"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"checkpoint": "999"}, r"no checkpoint 999; it has the steps \[\d"),
+        ({"checkpoint": "newest"}, "it is best, latest or a step"),
+        ({"json_path": "."}, "is a folder: name a file"),
+        ({"predictions_path": "."}, "is a folder: name a file"),
+        ({"weights_path": "w.pth"}, "written as .safetensors"),
+        ({"data_dir": "nowhere"}, "is not prepared below nowhere"),
+    ],
+)
+def test_requests_that_cannot_be_met(finished, arguments, message):
+    with pytest.raises(UserError, match=message):
+        evaluation.evaluate(None, finished[1], **arguments)
+
+
+def test_another_model_than_the_one_trained_is_refused(finished):
+    config, workdir, _ = finished
+    config = config.copy_and_resolve_references()
+    config.model.alpha = 1.0
+    with pytest.raises(UserError, match="model.alpha: None there, 1.0 now"):
+        evaluation.evaluate(config, workdir)
+
+
+class Unreadable:
+    """A source whose records at some indices are no images."""
+
+    def __init__(self, source, bad):
+        self._source, self._bad = source, bad
+        self.name, self.num_classes, self.class_names = source.name, source.num_classes, source.class_names
+
+    def __len__(self):
+        return len(self._source)
+
+    def __getitem__(self, index):
+        record = self._source[index]
+        return {**record, "image": b"no image"} if index in self._bad else record
+
+    def describe(self, index):
+        return self._source.describe(index)
+
+
+def test_images_that_cannot_be_decoded_are_skipped_and_counted(digits_dir, tmp_path, monkeypatch):
+    opened, bad = sources.open_source, range(0, 1437, 5)
+    monkeypatch.setattr(sources, "open_source", lambda data, split: Unreadable(opened(data, split), bad))
+    config = config_of(digits_dir, **{"data.on_error": "skip"})
+    result = loop.train(config, tmp_path)
+    assert (result.evaluation.counted, result.evaluation.skipped) == (288, 72)
+    assert "skipped        72 images" in report.describe(result, tmp_path)
+    stream = Experiment(config).train_batches(0)
+    expected = sum(int((~next(stream)["mask"]).sum()) for _ in range(8))
+    stream.close()
+    assert read_scalars(tmp_path)["skipped"][1].sum() == expected > 0
+    evaluation.evaluate(None, tmp_path, predictions_path=tmp_path / "out.csv")
+    row = list(csv.DictReader((tmp_path / "out.csv").read_text().splitlines()))[100]
+    assert row["label"] and not row["prediction"] and not row["correct"]
+
+
+def test_nothing_that_can_be_decoded(digits_dir, monkeypatch):
+    opened = sources.open_source
+    monkeypatch.setattr(sources, "open_source", lambda data, split: Unreadable(opened(data, split), range(2000)))
+    experiment = Experiment(config_of(digits_dir, **{"data.on_error": "skip"}))
+    with evaluation.Evaluator(experiment) as evaluator, pytest.raises(UserError, match="none of the 360 examples"):
+        evaluator(experiment.initial_params())
 
 
 def test_a_finished_run_evaluates_again_and_trains_no_more(finished):
@@ -118,24 +229,52 @@ def test_a_finished_run_evaluates_again_and_trains_no_more(finished):
     assert read_scalars(workdir)["loss"][0].tolist() == [2, 4, 6, 8]
 
 
-def test_a_stopped_run_goes_on_to_the_same_end(finished, digits_dir, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def stopped(finished, tmp_path_factory):
+    """A work directory whose training was cut off after five of its eight steps."""
+
     class Stopped(Exception):
         pass
 
+    def step(progress, taken=[]):  # noqa: B006  counts its calls
+        taken.append(1)
+        if len(taken) == 5:
+            raise Stopped
+
+    workdir = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(loop.Progress, "step", step)
+        loop.train(finished[0], workdir)
+    with checkpoints_of(workdir) as checkpoints:
+        assert checkpoints.steps() == [3, 4]
+    return workdir
+
+
+def test_a_stopped_run_goes_on_to_the_same_end(finished, stopped, tmp_path):
     config, straight, _ = finished
-    with monkeypatch.context() as patch:
-        taken = []
-
-        def until_five(progress):
-            taken.append(1)
-            if len(taken) == 5:
-                raise Stopped
-
-        patch.setattr(loop.Progress, "step", until_five)
-        with pytest.raises(Stopped):
-            loop.train(config, tmp_path)
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
     loop.train(config, tmp_path)
     jax.tree.map(np.testing.assert_array_equal, final_params(config, straight), final_params(config, tmp_path))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoints(finished, stopped, tmp_path, monkeypatch):
+    config, _, _ = finished
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    restore = Checkpoints.restore
+
+    def poisoned(checkpoints, abstract):
+        state = restore(checkpoints, abstract)
+        state.params["head"]["bias"] = state.params["head"]["bias"] * np.nan
+        return state
+
+    monkeypatch.setattr(Checkpoints, "restore", poisoned)
+    with pytest.raises(loop.NonFiniteError, match=r"step 4: loss nan, gradient norm nan"):
+        loop.train(config, tmp_path)
+    monkeypatch.undo()
+    with checkpoints_of(tmp_path) as checkpoints:
+        assert checkpoints.steps() == [3, 4]
+        restored = checkpoints.restore(Experiment(config).abstract_state)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restored.params))
 
 
 def test_another_seed_is_another_run(finished):
@@ -144,17 +283,6 @@ def test_another_seed_is_another_run(finished):
     other.seed = 1
     with pytest.raises(UserError, match="seed: 0 there, 1 now"):
         loop.train(other, workdir)
-
-
-def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoints(digits_dir, tmp_path):
-    config = config_of(digits_dir, **{"optimizer.lr": 1e30, "optimizer.clip_norm": None, "schedule.warmup": 0.0})
-    config.checkpoint.every_steps = 1
-    with pytest.raises(loop.NonFiniteError, match=r"step \d: loss (nan|inf|-inf)"):
-        loop.train(config, tmp_path)
-    with Checkpoints(tmp_path / "checkpoints", keep_last=1, best_metric="accuracy", read_only=True) as checkpoints:
-        assert checkpoints.steps()
-        restored = checkpoints.restore(Experiment(config).abstract_state)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restored.params))
 
 
 def test_wrong_number_of_classes(digits_dir):
@@ -167,9 +295,18 @@ def test_a_model_that_cannot_be(digits_dir):
         Experiment(config_of(digits_dir, **{"model.name": "pola_pvt_nona"}))
 
 
-def test_a_batch_that_does_not_divide_over_the_devices(digits_dir):
-    with pytest.raises(UserError, match="train.batch_size=12 cannot be split evenly over 8 devices"):
-        Experiment(config_of(digits_dir, **{"train.batch_size": 12}))
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"train.batch_size": 12}, "train.batch_size=12 cannot be split evenly over 8 devices"),
+        ({"data.train_split": "trian"}, "trian"),
+        ({"schedule.warmup": 50.0}, "8 steps and 50 steps of warm-up"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is_written(digits_dir, tmp_path, change, message):
+    with pytest.raises(UserError, match=message):
+        loop.train(config_of(digits_dir, **change), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_nothing_to_evaluate(digits_dir, tmp_path):
@@ -177,11 +314,13 @@ def test_nothing_to_evaluate(digits_dir, tmp_path):
         evaluation.evaluate(None, None)
     with pytest.raises(UserError, match="no weights"):
         evaluation.evaluate(config_of(digits_dir), None)
-    with pytest.raises(UserError, match="not the work directory of a training"):
+    with pytest.raises(UserError, match="--checkpoint=best needs --workdir"):
+        evaluation.evaluate(config_of(digits_dir, **{"init.weights": "w"}), None, checkpoint="best")
+    with pytest.raises(UserError, match="has no checkpoints"):
         evaluation.evaluate(None, tmp_path)
 
 
-def test_a_dry_run_tells_and_writes_nothing(digits_dir, tmp_path):
+def test_a_dry_run_tells(digits_dir):
     text = report.describe_dry(Experiment(config_of(digits_dir)))
     for part in ('"name": "pola_pvt_nano"', "head/kernel", "Total: ", "uint8 (16, 32, 32, 3)", "temporary"):
         assert part in text

@@ -21,7 +21,7 @@ def test_the_config_is_kept(tmp_path):
 def test_the_same_run_may_come_back_elsewhere_and_log_otherwise(tmp_path):
     config = get_config()
     with claim(tmp_path, config):
-        pass
+        (tmp_path / "checkpoints/10").mkdir(parents=True)
     config.data.workers = 7
     config.data.data_dir = "/elsewhere"
     config.mesh.data = 2
@@ -35,12 +35,39 @@ def test_the_same_run_may_come_back_elsewhere_and_log_otherwise(tmp_path):
 def test_another_run_is_refused_with_the_differences(tmp_path):
     config = get_config()
     with claim(tmp_path, config):
-        pass
+        (tmp_path / "checkpoints/10").mkdir(parents=True)
     config.optimizer.lr = 0.5
     config.seed = 1
     with pytest.raises(UserError) as error, claim(tmp_path, config):
         pass
     assert "  optimizer.lr: 0.001 there, 0.5 now\n  seed: 0 there, 1 now\n" in str(error.value)
+
+
+def test_a_mended_config_is_welcome_while_there_is_no_checkpoint(tmp_path):
+    config = get_config()
+    with claim(tmp_path, config):
+        pass
+    config.data.train_split = "mended"
+    with claim(tmp_path, config):
+        assert read_config(tmp_path).data.train_split == "mended"
+
+
+def test_a_run_older_than_a_field_has_its_default(tmp_path):
+    config = get_config()
+    with claim(tmp_path, config):
+        (tmp_path / "checkpoints/10").mkdir(parents=True)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    del stored["model"]["alpha"], stored["checkpoint"]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    assert read_config(tmp_path).model.alpha is None
+    with claim(tmp_path, config):
+        pass
+
+
+def test_a_damaged_config_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"model": {')
+    with pytest.raises(UserError, match="config.json is damaged"):
+        read_config(tmp_path)
 
 
 def test_two_trainings_at_once_are_refused(tmp_path):

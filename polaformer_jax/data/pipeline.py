@@ -144,7 +144,7 @@ class _Load:
             if self._transform.on_error == "stop":
                 raise UserError(f"{name}: {error}") from error
             logging.warning("skipped %s: %s", name, error)
-            return self._transform.blank(record.get("label", 0))
+            return self._transform.blank(record.get("label", -1))  # -1: not even that is known
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
         except (Exception, SystemExit) as error:

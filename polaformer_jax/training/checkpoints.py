@@ -3,9 +3,9 @@
 A step's folder holds two items, `params` and `optimizer` (with the step), so that evaluation reads the first alone.
 """
 
+import math
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
@@ -43,7 +43,8 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=("params", "optimizer"))
 
     def _score(self, metrics: dict[str, float]) -> float:
-        return self._sign * metrics[self._metric]
+        score = self._sign * metrics[self._metric]
+        return score if math.isfinite(score) else -math.inf
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -116,8 +117,3 @@ class Checkpoints:
             raise UserError(f"{self.directory} has no checkpoint {which!r}; it has the steps {self.steps()}")
         items = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
         return self._manager.restore(step, args=items)["params"], step
-
-
-def with_shardings(abstract: Any, sharding: jax.sharding.Sharding) -> Any:
-    """The tree of shapes and dtypes, every leaf to be placed by `sharding`."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract)

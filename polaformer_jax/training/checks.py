@@ -1,22 +1,25 @@
 """Looks a config through before anything is built: every problem is found, all are reported at once."""
 
+import math
+
 import jax
 
 from polaformer_jax.errors import UserError
+from polaformer_jax.training.checkpoints import GREATER_IS_BETTER
 
 CHOICES = {
     "task.name": ("image",),
-    "data.source": ("tfds",),
     "data.on_error": ("stop", "skip"),
     "model.dtype": ("bfloat16", "float32", "float64"),
     "model.param_dtype": ("float32", "float64"),
     "schedule.name": ("cosine",),
-    "checkpoint.best_metric": ("accuracy", "loss"),
+    "checkpoint.best_metric": tuple(GREATER_IS_BETTER),
 }
 POSITIVE = (
     "model.img_size",
     "train.batch_size",
     "optimizer.lr_base_batch",
+    "optimizer.eps",
     "eval.every",
     "eval.batch_size",
     "checkpoint.every_steps",
@@ -49,13 +52,20 @@ def check_config(config) -> None:
     for field, choices in CHOICES.items():
         if value(field) not in choices:
             problems.append(f"{field}={value(field)!r}: it is one of {', '.join(choices)}")
-    problems += [f"{field}={value(field)}: it must be positive" for field in POSITIVE if not value(field) > 0]
-    problems += [f"{field}={value(field)}: it must not be negative" for field in NOT_NEGATIVE if not value(field) >= 0]
+    for fields, fits, text in (
+        (POSITIVE, lambda number: 0 < number < math.inf, "it must be positive and finite"),
+        (NOT_NEGATIVE, lambda number: 0 <= number < math.inf, "it must not be negative, and finite"),
+        (("optimizer.b1", "optimizer.b2"), lambda number: 0 <= number < 1, "it must be in [0, 1)"),
+    ):
+        problems += [f"{field}={value(field)}: {text}" for field in fields if not fits(value(field))]
+    if config.optimizer.clip_norm is not None and not config.optimizer.clip_norm > 0:
+        problems.append(f"optimizer.clip_norm={config.optimizer.clip_norm}: it must be positive, or None")
 
-    if bool(config.train.epochs) == bool(config.train.steps) or (config.train.epochs or config.train.steps) < 0:
+    length = config.train.epochs or config.train.steps or 0
+    if bool(config.train.epochs) == bool(config.train.steps) or not 0 < length < math.inf:
         problems.append(
             f"train.epochs={config.train.epochs} and train.steps={config.train.steps}:"
-            " exactly one of them must be given, the other None or 0"
+            " exactly one of them must be given, the other be None"
         )
     if "float64" in (config.model.dtype, config.model.param_dtype) and not jax.config.jax_enable_x64:
         problems.append("model.dtype, model.param_dtype: float64 needs the environment variable JAX_ENABLE_X64=1")

@@ -15,6 +15,7 @@ import numpy as np
 import tqdm
 from etils import epath
 
+from polaformer_jax import atomic, weights
 from polaformer_jax.data.pipeline import EvalBatches
 from polaformer_jax.data.sources import Source
 from polaformer_jax.errors import UserError
@@ -22,7 +23,7 @@ from polaformer_jax.training.checkpoints import Checkpoints
 from polaformer_jax.training.experiment import Experiment
 from polaformer_jax.training.metrics import Mean
 from polaformer_jax.training.sharding import to_devices
-from polaformer_jax.training.workdir import read_config, write_atomically
+from polaformer_jax.training.workdir import differences, read_config
 
 IN_FLIGHT = 2  # batches given to the device before the first one's result is awaited
 
@@ -34,8 +35,8 @@ class Evaluation:
     metrics: dict[str, float]  # loss, accuracy, accuracy_top5
     counted: int  # examples that the metrics are means of
     skipped: int  # examples that could not be decoded (data.on_error="skip")
-    images_per_second: float  # compilation not included
-    outputs: dict[str, np.ndarray]  # per example, in the order of the split: prediction, probability, label, mask
+    images_per_second: float  # from the first batch's arrival on: without compilation and the start of workers
+    outputs: dict[str, np.ndarray]  # (n,) each, in the order of the split: prediction, label (int), probability, mask
 
     def summary(self) -> dict[str, float | int]:
         """What is reported: a flat dict that JSON takes."""
@@ -70,6 +71,9 @@ class Evaluator:
 
         Args:
           params: nested dict of parameters, as `Experiment.abstract_params` describes them.
+
+        Raises:
+          UserError: not a single example could be decoded (with data.on_error="skip").
         """
         mean, outputs, pending = Mean(), [], []
 
@@ -79,8 +83,9 @@ class Evaluator:
                 mean.add(sums)
                 outputs.append(output)
 
-        began = time.monotonic()
+        began = None
         for batch in tqdm.tqdm(self._batches, desc="evaluate", unit="batch", leave=False, disable=None):
+            began = began or time.monotonic()
             pending.append(self._step(params, to_devices(batch, self._mesh)))
             collect(keep=IN_FLIGHT)
         collect(keep=0)
@@ -88,6 +93,8 @@ class Evaluator:
 
         joined = {name: np.concatenate([o[name] for o in outputs])[: self._num_examples] for name in outputs[0]}
         counted = mean.count("loss")
+        if not counted:
+            raise UserError(f"none of the {self._num_examples} examples to evaluate could be decoded: see the warnings")
         return Evaluation(
             metrics=mean.result(),
             counted=counted,
@@ -97,23 +104,25 @@ class Evaluator:
         )
 
 
-def write_json(path: epath.PathLike, evaluation: Evaluation, facts: dict[str, Any]) -> None:
-    """Writes the summary and further facts (what was evaluated), whole or not at all."""
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps({**facts, **evaluation.summary()}, indent=2) + "\n")
+def report(config: ml_collections.ConfigDict, evaluation: Evaluation, evaluated: dict[str, Any]) -> dict[str, Any]:
+    """What `eval.json` holds: the model, the data, what was evaluated (weights or checkpoint), and the result."""
+    data = {"model": config.model.name, "data": config.data.name, "split": config.data.eval_split}
+    return {**data, **evaluated, **evaluation.summary()}
+
+
+def write_json(path: epath.PathLike, content: dict[str, Any]) -> None:
+    atomic.write(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_predictions(path: epath.PathLike, evaluation: Evaluation, source: Source) -> None:
     """Writes a CSV file: record, label, prediction, probability of the prediction, correct; one row an image.
 
-    A record that could not be decoded has empty fields after its label.
+    A record that could not be decoded has empty fields after its label, one that could not be read no label either.
     """
-    path = epath.Path(path)
-    if path.is_dir():
-        raise UserError(f"--predictions {os.fspath(path)} is a folder: name a file")
 
     def name(label: int) -> str | int:
+        if label < 0:  # a record of which not even the label could be read
+            return ""
         return source.class_names[label] if source.class_names else int(label)
 
     text = io.StringIO()
@@ -125,27 +134,31 @@ def write_predictions(path: epath.PathLike, evaluation: Evaluation, source: Sour
     ):
         answer = [name(prediction), f"{probability:.6f}", int(prediction == label)] if mask else ["", "", ""]
         rows.writerow([source.describe(index), name(label), *answer])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, text.getvalue())
+    atomic.write(path, text.getvalue())
 
 
 def evaluate(
     config: ml_collections.ConfigDict | None,
     workdir: epath.PathLike | None,
     *,
-    checkpoint: str = "best",
+    checkpoint: str | None = None,
+    data_dir: str | None = None,
     json_path: epath.PathLike | None = None,
     predictions_path: epath.PathLike | None = None,
+    weights_path: epath.PathLike | None = None,
 ) -> dict[str, Any]:
     """Evaluates a checkpoint of a training, or a file of weights; writes the files asked for.
 
     Args:
-      config: what to evaluate on, and the model; None: the config of the run in `workdir`. Where its `init.weights` is
-        set, these weights are evaluated, else a checkpoint of `workdir`.
-      workdir: work directory of a training. It may be running; nothing but `eval.json` is written there.
-      checkpoint: "best", "latest" or a step.
+      config: what to evaluate on; None: the config of the run in `workdir`. Without `workdir`, its `init.weights` are
+        evaluated. With `workdir`, its model must be the run's, and `init.weights`, where a run began, does not count.
+      workdir: work directory of a training, whose checkpoint is evaluated. It may be running; nothing but `eval.json`
+        is written there. Any number of devices will do.
+      checkpoint: "best" (the default), "latest" or a step.
+      data_dir: where the data is now, if not where the config says.
       json_path: file for the result; None: `eval.json` in `workdir`, if that is given.
       predictions_path: file for one row an image; None: not written.
+      weights_path: `.safetensors` file for the weights that were evaluated; None: not written.
 
     Returns:
       What the JSON file holds: the metrics, images counted and skipped, images/s, and what was evaluated.
@@ -153,37 +166,60 @@ def evaluate(
     Raises:
       UserError: there is nothing to evaluate, or it does not fit the model or the data.
     """
-    if config is None and workdir is None:
-        raise UserError("nothing to evaluate: give --workdir of a training, or --config with init.weights")
-    from_file = config is not None and config.init.weights is not None
-    if config is None:
-        config = read_config(workdir)
-    elif not from_file and workdir is None:
-        raise UserError("no weights: give --config.init.weights=FILE, or --workdir of a training")
+    _check_request(config, workdir, checkpoint, (json_path, predictions_path, weights_path))
+    if workdir is not None:
+        stored = read_config(workdir)
+        config = stored if config is None else config.copy_and_resolve_references()
+        changed = [line for line in differences(stored, config) if line.startswith("model.")]
+        if changed:
+            listed = "\n".join(f"  {line}" for line in changed)
+            raise UserError(f"the config's model is not the one that was trained in {workdir}:\n{listed}")
+        config.mesh.data = -1  # the machine need not be the one that trained
+    if data_dir is not None:
+        config = config.copy_and_resolve_references()
+        config.data.data_dir = data_dir
 
     experiment = Experiment(config)
-    if from_file:
+    if workdir is None:
         params, evaluated = experiment.read_params(config.init.weights), {"weights": config.init.weights}
     else:
         directory = epath.Path(workdir) / "checkpoints"
-        if not directory.exists():
-            raise UserError(f"{directory} does not exist: {workdir} is not the work directory of a training")
-        which = int(checkpoint) if checkpoint.isdecimal() else checkpoint
-        if which not in ("best", "latest") and not isinstance(which, int):
-            raise UserError(f"--checkpoint={checkpoint}: it is best, latest or a step")
+        which = int(checkpoint) if checkpoint and checkpoint.isdecimal() else checkpoint or "best"
         metric = config.checkpoint.best_metric
         with Checkpoints(directory, keep_last=1, best_metric=metric, read_only=True) as checkpoints:
             params, step = checkpoints.restore_params(experiment.abstract_params, which)
         evaluated = {"checkpoint": os.fspath(directory / str(step)), "step": step}
-    facts = {"model": config.model.name, "data": config.data.name, "split": config.data.eval_split, **evaluated}
 
     with Evaluator(experiment) as evaluator:
         result = evaluator(params)
+    content = report(config, result, evaluated)
     if jax.process_index() == 0:
         if json_path is None and workdir is not None:
             json_path = epath.Path(workdir) / "eval.json"
         if json_path is not None:
-            write_json(json_path, result, facts)
+            write_json(json_path, content)
         if predictions_path is not None:
             write_predictions(predictions_path, result, experiment.eval_source)
-    return {**facts, **result.summary()}
+        if weights_path is not None:
+            weights.save_weights(params, weights_path)
+    return content
+
+
+def _check_request(config, workdir, checkpoint, outputs) -> None:
+    """Raises a UserError, before any work, where the arguments of `evaluate` do not go together."""
+    if workdir is None:
+        if config is None:
+            raise UserError("nothing to evaluate: give --workdir of a training, or --config with init.weights")
+        if config.init.weights is None:
+            raise UserError("no weights: give --config.init.weights=FILE, or --workdir of a training")
+        if checkpoint is not None:
+            raise UserError(f"--checkpoint={checkpoint} needs --workdir of a training")
+    elif not (epath.Path(workdir) / "checkpoints").exists():
+        raise UserError(f"{workdir} has no checkpoints: it is not the work directory of a training, or one just begun")
+    if checkpoint is not None and checkpoint not in ("best", "latest") and not checkpoint.isdecimal():
+        raise UserError(f"--checkpoint={checkpoint}: it is best, latest or a step")
+    for path in outputs:
+        if path is not None and epath.Path(path).is_dir():
+            raise UserError(f"{os.fspath(path)} is a folder: name a file")
+    if outputs[-1] is not None and epath.Path(outputs[-1]).suffix != ".safetensors":
+        raise UserError(f"--save_weights {os.fspath(outputs[-1])}: weights are written as .safetensors")

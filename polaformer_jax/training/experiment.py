@@ -1,6 +1,5 @@
 """From a config to the pieces of a run: data, model, optimizer, and the compiled steps."""
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -15,10 +14,10 @@ from polaformer_jax import weights, zoo
 from polaformer_jax.data import pipeline, sources, transforms
 from polaformer_jax.errors import UserError
 from polaformer_jax.training import sharding
-from polaformer_jax.training.checkpoints import with_shardings
 from polaformer_jax.training.checks import check_config
 from polaformer_jax.training.optimizer import make_optimizer
 from polaformer_jax.training.schedule import Durations, durations, learning_rate
+from polaformer_jax.training.sharding import with_shardings
 from polaformer_jax.training.step import TrainState, make_eval_step, make_train_step
 from polaformer_jax.training.tasks import ImageClassification, Task
 
@@ -47,26 +46,40 @@ def build_model(config: ml_collections.ConfigDict, rngs: nnx.Rngs) -> nnx.Module
         raise UserError(f"config.model: {error}") from error
 
 
-@dataclasses.dataclass(frozen=True)
 class Experiment:
-    """What a config describes. Building it reads no weights and no images, and compiles nothing.
+    """What a config describes. Making one reads no weights and no images, and compiles nothing.
+
+    Attributes:
+      config: the config.
+      graphdef: the model's static part; with parameters it makes the model.
+      abstract_params: nested dict of the parameters' shapes, dtypes and shardings.
 
     Raises:
-      UserError: the config cannot work: its values, its model, its data set, or its batch on these devices.
+      UserError: the config cannot work: its values, its model, or its data set.
     """
 
-    config: ml_collections.ConfigDict
-
-    def __post_init__(self):
-        check_config(self.config)
+    def __init__(self, config: ml_collections.ConfigDict):
+        check_config(config)
+        self.config = config
+        graphdef, params = nnx.split(nnx.eval_shape(lambda: build_model(config.model, nnx.Rngs(0))))
+        self.graphdef: nnx.GraphDef = graphdef
+        self.abstract_params: Any = with_shardings(nnx.to_pure_dict(params), sharding.replicated(self.mesh))
         classes = self.eval_source.num_classes
-        if self.config.model.num_classes != classes:
+        if config.model.num_classes != classes:
             raise UserError(
-                f"model.num_classes={self.config.model.num_classes}, but {self.config.data.name} has {classes} classes:"
+                f"model.num_classes={config.model.num_classes}, but {config.data.name} has {classes} classes:"
                 f" set --config.model.num_classes={classes}"
             )
+
+    def check_training(self) -> None:
+        """Raises a UserError if this cannot be trained, though it may well be evaluated: data, batch, length."""
         sharding.check_batch(self.config.train.batch_size, self.mesh, "train.batch_size")
-        self._abstract  # noqa: B018  the model's own checks
+        if self.train_source.num_classes != self.eval_source.num_classes:
+            raise UserError(
+                f"data.train_split={self.config.data.train_split} has {self.train_source.num_classes} classes, and"
+                f" data.eval_split={self.config.data.eval_split} {self.eval_source.num_classes}"
+            )
+        durations(self.config, num_examples=len(self.train_source))
 
     # --- data
 
@@ -137,23 +150,12 @@ class Experiment:
     def task(self) -> Task:
         return ImageClassification(self.config.model.num_classes, self.config.train.label_smoothing)
 
-    @functools.cached_property
-    def _abstract(self) -> tuple[nnx.GraphDef, Any]:
-        graphdef, params = nnx.split(nnx.eval_shape(lambda: build_model(self.config.model, nnx.Rngs(0))))
-        return graphdef, with_shardings(nnx.to_pure_dict(params), sharding.replicated(self.mesh))
-
-    @property
-    def graphdef(self) -> nnx.GraphDef:
-        """The model's static part; with parameters it makes the model."""
-        return self._abstract[0]
-
-    @property
-    def abstract_params(self) -> Any:
-        """Nested dict of the parameters' shapes, dtypes and shardings."""
-        return self._abstract[1]
-
     def initial_params(self) -> Any:
-        """Parameters from `init.weights` if given, else drawn from the seed."""
+        """Parameters from `init.weights` if given, else drawn from the seed: a nested dict like `abstract_params`.
+
+        Raises:
+          UserError: the weights are not this model's.
+        """
         if self.config.init.weights is None:
             create = jax.jit(self._draw_params, out_shardings=sharding.replicated(self.mesh))
             return create()
@@ -161,10 +163,8 @@ class Experiment:
 
     def read_params(self, path: str) -> Any:
         """Parameters from a file of weights. Raises a UserError where they are not this model's."""
-        model = build_model(self.config.model, nnx.Rngs(0))
-        weights.load_weights(model, path)
-        params = nnx.to_pure_dict(nnx.split(model)[1])
-        return jax.device_put(params, sharding.replicated(self.mesh))
+        arrays, _ = weights.read(path)
+        return jax.device_put(weights.from_ours(arrays, self.abstract_params), sharding.replicated(self.mesh))
 
     def _draw_params(self) -> Any:
         return nnx.to_pure_dict(nnx.split(build_model(self.config.model, nnx.Rngs(self.config.seed)))[1])
@@ -187,6 +187,7 @@ class Experiment:
         return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=self.optimizer.init(params))
 
     def initial_state(self) -> TrainState:
+        """The state before the first step, on all devices of the mesh."""
         create = jax.jit(self._new_state, out_shardings=sharding.replicated(self.mesh), donate_argnums=0)
         return create(self.initial_params())
 
@@ -196,6 +197,7 @@ class Experiment:
         return with_shardings(state, sharding.replicated(self.mesh))
 
     def abstract_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes, dtypes and shardings of a batch of this size over all hosts."""
         size = self.config.model.img_size
         shapes = {"image": ((size, size, 3), np.uint8), "label": ((), np.int32), "mask": ((), np.bool_)}
         placed = sharding.batch_sharding(self.mesh)

@@ -4,8 +4,10 @@ The order of things at a step: train, look at the numbers, evaluate if due, save
 that a run goes on from: data, randomness and learning rate are functions of the step.
 """
 
-import dataclasses
+import contextlib
+import os
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,7 +19,7 @@ from etils import epath
 from polaformer_jax.errors import UserError
 from polaformer_jax.training import pictures
 from polaformer_jax.training.checkpoints import Checkpoints
-from polaformer_jax.training.evaluation import Evaluation, Evaluator, write_json
+from polaformer_jax.training.evaluation import Evaluation, Evaluator, report, write_json
 from polaformer_jax.training.experiment import Experiment
 from polaformer_jax.training.metrics import Mean
 from polaformer_jax.training.progress import Progress, log
@@ -47,6 +49,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Result:
       NonFiniteError: the loss or a gradient is not finite. The checkpoints before it are kept.
     """
     experiment = Experiment(config)
+    experiment.check_training()
     with (
         claim(workdir, config) as workdir,
         Checkpoints(
@@ -162,7 +165,8 @@ class _Window:
             raise NonFiniteError(
                 f"step {step}: loss {loss / max(count, 1):g}, gradient norm {grad_norm:g}. Nothing of this step was"
                 " kept; the same command goes on from the latest checkpoint. A lower optimizer.lr, a longer"
-                " schedule.warmup, optimizer.clip_norm or model.dtype=float32 may help, with another --workdir"
+                " schedule.warmup, optimizer.clip_norm or model.dtype=float32 may help, with another --workdir; eval.py"
+                " --save_weights and init.weights take the weights of a checkpoint there"
             )
         self._mean.add(sums)
         self._steps += 1
@@ -170,36 +174,29 @@ class _Window:
     def close(self) -> dict[str, float]:
         """The means, and how fast it went; a new window begins."""
         seconds = max(time.monotonic() - self._began, 1e-9)
+        means = self._mean.result()
         metrics = {
-            **self._mean.result(),
+            **means,
+            "skipped": means.get("skipped", 0.0) * self._steps,  # records, not a mean
             "images_per_second": self._steps * self._batch_size / seconds,
             "input_wait_share": self._waited / seconds,
         }
         self._restart()
         return metrics
 
-    def waiting(self) -> "_Stopwatch":
-        """Context of waiting for data."""
-        return _Stopwatch(self, "_waited")
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Waiting for data: the time counts, and is also counted apart."""
+        began = time.monotonic()
+        yield
+        self._waited += time.monotonic() - began
 
-    def paused(self) -> "_Stopwatch":
-        """Context whose time does not count."""
-        return _Stopwatch(self, "_began")
-
-
-@dataclasses.dataclass
-class _Stopwatch:
-    """Adds the time that its context took to an attribute of a window."""
-
-    window: _Window
-    attribute: str
-
-    def __enter__(self):
-        self.began = time.monotonic()
-
-    def __exit__(self, *exception):
-        took = time.monotonic() - self.began
-        setattr(self.window, self.attribute, getattr(self.window, self.attribute) + took)
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Not training: the time does not count."""
+        began = time.monotonic()
+        yield
+        self._began += time.monotonic() - began
 
 
 def _conclude(experiment: Experiment, workdir: epath.Path, checkpoints: Checkpoints, evaluator: Evaluator) -> Result:
@@ -208,8 +205,8 @@ def _conclude(experiment: Experiment, workdir: epath.Path, checkpoints: Checkpoi
     evaluation = evaluator(params)
     drawn = []
     if jax.process_index() == 0:
-        facts = {"model": experiment.config.model.name, "split": experiment.config.data.eval_split, "step": step}
-        write_json(workdir / "eval.json", evaluation, facts)
+        evaluated = {"checkpoint": os.fspath(checkpoints.directory / str(step)), "step": step}
+        write_json(workdir / "eval.json", report(experiment.config, evaluation, evaluated))
         if experiment.config.log.pictures:
             drawn = pictures.draw_all(workdir, evaluation, experiment.eval_source, experiment.eval_transform)
     return Result(evaluation, step, checkpoints.directory / str(step), drawn)

@@ -77,8 +77,8 @@ def curves(scalars: dict[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
         axes.set_xlabel("step", color=INK)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         if name in scalars:
-            label = "training (with label smoothing)" if name == "loss" else "training"
-            axes.plot(*scalars[name], color=TRAIN if name != "learning_rate" else INK, linewidth=1.5, label=label)
+            colour = INK if name == "learning_rate" else TRAIN
+            axes.plot(*scalars[name], color=colour, linewidth=1.5, label="training")
         if f"eval_{name}" in scalars:
             steps, values = scalars[f"eval_{name}"]
             axes.plot(steps, values, color=TEST, linewidth=2, marker="o", markersize=3, label="evaluation")
@@ -154,7 +154,7 @@ def predictions(evaluation: Evaluation, names: tuple[str, ...], image_of) -> Fig
     for axes, index in zip(figure.subplots(rows, GRID[1], squeeze=False).flat, shown, strict=False):
         true, said = names[out["label"][index]], names[out["prediction"][index]]
         axes.imshow(image_of(index), interpolation="nearest")
-        mistaken = true != said
+        mistaken = out["label"][index] != out["prediction"][index]
         text = f"{_short(said)}, not {_short(true)}" if mistaken else _short(true)
         axes.set_title(
             f"{text}\n{100 * out['probability'][index]:.0f} %", fontsize=8, color=WRONG if mistaken else INK, pad=3

@@ -61,6 +61,8 @@ class Progress:
 
     def report(self, step: int, metrics: dict[str, float]) -> None:
         """Shows the metrics of the last steps, at step number `step` (steps taken so far)."""
+        if metrics["skipped"]:
+            log.warning("step %d: %d records could not be decoded since the last report", step, metrics["skipped"])
         if not self._bar.disable:
             rate = f"{metrics['images_per_second']:.0f} images/s"
             self._bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {rate}", refresh=False)

@@ -43,7 +43,12 @@ def describe(result: Result, workdir: epath.PathLike) -> str:
 
 
 def describe_dry(experiment: Experiment) -> str:
-    """What `--dry_run` prints: config, parameters, batches, and the memory of the compiled training step."""
+    """What `--dry_run` prints: config, parameters, batches, and the memory of the compiled training step.
+
+    Raises:
+      UserError: the experiment cannot be trained.
+    """
+    experiment.check_training()
     config, length = experiment.config, experiment.length
     params = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), experiment.abstract_params)
     memory = experiment.compile_train_step().memory_analysis()

@@ -10,7 +10,7 @@ from etils import epath
 
 def make_writer(workdir: epath.PathLike):
     """A clu metric writer into the work directory. On other processes than the first it writes nothing."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow greets at length otherwise
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # it only writes files here, and announces this at length
     import tensorflow as tf  # four seconds: only who trains pays for it
     from clu import metric_writers
 

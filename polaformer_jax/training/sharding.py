@@ -1,5 +1,7 @@
 """Where arrays live: one mesh over all devices, the batch split along it, the state copied to each."""
 
+from typing import Any
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -45,3 +47,8 @@ def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]
     """This process's part of a batch as global arrays, split over the mesh."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+
+
+def with_shardings(abstract: Any, sharding: jax.sharding.Sharding) -> Any:
+    """The tree of shapes and dtypes, every leaf to be placed by `sharding`."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract)

@@ -12,18 +12,13 @@ from typing import Any
 import ml_collections
 from etils import epath
 
+from configs.defaults import defaults
+from polaformer_jax import atomic
 from polaformer_jax.errors import UserError
+from polaformer_jax.weights import flatten
 
 # Fields that say where, on what and how visibly a run runs. All others make its identity: they change its result.
 NOT_IDENTITY = ("mesh", "log", "checkpoint", "data.workers", "data.prefetch", "data.data_dir", "eval.batch_size")
-
-
-def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one, its keys joined by dots."""
-    items: dict[str, Any] = {}
-    for name, value in config.items():
-        items.update(flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
-    return items
 
 
 def as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -31,33 +26,43 @@ def as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return json.loads(json.dumps(config.to_dict()))
 
 
-def write_atomically(path: epath.Path, text: str) -> None:
-    """Writes aside, then renames: a reader sees the old file or the new one, never a part."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text)
-    aside.replace(path)
-
-
 def read_config(workdir: epath.PathLike) -> ml_collections.ConfigDict:
-    """The config of the run in a work directory.
+    """The config of the run in a work directory. A field that is newer than the run has its default.
 
     Raises:
-      UserError: there is none.
+      UserError: there is none, or it is damaged.
     """
     path = epath.Path(workdir) / "config.json"
     if not path.exists():
         raise UserError(f"{path} does not exist: {workdir} is not the work directory of a training")
-    return ml_collections.ConfigDict(json.loads(path.read_text()))
+    try:
+        return ml_collections.ConfigDict(_completed(json.loads(path.read_text())))
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}): take another work directory") from error
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def _completed(stored: dict[str, Any]) -> dict[str, Any]:
+    """What was stored over the defaults of today's schema."""
+
+    def over(default: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+        nested = {
+            name: over(default[name], values[name])
+            for name in default.keys() & values.keys()
+            if isinstance(default[name], dict)
+        }
+        return {**default, **values, **nested}
+
+    return over(as_json(defaults()), stored)
+
+
+def differences(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) -> list[str]:
     """One line for each field of the identity whose value differs."""
-    old, new = flat(old), flat(new)
+    before, now = flatten(as_json(old)), flatten(as_json(new))
     missing = "(absent)"
     return [
-        f"{field}: {old.get(field, missing)!r} there, {new.get(field, missing)!r} now"
-        for field in sorted(old.keys() | new.keys())
-        if old.get(field, missing) != new.get(field, missing)
+        f"{field}: {before.get(field, missing)!r} there, {now.get(field, missing)!r} now"
+        for field in sorted(before.keys() | now.keys())
+        if before.get(field, missing) != now.get(field, missing)
         and not any(field == name or field.startswith(f"{name}.") for name in NOT_IDENTITY)
     ]
 
@@ -72,18 +77,17 @@ def claim(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> Iterato
     workdir = epath.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     with _locked(workdir):
-        path = workdir / "config.json"
-        if path.exists():
-            changed = differences(json.loads(path.read_text()), as_json(config))
+        # A run without a checkpoint has nothing to lose: a config that was mended after a failed start is welcome.
+        checkpoints = workdir / "checkpoints"
+        if checkpoints.exists() and any(path.name.isdecimal() for path in checkpoints.iterdir()):
+            changed = differences(read_config(workdir), config)
             if changed:
                 raise UserError(
                     f"{workdir} belongs to a run with another config:\n"
                     + "\n".join(f"  {line}" for line in changed)
                     + "\ntake another --workdir, or undo these changes to go on with that run"
                 )
-        elif (workdir / "checkpoints").exists():
-            raise UserError(f"{workdir} holds checkpoints but no config.json: take another --workdir")
-        write_atomically(path, json.dumps(as_json(config), indent=2) + "\n")
+        atomic.write(workdir / "config.json", json.dumps(as_json(config), indent=2) + "\n")
         yield workdir
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import uuid
 from collections.abc import Mapping
 
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ import safetensors
 import safetensors.numpy
 from etils import epath
 
+from polaformer_jax import atomic
 from polaformer_jax.weights.params import WeightsError
 
 FORMAT = "polaformer_jax/1"
@@ -32,13 +32,7 @@ def write(path: str | os.PathLike, flat: Mapping[str, object], *, metadata: Mapp
     content = safetensors.numpy.save(
         {name: np.ascontiguousarray(array) for name, array in flat.items()}, {**(metadata or {}), "format": FORMAT}
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.parent / f".{path.name}.{uuid.uuid4().hex}"
-    try:
-        aside.write_bytes(content)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    atomic.write(path, content)
 
 
 def read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:
