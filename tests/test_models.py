@@ -1,4 +1,4 @@
-"""What holds for any model that the constructors accept: shapes, finite numbers, randomness, and clear refusals."""
+"""What holds for any model that the constructors accept: shapes, finite numbers, randomness, initial weights."""
 
 import functools
 import itertools
@@ -12,52 +12,9 @@ from flax import nnx
 import polaformer_jax as pf
 from polaformer_jax import layers, pola_swin, zoo
 from tests.golden_models import FULL, QUICK
+from tests.small_models import FAMILIES, all_finite, build, noise, split
 
-# Small models that reach every kind of block: reduced keys, softmax, shifted windows of both types, windows as large as
-# their grid, every position table.
-PVT = {
-    "img_size": 32,
-    "num_classes": 5,
-    "embed_dims": (8, 8, 12, 16),
-    "num_heads": (1, 2, 2, 2),
-    "mlp_ratios": (2, 2, 1.5, 1),
-    "depths": (1, 1, 1, 1),
-    "sr_ratios": (4, 2, 2, 1),
-    "la_sr_ratios": "2111",
-    "attn_type": "LSLL",
-}
-SWIN = {
-    "img_size": 32,
-    "num_classes": 5,
-    "embed_dim": 8,
-    "depths": (2, 2, 1, 1),
-    "num_heads": (1, 2, 2, 2),
-    "window_size": 4,
-    "softmax_window_size": 2,
-    "attn_type": "LSLS",
-    "ape": True,
-    "mlp_ratio": 2,
-}
-FAMILIES = {"pvt": (pf.PolaPVT, PVT), "swin": (pf.PolaSwin, SWIN)}
 OFFICIAL = [name for name in pf.list_models() if "nano" not in name]
-
-
-def build(family: str, **changes):
-    constructor, arguments = FAMILIES[family]
-    return constructor(**{**arguments, "drop_path_rate": 0.0, **changes}, rngs=nnx.Rngs(0))
-
-
-def split(model):
-    graphdef, state = nnx.split(model)
-    return graphdef, nnx.to_pure_dict(state)
-
-
-def all_finite(tree) -> bool:
-    return all(np.isfinite(np.asarray(leaf, np.float32)).all() for leaf in jax.tree.leaves(tree))
-
-
-def noise(*shape, seed=1):
-    return jax.random.normal(jax.random.key(seed), shape)
 
 
 @functools.cache
@@ -406,91 +363,3 @@ def test_windows_are_cut_and_joined():
     cut = layers.partition_windows(x, 3, grid=6)
     np.testing.assert_array_equal(cut[1], x[0].reshape(6, 6, 5)[:3, 3:].reshape(9, 5))
     np.testing.assert_array_equal(layers.merge_windows(cut, 3, grid=6), x)
-
-
-# --- refusals
-
-
-@pytest.mark.parametrize(
-    "family, arguments, messages",
-    [
-        ("pvt", {"img_size": 100}, ["img_size=100: expected a multiple of 32, such as 96 or 128"]),
-        ("swin", {"img_size": (32, 32)}, ["img_size=(32, 32): expected an integer"]),
-        ("pvt", {"depths": (1, 1, 1)}, ["depths=(1, 1, 1): expected four values"]),
-        ("swin", {"depths": (1, 0, 1, 1)}, ["depths[1]=0: expected an integer >= 1"]),
-        ("pvt", {"num_heads": (3, 2, 2, 2)}, ["num_heads[0]=3 does not divide the 8 channels"]),
-        ("pvt", {"num_heads": (8, 8, 12, 2)}, ["num_heads[0]=8 makes heads of 1 channels", "num_heads[2]=12"]),
-        ("pvt", {"attn_type": "LLM1"}, ["attn_type='LLM1': expected one letter of L, S"]),
-        ("pvt", {"attn_type": "LLLLL"}, ["attn_type='LLLLL'"]),
-        ("swin", {"attn_type": "LMSL"}, ["attn_type='LMSL': a number after the four letters"]),
-        ("swin", {"attn_type": "LLSL1"}, ["attn_type='LLSL1': a number after the four letters"]),
-        ("swin", {"attn_type": "LLXL"}, ["attn_type='LLXL': expected one letter of L, S, M"]),
-        ("pvt", {"la_sr_ratios": "3111"}, ["la_sr_ratios[0]=3 does not divide", "8x8", "choose one of 1, 2, 4, 8"]),
-        ("pvt", {"la_sr_ratios": "01"}, ["la_sr_ratios='01': expected one digit"]),
-        ("pvt", {"sr_ratios": (1, 3, 1, 1)}, ["sr_ratios[1]=3 does not divide"]),
-        ("swin", {"alpha": -1}, ["alpha=-1: expected a number >= 0"]),
-        ("swin", {"kernel_size": 4}, ["kernel_size=4: expected an odd number, such as 3 or 5"]),
-        ("pvt", {"drop_path_rate": 1.0}, ["drop_path_rate=1.0: expected a number in [0, 1)"]),
-        ("pvt", {"dtype": "float16"}, ["dtype='float16': expected one of bfloat16, float32, float64"]),
-        ("pvt", {"param_dtype": "float64"}, ["param_dtype=float64 needs jax.config.update('jax_enable_x64', True)"]),
-        (
-            "swin",
-            {"num_classes": -1, "alpha": None, "embed_dim": 2.5},
-            ["num_classes=-1", "alpha=None", "embed_dim=2.5"],
-        ),
-    ],
-    ids=str,
-)
-def test_constructors_say_what_is_wrong(family, arguments, messages):
-    with pytest.raises(ValueError) as error:
-        build(family, **arguments)
-    assert all(message in str(error.value) for message in messages), error.value
-
-
-def test_an_image_size_that_the_windows_cannot_take_is_refused_with_those_they_can():
-    with pytest.raises(ValueError) as error:
-        pf.create_model("pola_swin_t", img_size=128, rngs=nnx.Rngs(0))
-    message = str(error.value)
-    assert "stage 2 has 8x8 tokens and softmax_window_size=7" in message
-    assert "32, 64, 96, 224, 448" in message
-    sizes = [int(size) for size in message.split("can take: ")[1].split("; or")[0].split(", ")]
-    for size in sizes:
-        nnx.eval_shape(lambda size=size: pf.create_model("pola_swin_t", img_size=size, rngs=nnx.Rngs(0)))
-
-
-@pytest.mark.parametrize(
-    "shape, dtype",
-    [
-        ((2, 3, 32, 32), "float32"),
-        ((2, 64, 64, 3), "float32"),
-        ((32, 32, 3), "float32"),
-        ((2, 32, 32, 3), "uint8"),
-    ],
-    ids=str,
-)
-def test_images_of_another_shape_or_type_are_refused(shape, dtype):
-    with pytest.raises(ValueError, match="images have (shape|type)"):
-        build("pvt")(jnp.zeros(shape, dtype))
-
-
-def test_names_of_models():
-    assert pf.list_models() == sorted(
-        [f"pola_pvt_{size}" for size in ("t", "s", "m", "b", "nano")]
-        + [f"pola_swin_{size}" for size in ("t", "s", "b", "b_384", "nano")]
-    )
-    with pytest.raises(ValueError, match="unknown model 'pola_swin_tiny'. Did you mean .*pola_swin_t"):
-        pf.create_model("pola_swin_tiny", rngs=nnx.Rngs(0))
-
-
-def test_arguments_of_models():
-    arguments = zoo.arguments("pola_swin_t", drop_path=0.4, kernel_size=3)
-    assert arguments["drop_path_rate"] == 0.4 and arguments["kernel_size"] == 3
-    assert arguments["alpha"] == 4 and arguments["window_size"] == 56 and arguments["depths"] == (2, 2, 6, 2)
-    with pytest.raises(TypeError):
-        arguments["alpha"] = 3
-    with pytest.raises(
-        ValueError, match="pola_pvt_t has no argument window_size; the arguments of PolaPVT are img_size"
-    ):
-        zoo.arguments("pola_pvt_t", window_size=7)
-    with pytest.raises(ValueError, match="two names for one rate"):
-        zoo.arguments("pola_pvt_t", drop_path=0.1, drop_path_rate=0.1)

@@ -27,7 +27,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: epath.PathLike, *, keep_last: int, best_metric: str, read_only: bool = False):
-        self.directory = epath.Path(directory)
+        self.directory = epath.Path(directory).resolve()  # Orbax writes to absolute paths only
         self._metric = best_metric
         self._sign = 1.0 if GREATER_IS_BETTER[best_metric] else -1.0
         keep = checkpoint_managers.AnyPreservationPolicy(
@@ -60,7 +60,7 @@ class Checkpoints:
           metrics: evaluation metrics of this very state, where it has been evaluated.
 
         Raises:
-          RuntimeError: a checkpoint of this or of a later step exists.
+          RuntimeError: a later step has been saved. ValueError: this step has been.
         """
         step = int(state.step)
         items = ocp.args.Composite(

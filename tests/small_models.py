@@ -1,0 +1,52 @@
+"""Small models for tests, and what is needed around them."""
+
+import jax
+import numpy as np
+from flax import nnx
+
+import polaformer_jax as pf
+
+# Small models that reach every kind of block: reduced keys, softmax, shifted windows of both types, windows as large as
+# their grid, every position table.
+PVT = {
+    "img_size": 32,
+    "num_classes": 5,
+    "embed_dims": (8, 8, 12, 16),
+    "num_heads": (1, 2, 2, 2),
+    "mlp_ratios": (2, 2, 1.5, 1),
+    "depths": (1, 1, 1, 1),
+    "sr_ratios": (4, 2, 2, 1),
+    "la_sr_ratios": "2111",
+    "attn_type": "LSLL",
+}
+SWIN = {
+    "img_size": 32,
+    "num_classes": 5,
+    "embed_dim": 8,
+    "depths": (2, 2, 1, 1),
+    "num_heads": (1, 2, 2, 2),
+    "window_size": 4,
+    "softmax_window_size": 2,
+    "attn_type": "LSLS",
+    "ape": True,
+    "mlp_ratio": 2,
+}
+FAMILIES = {"pvt": (pf.PolaPVT, PVT), "swin": (pf.PolaSwin, SWIN)}
+
+
+def build(family: str, **changes):
+    constructor, arguments = FAMILIES[family]
+    return constructor(**{**arguments, "drop_path_rate": 0.0, **changes}, rngs=nnx.Rngs(0))
+
+
+def split(model):
+    graphdef, state = nnx.split(model)
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def all_finite(tree) -> bool:
+    return all(np.isfinite(np.asarray(leaf, np.float32)).all() for leaf in jax.tree.leaves(tree))
+
+
+def noise(*shape, seed=1):
+    return jax.random.normal(jax.random.key(seed), shape)
