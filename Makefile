@@ -15,11 +15,16 @@ train: $(VENV)/.runtime
 	$(BIN)/python -m polaformer_jax.data.prepare sklearn_digits --data-dir $(DATA)
 	$(BIN)/python train.py --config $(CONFIG) --config.data.data_dir=$(DATA) --workdir $(WORKDIR)
 
+# Two processes; and the quick tests leave out most of XLA's optimisations, whose time they would spend on programs that
+# run once. The slow ones are compiled as users' programs are.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
+QUICK := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
+
 test: lint
-	$(BIN)/python -m pytest -q -m "not slow"
+	XLA_FLAGS="$(QUICK)" $(PYTEST) -m "not slow"
 
 test-all: lint
-	$(BIN)/python -m pytest -q -m "slow"
+	$(PYTEST) -m slow
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

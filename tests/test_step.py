@@ -24,7 +24,7 @@ def rate(step):
 
 def small(**types):
     return pf.create_model(
-        "pola_pvt_nano", num_classes=10, depths=(1, 1, 1, 1), drop_path=0.2, rngs=nnx.Rngs(0), **types
+        "pola_pvt_nano", num_classes=10, depths=(1, 1, 1, 1), kernel_size=1, drop_path=0.2, rngs=nnx.Rngs(0), **types
     )
 
 
