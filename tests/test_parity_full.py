@@ -33,7 +33,7 @@ def test_float64(name, x64):
     assert relative_error(logits, golden[f"{name}/logits"]) < 1e-9
 
 
-@pytest.mark.parametrize("name", names("pola_pvt_t"))
+@pytest.mark.parametrize("name", names())
 def test_float32(name):
     _, logits = run(name, jnp.float32, {})
     assert relative_error(logits, np.load(FOLDER / "full.npz")[f"{name}/logits"]) < float32_tolerance(FULL[name])

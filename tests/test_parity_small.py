@@ -53,7 +53,9 @@ def test_float64_loss_and_gradients(name, x64):
         assert np.linalg.norm(gradient - expected) <= 1e-7 * np.linalg.norm(expected) + 1e-12, path
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "name", [pytest.param("swin_llss", marks=pytest.mark.slow), "swin_mixed", "pvt_llll", "pvt_mixed_sr"]
+)
 def test_float32_logits(name):
     golden = np.load(FOLDER / f"small_{name}.npz")
     graphdef, params = build_small(name, jnp.float32)
