@@ -1,4 +1,4 @@
-"""How entry scripts start and end: flags in, and on an error that the user can put right one message, status 1.
+"""How entry scripts start and end: flags in, and on an error that the user can put right one message and a status.
 
 Imports nothing heavy: processes that read data import the entry script, and so this file, again.
 """
@@ -14,11 +14,12 @@ from polaformer_jax.errors import UserError
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """As `absl.app.run`, but a UserError ends the process with its message alone. Any other exception is a bug."""
+    """As `absl.app.run`, but a UserError ends the process with its message and status. Any other exception is a bug."""
     try:
         app.run(main, flags_parser=_parse)
     except UserError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.status)
 
 
 def _parse(argv: list[str]) -> list[str]:
