@@ -10,7 +10,8 @@ otherwise each pay for Flax (a second and 150 MB a process).
 import importlib
 
 _HOME = {
-    "create_model": "zoo",
+    "attention_maps": "maps",
+    "create_model": "creation",
     "list_models": "zoo",
     "PolaPVT": "pola_pvt",
     "PolaSwin": "pola_swin",
@@ -19,7 +20,7 @@ _HOME = {
     "load_weights": "weights",
     "save_weights": "weights",
 }
-_ROOMS = ("attention", "data", "layers", "pola_pvt", "pola_swin", "training", "weights", "zoo")
+_ROOMS = ("attention", "creation", "data", "layers", "pola_pvt", "pola_swin", "training", "weights", "zoo")
 
 __all__ = sorted(_HOME)
 

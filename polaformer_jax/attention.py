@@ -73,12 +73,9 @@ def polarity_attention(
     half = width // 2
     narrow, full = q.dtype, wide(q.dtype)
 
-    s = jax.nn.softplus(scale.astype(full))  # (1, 1, C)
-    p = 1 + alpha * jax.nn.sigmoid(power.astype(full)).reshape(1, 1, heads, width)
-    k = k.astype(full) + positional_encoding.astype(full)
-    q_signed = _signed_powers(_split(q.astype(full) / s, heads), p).astype(narrow)  # (B, N, h, 2d) = [q+, q-]
-    k_signed = _signed_powers(_split(k / s, heads), p).astype(narrow)  # (B, n, h, 2d) = [k+, k-]
-
+    q_signed, k_signed = signed_features(
+        q, k, power=power, scale=scale, positional_encoding=positional_encoding, alpha=alpha
+    )  # (B, N, h, 2d), (B, n, h, 2d)
     kv = product("bnhk,bnhe->bhke", k_signed, _split(v, heads)) / keys  # (B, h, 2d, d)
     k_mean = jnp.mean(k_signed, axis=1, dtype=full)[..., None]  # (B, h, 2d, 1)
     same = jnp.concatenate([kv[..., :half], k_mean], axis=-1)
@@ -91,6 +88,26 @@ def polarity_attention(
 
     u = depthwise_conv(_lengthen(v, tokens), kernel, bias, grid=grid)
     return ((o + u) * g).astype(narrow)
+
+
+def signed_features(
+    q: jax.Array,
+    k: jax.Array,
+    *,
+    power: jax.Array,
+    scale: jax.Array,
+    positional_encoding: jax.Array,
+    alpha: float,
+) -> tuple[jax.Array, jax.Array]:
+    """[q+, q-] (B, N, h, 2d) and [k+, k-] (B, n, h, 2d) of `polarity_attention`, in the dtype of `q`."""
+    heads, width = power.shape[1], power.shape[3]
+    narrow, full = q.dtype, wide(q.dtype)
+    s = jax.nn.softplus(scale.astype(full))  # (1, 1, C)
+    p = 1 + alpha * jax.nn.sigmoid(power.astype(full)).reshape(1, 1, heads, width)
+    k = k.astype(full) + positional_encoding.astype(full)
+    q_signed = _signed_powers(_split(q.astype(full) / s, heads), p).astype(narrow)
+    k_signed = _signed_powers(_split(k / s, heads), p).astype(narrow)
+    return q_signed, k_signed
 
 
 def _split(x: jax.Array, heads: int) -> jax.Array:
@@ -245,11 +262,7 @@ class PolarityAttention(nnx.Module):
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """(B, N, C) -> (B, N, C); `key` draws the dropout after the output projection, None means evaluation."""
-        if self.projections == "qkvg":
-            q, k, v, g = jnp.split(self.qkvg(x), 4, axis=-1)
-        else:
-            q, g = jnp.split(self.qg(x), 2, axis=-1)
-            k, v = jnp.split(self.kv(self._reduced(x)), 2, axis=-1)  # (B, n, C)
+        q, k, v, g = self.project(x)
         y = polarity_attention(
             q,
             k,
@@ -264,6 +277,15 @@ class PolarityAttention(nnx.Module):
             alpha=self.alpha,
         )
         return dropout(self.proj(y), self.drop_rate, key)
+
+    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Tokens (B, N, C) -> q, k, v, g: queries and gates (B, N, C), keys and values (B, n, C)."""
+        if self.projections == "qkvg":
+            q, k, v, g = jnp.split(self.qkvg(x), 4, axis=-1)
+        else:
+            q, g = jnp.split(self.qg(x), 2, axis=-1)
+            k, v = jnp.split(self.kv(self._reduced(x)), 2, axis=-1)
+        return q, k, v, g
 
     def _reduced(self, x: jax.Array) -> jax.Array:
         if self.sr_ratio == 1:

@@ -2,16 +2,18 @@
 
 import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from polaformer_jax.layers import Keys, linear, wide
+from polaformer_jax.errors import UserError
+from polaformer_jax.layers import Block, Keys, linear, wide
 
 STRIDES = (4, 8, 16, 32)
 DTYPES = ("bfloat16", "float32", "float64")
+_NO_HYPERPARAMETERS = ("self", "__class__", "dtype", "param_dtype", "rngs")
 
 
 class Backbone(nnx.Module):
@@ -20,11 +22,12 @@ class Backbone(nnx.Module):
     Its only state is parameters: what else the official code stores (relative position indices, attention masks)
     follows from static integers in the forward pass, so that a pure dict of arrays is a whole model.
 
-    A family provides `_stages` and `_pool`.
+    A family provides `blocks`, `_enter` and `_pool`.
     """
 
     img_size: int
     drop_rates: tuple[float, float]  # dropout, stochastic depth
+    arguments: tuple[tuple[str, object], ...]  # what the constructor was given, but for types and random numbers
 
     def __call__(self, images: jax.Array, train: bool = False, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Logits of normalised images.
@@ -59,8 +62,31 @@ class Backbone(nnx.Module):
             x.reshape(x.shape[0], self.img_size // s, -1, x.shape[-1]) for x, s in zip(stages, STRIDES, strict=True)
         ]
 
+    def tokens_before(self, images: jax.Array, *, stage: int, block: int) -> jax.Array:
+        """The tokens (batch, tokens, channels) that enter a block, both counted from 0, in evaluation."""
+        next_key = self._key_source(images, False, None)
+        x = images
+        for i in range(stage + 1):
+            x = self._enter(i, x, next_key)
+            for earlier in self.blocks(i)[: block if i == stage else None]:
+                x = earlier(x)
+        return x
+
     def _stages(self, images: jax.Array, next_key: Callable[[], jax.Array | None]) -> Iterator[jax.Array]:
         """Yields the tokens (batch, tokens, channels) after the blocks of each stage."""
+        x = images
+        for i in range(len(STRIDES)):
+            x = self._enter(i, x, next_key)
+            for block in self.blocks(i):
+                x = block(x, next_key())
+            yield x
+
+    def blocks(self, stage: int) -> Sequence[Block]:
+        """The blocks of a stage, counted from 0."""
+        raise NotImplementedError
+
+    def _enter(self, stage: int, x: jax.Array, next_key: Callable[[], jax.Array | None]) -> jax.Array:
+        """From the images (stage 0), or the tokens of the stage before, to those that enter a stage's first block."""
         raise NotImplementedError
 
     def _pool(self, tokens: jax.Array) -> jax.Array:
@@ -95,9 +121,11 @@ def classifier(features: int, num_classes: int, *, dtype, param_dtype, rngs: nnx
 class Arguments:
     """Normalises a constructor's arguments and collects what is wrong with them, to be raised all at once."""
 
-    def __init__(self, family: str):
+    def __init__(self, family: str, given: Mapping[str, object]):
+        """`given` is the constructor's `locals()`, of which `record` keeps a copy."""
         self.family = family
         self.problems: list[str] = []
+        self._given = {key: value for key, value in given.items() if key not in _NO_HYPERPARAMETERS}
 
     def integer(self, name: str, value, *, least: int = 1) -> int:
         try:
@@ -175,10 +203,14 @@ class Arguments:
                 self.problems.append(f"{name}=float64 needs jax.config.update('jax_enable_x64', True)")
         return tuple(found)
 
+    def record(self) -> tuple[tuple[str, object], ...]:
+        """The arguments as given, as pairs that can be hashed and written as JSON."""
+        return tuple((name, _plain(value)) for name, value in self._given.items())
+
     def check(self) -> None:
-        """Raises ValueError with everything that was found wrong."""
+        """Raises a UserError with everything that was found wrong."""
         if self.problems:
-            raise ValueError("\n  - ".join([f"{self.family} cannot be built:", *self.problems]))
+            raise UserError("\n  - ".join([f"{self.family} cannot be built:", *self.problems]))
 
     def _four(self, name: str, value) -> tuple:
         items = tuple(value) if hasattr(value, "__iter__") and not isinstance(value, str) else ()
@@ -186,3 +218,9 @@ class Arguments:
             self.problems.append(f"{name}={value!r}: expected four values, one a stage")
             return (1, 1, 1, 1)
         return items
+
+
+def _plain(value):
+    if hasattr(value, "__iter__") and not isinstance(value, str):
+        return tuple(_plain(item) for item in value)
+    return value.item() if hasattr(value, "item") else value

@@ -4,7 +4,7 @@ Source: PolaFormer (ICLR 2025, arXiv 2501.15061) and its code, https://github.co
 Wang et al., "Pyramid Vision Transformer", ICCV 2021, arXiv 2102.12122.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -45,16 +45,21 @@ class SpatialReductionAttention(nnx.Module):
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """(B, N, C) -> (B, N, C)"""
+        q, k, v = self.project(x)
+        scores = product("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        y = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape)
+        return dropout(self.proj(y), self.drop_rate, key)
+
+    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Tokens (B, N, C) -> queries (B, N, h, d), keys and values (B, n, h, d)."""
         batch, tokens, dim = x.shape
         source = x
         if self.sr_ratio > 1:
             source = self.norm(self.sr(x.reshape(batch, self.grid, self.grid, dim)))  # (B, n, C)
-        q = self.q(x).reshape(batch, tokens, self.num_heads, -1)  # (B, N, h, d)
-        k, v = jnp.moveaxis(self.kv(source).reshape(batch, -1, 2, self.num_heads, q.shape[-1]), 2, 0)  # (B, n, h, d)
-        scores = product("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        y = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(batch, tokens, dim)
-        return dropout(self.proj(y), self.drop_rate, key)
+        q = self.q(x).reshape(batch, tokens, self.num_heads, -1)
+        k, v = jnp.moveaxis(self.kv(source).reshape(batch, -1, 2, self.num_heads, q.shape[-1]), 2, 0)
+        return q, k, v
 
 
 class PolaPVT(Backbone):
@@ -98,7 +103,7 @@ class PolaPVT(Backbone):
         param_dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        given = Arguments("PolaPVT")
+        given = Arguments("PolaPVT", locals())
         img_size = given.image_size(img_size)
         num_classes = given.integer("num_classes", num_classes, least=0)
         embed_dims = given.integers("embed_dims", embed_dims)
@@ -155,17 +160,19 @@ class PolaPVT(Backbone):
             )
         self.head = classifier(embed_dims[-1], num_classes, **types)
         self.img_size, self.drop_rates, self.dtype = img_size, (drop_rate, drop_path_rate), dtype
+        self.arguments = given.record()
 
-    def _stages(self, images: jax.Array, next_key: Callable[[], jax.Array | None]) -> Iterator[jax.Array]:
-        x = images.astype(self.dtype)
-        for i, stride in enumerate(STRIDES, start=1):
-            x = getattr(self, f"patch_embed{i}")(x)  # (B, H, W, C) -> (B, N, C')
-            x = x + getattr(self, f"pos_embed{i}")[...].astype(self.dtype)
-            x = dropout(x, self.drop_rates[0], next_key())
-            for block in getattr(self, f"block{i}"):
-                x = block(x, next_key())
-            yield x
-            x = x.reshape(x.shape[0], self.img_size // stride, -1, x.shape[-1])
+    def blocks(self, stage: int) -> Sequence[Block]:
+        return getattr(self, f"block{stage + 1}")
+
+    def _enter(self, stage: int, x: jax.Array, next_key: Callable[[], jax.Array | None]) -> jax.Array:
+        if stage == 0:
+            x = x.astype(self.dtype)
+        else:
+            x = x.reshape(x.shape[0], self.img_size // STRIDES[stage - 1], -1, x.shape[-1])  # (B, H, W, C)
+        x = getattr(self, f"patch_embed{stage + 1}")(x)  # (B, N, C')
+        x = x + getattr(self, f"pos_embed{stage + 1}")[...].astype(self.dtype)
+        return dropout(x, self.drop_rates[0], next_key())
 
     def _pool(self, tokens: jax.Array) -> jax.Array:
         # No normalisation: the official model has a final `norm`, and never calls it.

@@ -4,7 +4,7 @@ Source: PolaFormer (ICLR 2025, arXiv 2501.15061) and its code, https://github.co
 shifts and merging are Liu et al., "Swin Transformer", ICCV 2021, arXiv 2103.14030.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -45,16 +45,27 @@ class WindowAttention(nnx.Module):
     def __call__(self, x: jax.Array, key: jax.Array | None = None, mask: np.ndarray | None = None) -> jax.Array:
         """(B * windows, n, C) -> the same, n = window². mask: (windows, n, n), True where a pair is kept apart."""
         batch, n, dim = x.shape
-        q, k, v = jnp.moveaxis(self.qkv(x).reshape(batch, n, 3, self.num_heads, -1), 2, 0)  # (B', n, h, d)
+        q, k, v = self.project(x)
         scores = product("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
-        bias = self.relative_position_bias_table[...].astype(scores.dtype)[relative_position_index(self.window)]
-        bias = bias.transpose(2, 0, 1)[None, None]  # (1, 1, h, n, n)
-        if mask is not None:
-            bias = bias + jnp.where(mask, -100, 0).astype(bias.dtype)[None, :, None]  # (1, windows, h, n, n)
+        bias = self.bias(mask, scores.dtype)
         scores = scores.reshape(-1, bias.shape[1], self.num_heads, n, n) + bias
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(batch, self.num_heads, n, n)
         y = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(batch, n, dim)
         return dropout(self.proj(y), self.drop_rate, key)
+
+    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Tokens (B', n, C) of windows -> queries, keys and values (B', n, h, d)."""
+        batch, n, _ = x.shape
+        q, k, v = jnp.moveaxis(self.qkv(x).reshape(batch, n, 3, self.num_heads, -1), 2, 0)
+        return q, k, v
+
+    def bias(self, mask: np.ndarray | None, dtype) -> jax.Array:
+        """What is added to the scores: (1, 1, h, n, n), or with a mask (1, windows, h, n, n)."""
+        bias = self.relative_position_bias_table[...].astype(dtype)[relative_position_index(self.window)]
+        bias = bias.transpose(2, 0, 1)[None, None]
+        if mask is None:
+            return bias
+        return bias + jnp.where(mask, -100, 0).astype(dtype)[None, :, None]
 
 
 class SwinBlock(Block):
@@ -65,14 +76,22 @@ class SwinBlock(Block):
         self.grid, self.window, self.shift = grid, window, shift
 
     def mix(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        x = partition_windows(self._roll(x, -self.shift), self.window, grid=self.grid)  # (B * windows, window², C)
-        if isinstance(self.attn, PolarityAttention) or not self.shift:
-            # Linear attention takes no mask: in a shifted window it also mixes what the shift brought together,
-            # in the official code too.
-            x = self.attn(x, key)
-        else:
-            x = self.attn(x, key, mask=shift_mask(self.grid, self.window, self.shift))
+        x = self.to_windows(x)
+        # Linear attention takes no mask: in a shifted window it also mixes what the shift brought together, in the
+        # official code too.
+        x = self.attn(x, key) if self.mask is None else self.attn(x, key, mask=self.mask)
         return self._roll(merge_windows(x, self.window, grid=self.grid), self.shift)
+
+    def to_windows(self, x: jax.Array) -> jax.Array:
+        """Tokens (B, grid², C) of the image -> (B * windows, window², C), those of the shifted windows."""
+        return partition_windows(self._roll(x, -self.shift), self.window, grid=self.grid)
+
+    @property
+    def mask(self) -> np.ndarray | None:
+        """(windows, n, n) True where a pair is kept apart; None where the attention takes no mask."""
+        if isinstance(self.attn, PolarityAttention) or not self.shift:
+            return None
+        return shift_mask(self.grid, self.window, self.shift)
 
     def _roll(self, x: jax.Array, by: int) -> jax.Array:
         if by == 0:
@@ -155,7 +174,7 @@ class PolaSwin(Backbone):
         param_dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        given = Arguments("PolaSwin")
+        given = Arguments("PolaSwin", locals())
         img_size = given.image_size(img_size)
         num_classes = given.integer("num_classes", num_classes, least=0)
         embed_dim = given.integer("embed_dim", embed_dim)
@@ -166,8 +185,7 @@ class PolaSwin(Backbone):
         drop_rate = given.number("drop_rate", drop_rate, least=0, below=1)
         drop_path_rate = given.number("drop_path_rate", drop_path_rate, least=0, below=1)
         alpha, kernel_size = given.attention(alpha, kernel_size)
-        if softmax_window_size is None:
-            softmax_window_size = 7 if window_size <= 56 else 12
+        softmax_window_size = softmax_window(window_size, softmax_window_size)
         windows = {"L": window_size, "S": given.integer("softmax_window_size", softmax_window_size)}
         kinds = _block_types(given, attn_type, depths)
         given.heads(tuple(embed_dim * 2**i for i in range(4)), num_heads, kinds)
@@ -219,18 +237,18 @@ class PolaSwin(Backbone):
         self.norm = layer_norm(embed_dim * 8, epsilon=EPSILON, **types)
         self.head = classifier(embed_dim * 8, num_classes, **types)
         self.img_size, self.drop_rates, self.dtype = img_size, (drop_rate, drop_path_rate), dtype
+        self.arguments = given.record()
 
-    def _stages(self, images: jax.Array, next_key: Callable[[], jax.Array | None]) -> Iterator[jax.Array]:
-        x = self.patch_embed(images.astype(self.dtype))  # (B, N, C)
+    def blocks(self, stage: int) -> Sequence[Block]:
+        return self.layers[stage].blocks
+
+    def _enter(self, stage: int, x: jax.Array, next_key: Callable[[], jax.Array | None]) -> jax.Array:
+        if stage > 0:
+            return self.layers[stage - 1].downsample(x)
+        x = self.patch_embed(x.astype(self.dtype))  # (B, N, C)
         if self.absolute_pos_embed is not None:
             x = x + self.absolute_pos_embed[...].astype(self.dtype)
-        x = dropout(x, self.drop_rates[0], next_key())
-        for stage in self.layers:
-            for block in stage.blocks:
-                x = block(x, next_key())
-            yield x
-            if stage.downsample is not None:
-                x = stage.downsample(x)
+        return dropout(x, self.drop_rates[0], next_key())
 
     def _pool(self, tokens: jax.Array) -> jax.Array:
         return jnp.mean(self.norm(tokens), axis=1, dtype=wide(tokens.dtype))
@@ -271,22 +289,38 @@ def _block_types(given: Arguments, attn_type, depths: tuple[int, ...]) -> tuple[
     )
 
 
-def _check_windows(given: Arguments, img_size: int, kinds: tuple[str, ...], windows: dict[str, int]) -> None:
-    """Every grid is smaller than its windows, or a multiple of them."""
+def softmax_window(window_size: int, softmax_window_size: int | None) -> int:
+    """The window of S blocks: as given, or by the official rule."""
+    return softmax_window_size if softmax_window_size is not None else 7 if window_size <= 56 else 12
 
-    def misfits(size: int) -> list[str]:
+
+def _check_windows(given: Arguments, img_size: int, kinds: tuple[str, ...], windows: dict[str, int]) -> None:
+    """Every grid is as large as its windows at most, or a multiple of them."""
+    names = {"L": "window_size", "S": "softmax_window_size"}
+
+    def misfits(size: int, kind: str, window: int) -> list[str]:
+        grids = [(i, size // stride) for i, stride in enumerate(STRIDES) if kind in kinds[i]]
         return [
-            f"stage {i} has {size // stride}x{size // stride} tokens and {name}={windows[kind]}"
-            for i, stride in enumerate(STRIDES)
-            for kind, name in (("L", "window_size"), ("S", "softmax_window_size"))
-            if kind in kinds[i] and size // stride > windows[kind] and size // stride % windows[kind]
+            f"stage {i} has {grid}x{grid} tokens and {names[kind]}={window}"
+            for i, grid in grids
+            if grid > window and grid % window
         ]
 
-    if found := misfits(img_size):
-        possible = [size for size in range(STRIDES[-1], 4 * max(img_size, 512), STRIDES[-1]) if not misfits(size)]
-        nearest = sorted(sorted(possible, key=lambda size: abs(size - img_size))[:6])
-        given.problems.append(
-            f"img_size={img_size} does not fit the windows, which must divide each grid larger than they are: "
-            f"{'; '.join(found)}. Image sizes that these windows can take: {', '.join(map(str, nearest))}; or choose "
-            "other windows"
-        )
+    found = {kind: misfits(img_size, kind, window) for kind, window in windows.items()}
+    if not any(found.values()):
+        return
+    sizes = [
+        size
+        for size in range(STRIDES[-1], 4 * max(img_size, 512), STRIDES[-1])
+        if not any(misfits(size, kind, window) for kind, window in windows.items())
+    ]
+    nearest = sorted(sorted(sizes, key=lambda size: abs(size - img_size))[:6])
+    ways = [f"img_size {', '.join(map(str, nearest))}"]
+    for kind in (kind for kind, lines in found.items() if lines):
+        largest = max(img_size // stride for i, stride in enumerate(STRIDES) if kind in kinds[i])
+        possible = [w for w in range(2, largest + 1) if not misfits(img_size, kind, w)]
+        ways.append(f"{names[kind]} {', '.join(map(str, possible))}")
+    given.problems.append(
+        f"img_size={img_size} does not fit the windows, which must divide each grid larger than they are: "
+        f"{'; '.join(line for lines in found.values() for line in lines)}. What would fit: {'; or '.join(ways)}"
+    )
