@@ -1,6 +1,9 @@
 """Files that are there whole or not at all."""
 
+import contextlib
 import uuid
+from collections.abc import Iterator
+from typing import BinaryIO
 
 from etils import epath
 
@@ -12,11 +15,19 @@ def write(path: epath.PathLike, content: bytes | str) -> None:
       path: local or in a bucket (`gs://`). Its folder is made where it lacks.
       content: text is encoded as UTF-8.
     """
+    with writing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def writing(path: epath.PathLike) -> Iterator[BinaryIO]:
+    """A file to write in parts. It takes its place when the context ends without an error, and else leaves no trace."""
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.parent / f".{path.name}.{uuid.uuid4().hex}"
     try:
-        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+        with aside.open("wb") as file:
+            yield file
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)

@@ -5,11 +5,9 @@ import inspect
 from collections.abc import Mapping
 from types import MappingProxyType
 
-import jax.numpy as jnp
-from flax import nnx
-
+from polaformer_jax.errors import UserError
 from polaformer_jax.pola_pvt import PolaPVT
-from polaformer_jax.pola_swin import PolaSwin
+from polaformer_jax.pola_swin import PolaSwin, softmax_window
 
 
 def _pvt(*, depths: tuple[int, ...], drop_path: float) -> tuple[type, dict]:
@@ -92,58 +90,109 @@ def list_models() -> list[str]:
     return sorted(_MODELS)
 
 
+FAMILIES = {"PolaPVT": PolaPVT, "PolaSwin": PolaSwin}
+
+
+def lookup(name: str) -> tuple[type, dict[str, object]]:
+    """The family of a model, and the arguments in which it differs from the family's defaults.
+
+    Raises:
+        ValueError: unknown name (with similar ones).
+    """
+    if name not in _MODELS:
+        similar = difflib.get_close_matches(name, _MODELS, n=3, cutoff=0.5)
+        hint = f"Did you mean {' or '.join(similar)}? " if similar else ""
+        raise UserError(f"unknown model {name!r}. {hint}The models are {', '.join(list_models())}")
+    return _MODELS[name]
+
+
 def arguments(
-    name: str, *, num_classes: int = 1000, img_size: int | None = None, drop_path: float | None = None, **overrides
+    name: str,
+    *,
+    num_classes: int | None = None,
+    img_size: int | None = None,
+    drop_path: float | None = None,
+    **overrides,
 ) -> Mapping[str, object]:
     """Every hyper-parameter that `create_model` would hand to the constructor, defaults included, as a read-only table.
 
     Raises:
         ValueError: unknown name (with similar ones), unknown override (with those there are), drop_path given twice.
     """
-    if name not in _MODELS:
-        similar = difflib.get_close_matches(name, _MODELS, n=3, cutoff=0.5)
-        hint = f"Did you mean {' or '.join(similar)}? " if similar else ""
-        raise ValueError(f"unknown model {name!r}. {hint}The models are {', '.join(list_models())}")
-    family, settings = _MODELS[name]
-    parameters = inspect.signature(family.__init__).parameters
-    known = {key: p.default for key, p in parameters.items() if key not in ("self", "dtype", "param_dtype", "rngs")}
-    if unknown := sorted(set(overrides) - set(known)):
-        raise ValueError(
-            f"{name} has no argument {', '.join(unknown)}; the arguments of {family.__name__} are {', '.join(known)}"
-        )
-    if drop_path is not None:
-        if "drop_path_rate" in overrides:
-            raise ValueError("drop_path and drop_path_rate are two names for one rate: give one of them")
-        overrides["drop_path_rate"] = drop_path
-    if img_size is not None:
-        overrides["img_size"] = img_size
-    return MappingProxyType({**known, **settings, "num_classes": num_classes, **overrides})
+    family, settings = lookup(name)
+    return MappingProxyType(
+        resolve(family, settings, num_classes=num_classes, img_size=img_size, drop_path=drop_path, **overrides)
+    )
 
 
-def create_model(
-    name: str,
+def resolve(
+    family: type,
+    settings: Mapping[str, object],
     *,
-    num_classes: int = 1000,
+    num_classes: int | None = None,
     img_size: int | None = None,
     drop_path: float | None = None,
-    dtype=jnp.float32,
-    param_dtype=jnp.float32,
-    rngs: nnx.Rngs,
     **overrides,
-) -> PolaPVT | PolaSwin:
-    """A model of the zoo with fresh weights.
-
-    Args:
-        name: one of `list_models()`.
-        img_size, drop_path: None keeps the model's own image size and rate of stochastic depth.
-        dtype: of the computation; bfloat16 keeps power, normaliser, softmax and logits in float32.
-        param_dtype: of the stored parameters.
-        rngs: where the initial weights come from.
-        overrides: any argument of the constructor (`PolaPVT`, `PolaSwin`), by its own name.
+) -> dict[str, object]:
+    """All arguments of a family's constructor: its defaults, over them `settings`, over them the rest; None is nothing.
 
     Raises:
-        ValueError: unknown name or argument, or a combination that cannot be built.
+        ValueError: unknown override (with those there are), drop_path given twice.
     """
-    resolved = arguments(name, num_classes=num_classes, img_size=img_size, drop_path=drop_path, **overrides)
-    family, _ = _MODELS[name]
-    return family(**resolved, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    known = _defaults(family)
+    if unknown := sorted(set(overrides) - set(known)):
+        raise UserError(f"{family.__name__} has no argument {', '.join(unknown)}; its arguments are {', '.join(known)}")
+    if drop_path is not None and "drop_path_rate" in overrides:
+        raise UserError("drop_path and drop_path_rate are two names for one rate: give one of them")
+    given = {"num_classes": num_classes, "img_size": img_size, "drop_path_rate": drop_path}
+    return {**known, **settings, **{key: value for key, value in given.items() if value is not None}, **overrides}
+
+
+def name_of(family: str, given: Mapping[str, object]) -> str | None:
+    """The name under which `create_model` knows an architecture, whatever its classes, image size and drop rates."""
+    wanted = _architecture(FAMILIES[family], given)
+    return next(
+        (
+            name
+            for name, (other, settings) in sorted(_MODELS.items())
+            if other.__name__ == family and _architecture(other, settings) == wanted
+        ),
+        None,
+    )
+
+
+def differences(family: str, one: Mapping[str, object], other: Mapping[str, object]) -> list[str]:
+    """Names of arguments in which two descriptions of a model differ, but for rates of dropout and stochastic depth.
+
+    Arguments that do not act, such as the softmax window of a model without softmax blocks, do not count.
+    """
+    one, other = ({**_architecture(FAMILIES[family], given), **_size(given)} for given in (one, other))
+    return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+
+
+def _size(given: Mapping[str, object]) -> dict[str, object]:
+    return {name: given.get(name) for name in ("img_size", "num_classes")}
+
+
+def _architecture(family: type, given: Mapping[str, object]) -> dict[str, object]:
+    """What makes two models of one family the same function of their weights, in one way of writing it."""
+    full = {**_defaults(family), **given}
+    for free in ("num_classes", "img_size", "drop_rate", "drop_path_rate"):
+        del full[free]
+    letters = full["attn_type"]
+    if family is PolaSwin:
+        full["softmax_window_size"] = softmax_window(full["window_size"], full["softmax_window_size"])
+        if "L" not in letters and "M" not in letters:
+            full["window_size"] = None
+        if "S" not in letters and "M" not in letters:
+            full["softmax_window_size"] = None
+    else:
+        full["sr_ratios"] = [ratio for ratio, kind in zip(full["sr_ratios"], letters, strict=True) if kind == "S"]
+        digits = zip(str(full["la_sr_ratios"]), letters, strict=True)
+        full["la_sr_ratios"] = [digit for digit, kind in digits if kind == "L"]
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in full.items()}
+
+
+def _defaults(family: type) -> dict[str, object]:
+    parameters = inspect.signature(family.__init__).parameters
+    return {key: p.default for key, p in parameters.items() if key not in ("self", "dtype", "param_dtype", "rngs")}

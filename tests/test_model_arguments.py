@@ -45,15 +45,18 @@ def test_constructors_say_what_is_wrong(family, arguments, messages):
     assert all(message in str(error.value) for message in messages), error.value
 
 
-def test_an_image_size_that_the_windows_cannot_take_is_refused_with_those_they_can():
+def test_an_image_size_that_the_windows_cannot_take_is_refused_with_what_fits():
     with pytest.raises(ValueError) as error:
         pf.create_model("pola_swin_t", img_size=128, rngs=nnx.Rngs(0))
     message = str(error.value)
     assert "stage 2 has 8x8 tokens and softmax_window_size=7" in message
     assert "32, 64, 96, 224, 448" in message
-    sizes = [int(size) for size in message.split("can take: ")[1].split("; or")[0].split(", ")]
-    for size in sizes:
-        nnx.eval_shape(lambda size=size: pf.create_model("pola_swin_t", img_size=size, rngs=nnx.Rngs(0)))
+    offered = dict(way.split(" ", 1) for way in message.split("What would fit: ")[1].split("; or "))
+    assert offered.keys() == {"img_size", "softmax_window_size"}
+    for name, values in offered.items():
+        for value in values.split(", "):
+            arguments = {"img_size": 128, name: int(value)}
+            nnx.eval_shape(lambda arguments=arguments: pf.create_model("pola_swin_t", **arguments, rngs=nnx.Rngs(0)))
 
 
 @pytest.mark.parametrize(
@@ -86,9 +89,7 @@ def test_arguments_of_models():
     assert arguments["alpha"] == 4 and arguments["window_size"] == 56 and arguments["depths"] == (2, 2, 6, 2)
     with pytest.raises(TypeError):
         arguments["alpha"] = 3
-    with pytest.raises(
-        ValueError, match="pola_pvt_t has no argument window_size; the arguments of PolaPVT are img_size"
-    ):
+    with pytest.raises(ValueError, match="PolaPVT has no argument window_size; its arguments are img_size"):
         zoo.arguments("pola_pvt_t", window_size=7)
     with pytest.raises(ValueError, match="two names for one rate"):
         zoo.arguments("pola_pvt_t", drop_path=0.1, drop_path_rate=0.1)

@@ -1,7 +1,5 @@
 """Weights in and out: official names and layouts, our own files, and one error for all that does not fit."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +12,9 @@ import polaformer_jax as pf
 from polaformer_jax import weights
 from polaformer_jax.errors import UserError
 from polaformer_jax.weights import rules
+from tests import small_models
 from tests.golden_models import FULL, SMALL, official_tensors
+from tests.torch_files import Config, write_pth
 
 TINY = {"img_size": 32, "embed_dims": (4, 4, 8, 8), "num_heads": (1, 1, 2, 2), "depths": (1, 1, 1, 1), "num_classes": 3}
 ENTRIES = {**SMALL, **FULL}
@@ -165,25 +165,44 @@ def test_pure_dicts_keep_structure_and_devices():
     assert_same(loaded, pure(tiny(seed=1)))
 
 
-# --- our own files
+# --- files
 
 
 def test_saved_weights_load_exactly(tmp_path):
     path = tmp_path / "folder" / "mine.safetensors"
-    weights.save_weights(tiny(seed=1), path, metadata={"model": "tiny"})
+    weights.save_weights(tiny(seed=1), path, metadata={"note": "tiny"})
     model = tiny()
-    weights.load_weights(model, path)
+    assert weights.load_weights(model, path) == []
     assert_same(pure(model), pure(tiny(seed=1)))
     weights.load_weights(model, str(path))
-    arrays, metadata = weights.read(path)
-    assert metadata == {"model": "tiny", "format": weights.FORMAT}
-    assert arrays["block1.0.attn.qg.kernel"].shape == (4, 8)
+    file = weights.read_file(path)
+    assert file.layout == "ours" and file.metadata["note"] == "tiny" and file.metadata["family"] == "PolaPVT"
+    assert file.tensors["block1.0.attn.qg.kernel"].shape == (4, 8)
+    assert not file.tensors["block1.0.attn.qg.kernel"].flags.writeable
 
 
-def test_pure_dicts_are_saved_too(tmp_path):
-    weights.save_weights(pure(tiny(seed=1)), tmp_path / "a.safetensors")
+def test_a_file_of_any_layout_loads_bit_for_bit(tmp_path):
+    """Ours, ours in the official layout, a foreign one with official names, and an official checkpoint."""
+    saved = tiny(seed=1)
+    weights.save_weights(saved, tmp_path / "ours.safetensors")
+    weights.save_weights(saved, tmp_path / "torch.safetensors", layout="torch")
+    contiguous = {name: np.ascontiguousarray(array) for name, array in official(saved).items()}
+    safetensors.numpy.save_file(contiguous, tmp_path / "foreign.safetensors")
+    write_pth(tmp_path / "official.pth", {"model": weights.to_torch(saved), "epoch": 3})
+    write_pth(tmp_path / "wrapped.bin", {"state_dict": {f"module.{key}": a for key, a in official(saved).items()}})
+    for name in ("ours.safetensors", "torch.safetensors", "foreign.safetensors", "official.pth", "wrapped.bin"):
+        model = tiny()
+        weights.load_weights(model, tmp_path / name)
+        assert_same(pure(model), pure(saved))
+        weights.load_weights(model, weights.read_file(tmp_path / name))
+
+
+def test_loaded_arrays_are_no_views_of_the_callers_arrays():
+    source = {name: array.copy() for name, array in official(tiny(seed=1)).items()}
     model = tiny()
-    weights.load_weights(model, tmp_path / "a.safetensors")
+    weights.load_weights(model, source)
+    for array in source.values():
+        array[...] = 0
     assert_same(pure(model), pure(tiny(seed=1)))
 
 
@@ -193,6 +212,16 @@ def test_bfloat16_survives_a_file(tmp_path):
     model = tiny()
     weights.load_weights(model, tmp_path / "a.safetensors")
     assert_same(pure(model), jax.tree.map(lambda leaf: leaf.astype(jnp.float32), pure(saved)))
+
+
+def test_others_can_read_our_files(tmp_path):
+    saved = tiny(seed=1)
+    weights.save_weights(saved, tmp_path / "a.safetensors", layout="torch")
+    loaded = safetensors.numpy.load_file(tmp_path / "a.safetensors")
+    expected = weights.to_torch(saved)
+    assert loaded.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(loaded[name], array)
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
@@ -218,8 +247,21 @@ def test_our_files_are_as_strict(tmp_path):
         weights.load_weights(model, path)
 
 
+def test_weights_of_another_alpha_are_refused(tmp_path):
+    """No shape shows alpha, and with another one the model is another function."""
+    weights.save_weights(tiny(seed=1, alpha=3), tmp_path / "a.safetensors")
+    config = Config({"MODEL": {"LA": {"ALPHA": 3}}})
+    write_pth(tmp_path / "a.pth", {"model": official(tiny(seed=1)), "config": config})
+    for name in ("a.safetensors", "a.pth"):
+        with pytest.raises(
+            weights.WeightsError, match="trained with alpha=3, and the model has alpha=4: give it alpha=3"
+        ):
+            weights.load_weights(tiny(), tmp_path / name)
+        weights.load_weights(tiny(alpha=3), tmp_path / name)
+
+
 @pytest.mark.parametrize("cut", [0, 4, 50, -1])
-def test_damaged_files_are_refused(tmp_path, cut):
+def test_truncated_files_are_refused(tmp_path, cut):
     path = tmp_path / "a.safetensors"
     weights.save_weights(tiny(), path)
     path.write_bytes(path.read_bytes()[:cut])
@@ -227,13 +269,64 @@ def test_damaged_files_are_refused(tmp_path, cut):
         weights.load_weights(tiny(), path)
 
 
+@pytest.mark.parametrize("where", ["header", "metadata", "data"])
+def test_a_flipped_bit_is_noticed(tmp_path, where):
+    path = tmp_path / "a.safetensors"
+    weights.save_weights(tiny(), path)
+    content = bytearray(path.read_bytes())
+    position = {"header": content.index(b"head.bias"), "metadata": content.index(b"drop_path_rate"), "data": -2}[where]
+    content[position] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(weights.WeightsError, match="damaged: its checksum is"):
+        weights.load_weights(tiny(), path)
+
+
 def test_other_files_are_refused(tmp_path):
     with pytest.raises(weights.WeightsError, match="there is no weights file"):
         weights.load_weights(tiny(), tmp_path / "none.safetensors")
-    with pytest.raises(weights.WeightsError, match="official checkpoint .* pass a dict"):
-        weights.load_weights(tiny(), tmp_path / "official.pth")
+    with pytest.raises(weights.WeightsError, match="is a folder, expected a file of weights"):
+        weights.load_weights(tiny(), tmp_path)
     with pytest.raises(weights.WeightsError, match="written as .safetensors"):
         weights.save_weights(tiny(), tmp_path / "a.pth")
     safetensors.numpy.save_file({"a": np.ones(3)}, tmp_path / "foreign.safetensors")
-    with pytest.raises(weights.WeightsError, match=f"tag None, expected {json.dumps(weights.FORMAT)[1:-1]!r}"):
+    with pytest.raises(weights.WeightsError, match="foreign.safetensors: .*\n.*missing: .*\n.*1 unexpected: a"):
         weights.load_weights(tiny(), tmp_path / "foreign.safetensors")
+    for content, message in (
+        ({"model": {"a": 3}}, "1 of 1 entries are none: 'a': int"),
+        ({}, "it is empty"),
+        ([1, 2], "holds a list, expected a dict of tensors"),
+    ):
+        write_pth(tmp_path / "a.pth", content)
+        with pytest.raises(weights.WeightsError, match=message):
+            weights.read_file(tmp_path / "a.pth")
+
+
+# --- models made from files
+
+
+def test_a_file_names_its_own_model(tmp_path):
+    for saved in (tiny(seed=1, alpha=2.5, drop_path_rate=0.25), small_models.build("swin", alpha=3)):
+        weights.save_weights(saved, tmp_path / "a.safetensors")
+        model = pf.create_model(weights=tmp_path / "a.safetensors")
+        assert type(model) is type(saved) and model.arguments == saved.arguments
+        assert_same(pure(model), pure(saved))
+
+
+def test_models_from_files_take_other_sizes_where_asked(tmp_path, caplog):
+    weights.save_weights(tiny(seed=1), tmp_path / "a.safetensors")
+    model = pf.create_model(weights=tmp_path / "a.safetensors", img_size=64, num_classes=7, dtype="bfloat16")
+    arguments = dict(model.arguments)
+    assert (arguments["img_size"], arguments["num_classes"], model.dtype) == (64, 7, jnp.bfloat16)
+    assert not model.head.kernel[...].any()
+    assert "pos_embed1: resized from 8x8 to 16x16 (bilinear)" in caplog.text
+    assert "head: 3 classes: replaced by zeros for 7 classes" in caplog.text
+    assert jax.eval_shape(model, np.ones((1, 64, 64, 3), np.float32)).shape == (1, 7)
+
+
+def test_a_name_or_a_file_is_needed():
+    with pytest.raises(ValueError, match="give one of pola_pvt_b, .*, or a file of weights"):
+        pf.create_model(rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="name is None"):
+        pf.create_model(weights=official(tiny()))
+    with pytest.raises(ValueError, match="rngs is None"):
+        pf.create_model("pola_pvt_t")

@@ -117,3 +117,28 @@ class Checkpoints:
             raise UserError(f"{self.directory} has no checkpoint {which!r}; it has the steps {self.steps()}")
         items = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
         return self._manager.restore(step, args=items)["params"], step
+
+
+def check_choice(workdir: epath.PathLike, which: str | None) -> None:
+    """Raises a UserError where `workdir` has no checkpoints at all, or `which` cannot mean one."""
+    if not (epath.Path(workdir) / "checkpoints").exists():
+        raise UserError(f"{workdir} has no checkpoints: it is not the work directory of a training, or one just begun")
+    if which is not None and which not in ("best", "latest") and not which.isdecimal():
+        raise UserError(f"--checkpoint={which}: it is best, latest or a step")
+
+
+def read_params(workdir: epath.PathLike, abstract: Any, which: str | None, *, best_metric: str) -> tuple[Any, int]:
+    """Parameters of a checkpoint in a work directory, whose training may be running, and the step they are of.
+
+    Args:
+      abstract: nested dict of `jax.ShapeDtypeStruct` with shardings.
+      which: "best" (None is this), "latest", or a step in digits.
+
+    Raises:
+      UserError: there is no such checkpoint.
+    """
+    check_choice(workdir, which)
+    chosen = int(which) if which and which.isdecimal() else which or "best"
+    directory = epath.Path(workdir) / "checkpoints"
+    with Checkpoints(directory, keep_last=1, best_metric=best_metric, read_only=True) as checkpoints:
+        return checkpoints.restore_params(abstract, chosen)

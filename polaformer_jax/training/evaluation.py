@@ -19,8 +19,9 @@ from polaformer_jax import atomic, weights
 from polaformer_jax.data.pipeline import EvalBatches
 from polaformer_jax.data.sources import Source
 from polaformer_jax.errors import UserError
-from polaformer_jax.training.checkpoints import Checkpoints
+from polaformer_jax.training import checkpoints
 from polaformer_jax.training.experiment import Experiment
+from polaformer_jax.training.export import about
 from polaformer_jax.training.metrics import Mean
 from polaformer_jax.training.sharding import to_devices
 from polaformer_jax.training.workdir import differences, read_config
@@ -183,12 +184,10 @@ def evaluate(
     if workdir is None:
         params, evaluated = experiment.read_params(config.init.weights), {"weights": config.init.weights}
     else:
-        directory = epath.Path(workdir) / "checkpoints"
-        which = int(checkpoint) if checkpoint and checkpoint.isdecimal() else checkpoint or "best"
-        metric = config.checkpoint.best_metric
-        with Checkpoints(directory, keep_last=1, best_metric=metric, read_only=True) as checkpoints:
-            params, step = checkpoints.restore_params(experiment.abstract_params, which)
-        evaluated = {"checkpoint": os.fspath(directory / str(step)), "step": step}
+        params, step = checkpoints.read_params(
+            workdir, experiment.abstract_params, checkpoint, best_metric=config.checkpoint.best_metric
+        )
+        evaluated = {"checkpoint": os.fspath(epath.Path(workdir) / "checkpoints" / str(step)), "step": step}
 
     with Evaluator(experiment) as evaluator:
         result = evaluator(params)
@@ -201,7 +200,12 @@ def evaluate(
         if predictions_path is not None:
             write_predictions(predictions_path, result, experiment.eval_source)
         if weights_path is not None:
-            weights.save_weights(params, weights_path)
+            metadata = about(
+                config,
+                experiment.eval_source.class_names,
+                {**({} if workdir is None else {"step": step}), **result.metrics},
+            )
+            weights.save_weights(experiment.model(params), weights_path, metadata=metadata)
     return content
 
 
@@ -214,10 +218,8 @@ def _check_request(config, workdir, checkpoint, outputs) -> None:
             raise UserError("no weights: give --config.init.weights=FILE, or --workdir of a training")
         if checkpoint is not None:
             raise UserError(f"--checkpoint={checkpoint} needs --workdir of a training")
-    elif not (epath.Path(workdir) / "checkpoints").exists():
-        raise UserError(f"{workdir} has no checkpoints: it is not the work directory of a training, or one just begun")
-    if checkpoint is not None and checkpoint not in ("best", "latest") and not checkpoint.isdecimal():
-        raise UserError(f"--checkpoint={checkpoint}: it is best, latest or a step")
+    else:
+        checkpoints.check_choice(workdir, checkpoint)
     for path in outputs:
         if path is not None and epath.Path(path).is_dir():
             raise UserError(f"{os.fspath(path)} is a folder: name a file")

@@ -1,6 +1,7 @@
 """From a config to the pieces of a run: data, model, optimizer, and the compiled steps."""
 
 import functools
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -10,12 +11,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from polaformer_jax import weights, zoo
+from polaformer_jax import creation, weights
 from polaformer_jax.data import pipeline, sources, transforms
 from polaformer_jax.errors import UserError
 from polaformer_jax.training import sharding
 from polaformer_jax.training.checks import check_config
 from polaformer_jax.training.optimizer import make_optimizer
+from polaformer_jax.training.progress import log
 from polaformer_jax.training.schedule import Durations, durations, learning_rate
 from polaformer_jax.training.sharding import with_shardings
 from polaformer_jax.training.step import TrainState, make_eval_step, make_train_step
@@ -32,7 +34,7 @@ def build_model(config: ml_collections.ConfigDict, rngs: nnx.Rngs) -> nnx.Module
       UserError: the model's constructor refuses a value.
     """
     try:
-        return zoo.create_model(
+        return creation.create_model(
             config.name,
             num_classes=config.num_classes,
             img_size=config.img_size,
@@ -53,6 +55,7 @@ class Experiment:
       config: the config.
       graphdef: the model's static part; with parameters it makes the model.
       abstract_params: nested dict of the parameters' shapes, dtypes and shardings.
+      arguments: of the model's constructor.
 
     Raises:
       UserError: the config cannot work: its values, its model, or its data set.
@@ -61,7 +64,9 @@ class Experiment:
     def __init__(self, config: ml_collections.ConfigDict):
         check_config(config)
         self.config = config
-        graphdef, params = nnx.split(nnx.eval_shape(lambda: build_model(config.model, nnx.Rngs(0))))
+        model = nnx.eval_shape(lambda: build_model(config.model, nnx.Rngs(0)))
+        self.arguments: dict[str, Any] = dict(model.arguments)
+        graphdef, params = nnx.split(model)
         self.graphdef: nnx.GraphDef = graphdef
         self.abstract_params: Any = with_shardings(nnx.to_pure_dict(params), sharding.replicated(self.mesh))
         classes = self.eval_source.num_classes
@@ -157,16 +162,29 @@ class Experiment:
           UserError: the weights are not this model's.
         """
         if self.config.init.weights is not None:
-            return self.read_params(self.config.init.weights)
+            return self.read_params(self.config.init.weights, fit=("tables", "classifier"))
         # Eagerly: under jit, compiling the many draws takes five times as long as drawing.
         model = build_model(self.config.model, nnx.Rngs(self.config.seed))
         params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
         return jax.device_put(params, sharding.replicated(self.mesh))
 
-    def read_params(self, path: str) -> Any:
-        """Parameters from a file of weights. Raises a UserError where they are not this model's."""
-        arrays, _ = weights.read(path)
-        return jax.device_put(weights.from_ours(arrays, self.abstract_params), sharding.replicated(self.mesh))
+    def read_params(self, path: str, *, fit: Collection[weights.Fit] = ("tables",)) -> Any:
+        """Parameters from a file of weights of any kind that `weights.read_file` reads.
+
+        Args:
+          fit: what may be changed to fit, see `weights.load_weights`. Each change is logged.
+
+        Raises:
+          UserError: they are not this model's.
+        """
+        params, changes = weights.params_from(path, self.abstract_params, self.arguments, fit=fit)
+        for line in weights.summary(changes):
+            log.warning("%s, changed to fit the model: %s", path, line)
+        return jax.device_put(params, sharding.replicated(self.mesh))
+
+    def model(self, params: Any) -> nnx.Module:
+        """The model with these parameters."""
+        return nnx.merge(self.graphdef, params)
 
     # --- training
 

@@ -10,6 +10,10 @@ from absl import flags, logging
 log = std_logging.getLogger("polaformer_jax")
 
 
+# Orbax warns of what is meant to be: checkpoints between evaluations have no metrics, and readers do not write.
+_INTENDED = ("did not provide metrics", "read_only=True", "Given directory is read only")
+
+
 def set_up_logging() -> None:
     """Sends this project's messages to stderr, with the time.
 
@@ -18,8 +22,7 @@ def set_up_logging() -> None:
     """
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
-        # Checkpoints between evaluations have no metrics, on purpose; Orbax warns of each.
-        logging.get_absl_logger().addFilter(lambda record: "did not provide metrics" not in record.getMessage())
+        logging.get_absl_logger().addFilter(lambda record: not any(text in record.getMessage() for text in _INTENDED))
     if not log.handlers:
         handler = _TqdmHandler()
         handler.setFormatter(std_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))

@@ -1,58 +1,142 @@
-"""Weights that people exchange: read strictly, under official or our own names, and written as safetensors.
+"""Weights that people exchange: official PyTorch checkpoints and safetensors, read strictly, and handed back.
 
-`load_weights` and `save_weights` act on a model. `from_torch`, `from_ours` and `flatten` act on a pure dict of
-parameters (`nnx.to_pure_dict`), which is what training holds; `read` and `write` are the files.
+`load_weights` and `save_weights` act on a model, `read_file` on a file alone. `check`, `place` and `flatten` act on
+pure dicts of parameters (`nnx.to_pure_dict`), which is what training holds.
 """
 
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from flax import nnx
 
-from polaformer_jax.weights.files import FORMAT, read, write
-from polaformer_jax.weights.params import WeightsError, flatten, from_ours, from_torch
+from polaformer_jax import zoo
+from polaformer_jax.errors import WeightsError
+from polaformer_jax.weights import safetensors_file
+from polaformer_jax.weights.files import Layout, WeightsFile, read_file
+from polaformer_jax.weights.fitting import Change, Fit, summary
+from polaformer_jax.weights.identify import Identity, identify, stored_alpha
+from polaformer_jax.weights.official import in_official_layout, to_torch
+from polaformer_jax.weights.params import Checked, check, flatten, from_torch, place, shapes, unflatten
 
 __all__ = [
-    "FORMAT",
+    "Change",
+    "Checked",
+    "Fit",
+    "Identity",
+    "Layout",
     "WeightsError",
+    "WeightsFile",
+    "check",
+    "check_suffix",
     "flatten",
-    "from_ours",
     "from_torch",
+    "identify",
+    "in_official_layout",
     "load_weights",
-    "read",
+    "model_metadata",
+    "params_from",
+    "place",
+    "read_file",
     "save_weights",
-    "write",
+    "shapes",
+    "stored_alpha",
+    "summary",
+    "to_torch",
+    "unflatten",
+    "write_file",
 ]
 
 
-def load_weights(model: nnx.Module, source: Mapping[str, object] | str | os.PathLike) -> None:
+def load_weights(
+    model: nnx.Module, source: Mapping[str, object] | str | os.PathLike | WeightsFile, *, fit: Collection[Fit] = ()
+) -> list[Change]:
     """Replaces all parameters of `model`, or none where something does not fit.
 
     Args:
-        source: a dict of float arrays under the official PyTorch names and in their layouts (a `state_dict` of
-            https://github.com/ZacharyMeng/PolaFormer as NumPy arrays), or the path of a `.safetensors` file that
-            `save_weights` wrote. Values are cast to the type in which the model stores its parameters.
+        source: the path of an official `.pth` checkpoint or of `.safetensors` in either layout; what `read_file`
+            returned; or a dict of float arrays under the official PyTorch names and in their layouts (a `state_dict` of
+            https://github.com/ZacharyMeng/PolaFormer as NumPy arrays). Values are cast to the type in which the model
+            stores its parameters.
+        fit: what may be changed to fit, nothing by default. "tables": position tables of another image size or window
+            are resized; "classifier": one for another number of classes is replaced by zeros.
+
+    Returns:
+        What was changed to fit.
 
     Raises:
-        WeightsError: with every tensor that is missing, unexpected, misshapen or not of a float type; or there is no
-            such file, it is of another kind, or it is damaged.
+        WeightsError: with every tensor that is missing, unexpected, misshapen or not of a float type; the weights were
+            trained with another alpha; or there is no such file, it is of another kind, or it is damaged.
     """
-    like = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    if isinstance(source, Mapping):
-        params = from_torch(source, like)
-    else:
-        params = from_ours(read(source)[0], like)
+    params, changes = params_from(source, nnx.to_pure_dict(nnx.state(model, nnx.Param)), dict(model.arguments), fit=fit)
     nnx.update(model, params)
+    return changes
+
+
+def params_from(
+    source: Mapping[str, object] | str | os.PathLike | WeightsFile,
+    like: Mapping,
+    arguments: Mapping[str, object],
+    *,
+    fit: Collection[Fit] = (),
+) -> tuple[dict, list[Change]]:
+    """A tree of parameters like `like`, for the model with these `arguments`, and the changes; see `load_weights`."""
+    if isinstance(source, Mapping):
+        checked = check(source, shapes(like), layout="torch", fit=fit)
+    else:
+        file = source if isinstance(source, WeightsFile) else read_file(source)
+        alpha = stored_alpha(file)
+        if alpha is not None and alpha != arguments["alpha"]:
+            raise WeightsError(
+                f"{file.path} was trained with alpha={alpha:g}, and the model has alpha={arguments['alpha']:g}: "
+                f"give it alpha={alpha:g} (config.model.alpha)"
+            )
+        try:
+            checked = check(file.tensors, shapes(like), layout=file.layout, fit=fit)
+        except WeightsError as error:
+            raise WeightsError(f"{file.path}: {error}") from error
+    return place(checked.tensors, like), checked.changes
 
 
 def save_weights(
-    model: nnx.Module | Mapping, path: str | os.PathLike, *, metadata: Mapping[str, str] | None = None
+    model: nnx.Module,
+    path: str | os.PathLike,
+    *,
+    layout: Layout = "ours",
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes the parameters to `path` (`.safetensors`) under our names and layouts, at once or not at all.
+    """Writes a model's parameters to `path` (`.safetensors`), at once or not at all. The file names its own model.
 
     Args:
-        model: a model, or a pure dict of its parameters.
+        layout: "ours", or "torch" for the official names and memory layouts, buffers included, which the official
+            model takes by `load_state_dict(safetensors.torch.load_file(path), strict=True)`.
         metadata: further strings for the file's header.
+
+    Raises:
+        WeightsError: the path has another suffix.
     """
-    params = model if isinstance(model, Mapping) else nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    write(path, flatten(params), metadata=metadata)
+    if layout not in ("ours", "torch"):
+        raise ValueError(f"layout is {layout!r}, expected 'ours' or 'torch'")
+    arrays = to_torch(model) if layout == "torch" else flatten(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    write_file(path, arrays, layout=layout, metadata={**model_metadata(model), **(metadata or {})})
+
+
+def write_file(
+    path: str | os.PathLike, arrays: Mapping[str, object], *, layout: Layout, metadata: Mapping[str, str]
+) -> None:
+    """Writes arrays of either layout to `path` (`.safetensors`)."""
+    check_suffix(path)
+    safetensors_file.write(path, arrays, {**metadata, "layout": layout})
+
+
+def check_suffix(path: str | os.PathLike) -> None:
+    """Raises a WeightsError if this is no name for a file to write."""
+    if not os.fspath(path).endswith(".safetensors"):
+        raise WeightsError(f"weights are written as .safetensors, not as {os.path.basename(os.fspath(path))!r}")
+
+
+def model_metadata(model: nnx.Module) -> dict[str, str]:
+    """What a file says of its model: its name in the zoo if it has one, its family, and the constructor's arguments."""
+    family, arguments = type(model).__name__, dict(model.arguments)
+    name = zoo.name_of(family, arguments) or family
+    return {"model": name, "family": family, "arguments": json.dumps(arguments)}

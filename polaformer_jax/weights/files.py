@@ -1,67 +1,168 @@
-"""Our own weights files: safetensors, parameters under their paths, and a tag that says so."""
+"""Files of weights of any kind, read into one shape: tensors by name, and what else is known of them."""
 
+import dataclasses
 import json
+import math
 import os
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
 
-import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 from etils import epath
 
-from polaformer_jax import atomic
-from polaformer_jax.weights.params import WeightsError
+from polaformer_jax.errors import WeightsError
+from polaformer_jax.weights import safetensors_file, torch_zip
 
-FORMAT = "polaformer_jax/1"
+Layout = Literal["ours", "torch"]
 
-# safetensors.numpy writes bfloat16, and cannot read it.
-_TYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.dtype("bfloat16")}
+_WRAPPERS = ("model", "state_dict")
+_WRAPPED = 4  # levels; a dict can hold itself
+_FACTS = ("epoch", "max_accuracy", "config")
+_LARGEST_FACTS = 10_000  # values; the official config has about a hundred
 
 
-def write(path: str | os.PathLike, flat: Mapping[str, object], *, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes arrays to `path`, a `.safetensors` file, at once or not at all: aside first, then renamed.
+@dataclasses.dataclass(frozen=True)
+class WeightsFile:
+    """What a file of weights holds.
+
+    Attributes:
+        path: where it was read from.
+        layout: whether names and memory layouts are ours or the official PyTorch ones.
+        tensors: read-only NumPy arrays by name, views of the mapped file.
+        metadata: what `save_weights` wrote beside the tensors; empty in a file of others. Known keys, all but the first
+            in JSON: "model", "arguments" (of its constructor), "facts", "classes" (their names), "preprocess".
+        facts: of an official checkpoint, as far as they are there: epoch, max_accuracy (in %), config (nested dict).
+    """
+
+    path: str
+    layout: Layout
+    tensors: Mapping[str, np.ndarray]
+    metadata: Mapping[str, str]
+    facts: Mapping[str, Any]
+
+
+def read_file(path: str | os.PathLike) -> WeightsFile:
+    """Reads a `.pth` checkpoint or `.safetensors` in either layout; the content decides which it is, not the name.
+
+    Nothing in the file is executed. Tensors are mapped, not copied, and checked against the file's checksums.
 
     Args:
-        path: local or in a bucket (`gs://`). Its folder is made where it lacks.
-        metadata: further strings for the file's header.
-    """
-    path = epath.Path(path)
-    if path.suffix != ".safetensors":
-        raise WeightsError(f"weights are written as .safetensors, not as {path.name!r}")
-    content = safetensors.numpy.save(
-        {name: np.ascontiguousarray(array) for name, array in flat.items()}, {**(metadata or {}), "format": FORMAT}
-    )
-    atomic.write(path, content)
-
-
-def read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The arrays and the metadata of a file that `write` wrote.
+        path: local, or in a bucket (`gs://`), whence it is copied to a temporary file first.
 
     Raises:
-        WeightsError: there is no such file, it is of another kind, or it is damaged.
+        WeightsError: there is no such file, it is of another kind, it is damaged, or it holds no weights.
     """
-    path = epath.Path(path)
-    if path.suffix != ".safetensors":
-        raise WeightsError(
-            f"cannot read {path}: expected our own .safetensors. For an official checkpoint (.pth), pass a dict of its "
-            "arrays under their official names instead of the path"
-        )
-    if not path.exists():
-        raise WeightsError(f"there is no weights file {path}")
-    content = path.read_bytes()
+    name, path = os.fspath(path), epath.Path(path).expanduser()
+    if "://" not in name:
+        return _read_local(Path(path), name)
     try:
-        arrays = {name: _array(**view) for name, view in safetensors.deserialize(content)}
-        metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__", {})
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise WeightsError(f"{path} is damaged, or no safetensors file: {error}") from error
-    if metadata.get("format") != FORMAT:
+        content = path.read_bytes()
+    except OSError as error:
+        raise WeightsError(f"cannot read {name}: {error}") from error
+    with tempfile.NamedTemporaryFile(suffix=path.suffix) as file:  # a mapped file outlives its name
+        file.write(content)
+        file.flush()
+        del content
+        return _read_local(Path(file.name), name)
+
+
+def _read_local(path: Path, name: str) -> WeightsFile:
+    if path.is_dir():
         raise WeightsError(
-            f"{path} has the format tag {metadata.get('format')!r}, expected {FORMAT!r}: save_weights did not write "
-            "it. If it holds official tensors, pass them as a dict under their official names instead of the path"
+            f"{name} is a folder, expected a file of weights (.safetensors or .pth); `eval.py --workdir ... "
+            "--save_weights FILE.safetensors` takes weights out of a training"
         )
-    return arrays, metadata
+    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+        raise WeightsError(f"{name} is no regular file, expected .safetensors or .pth")
+    try:
+        with open(path, "rb") as file:
+            head = file.read(9)
+    except FileNotFoundError:
+        raise WeightsError(f"there is no weights file {name}") from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        raise WeightsError(f"cannot read {name!r}: {error}") from error
+    if not head.startswith(b"PK") and (path.suffix == ".safetensors" or head[8:9] == b"{"):
+        tensors, metadata = safetensors_file.read(path, name=name)
+        layout = metadata.get("layout", "torch")
+        if layout not in ("ours", "torch"):
+            raise WeightsError(
+                f"{name} has the layout {layout!r}, expected 'ours' or 'torch': a newer version wrote it"
+            )
+        if layout == "torch":
+            tensors, _ = unwrap(tensors, name)
+        return WeightsFile(name, layout, tensors, metadata, _json(metadata, "facts", {}))
+    tensors, facts = unwrap(torch_zip.read(path, name=name), name)
+    return WeightsFile(name, "torch", tensors, {}, facts)
 
 
-def _array(*, dtype: str, shape: list[int], data: bytes) -> np.ndarray:
-    return np.frombuffer(data, _TYPES[dtype]).reshape(shape)
+def unwrap(content: object, name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The tensors in what a `.pth` file holds, and the facts beside them.
+
+    The one rule: go down through `model` and `state_dict` while they are dicts, then drop a `module.` (of
+    DistributedDataParallel) that all names begin with.
+    """
+    facts = {}
+    for _ in range(_WRAPPED):
+        if not isinstance(content, Mapping):
+            break
+        facts |= {key: plain(content[key], f"{name}: {key}") for key in _FACTS if key in content}
+        inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
+        if inner is None:
+            break
+        content = inner
+    if not isinstance(content, Mapping):
+        raise WeightsError(f"{name} holds a {type(content).__name__}, expected a dict of tensors (a state_dict)")
+    others = [f"{key!r}: {type(value).__name__}" for key, value in content.items() if not _is_tensor(key, value)]
+    if others or not content:
+        found = (
+            f"{len(others)} of {len(content)} entries are none: {', '.join(others[:5])}" if others else "it is empty"
+        )
+        raise WeightsError(
+            f"{name}: expected a dict of tensors by name (a state_dict), by itself or under {' or '.join(_WRAPPERS)}; "
+            f"{found}"
+        )
+    while all(key.startswith("module.") for key in content):
+        content = {key.removeprefix("module."): value for key, value in content.items()}
+    return dict(content), facts
+
+
+def _is_tensor(key: object, value: object) -> bool:
+    return isinstance(key, str) and isinstance(value, np.ndarray)
+
+
+def plain(value: object, name: str) -> Any:
+    """The value as JSON can hold it: dicts with text keys, lists, and scalars; anything else becomes its type's name.
+
+    Raises:
+        WeightsError: there is too much of it, as where containers hold each other.
+    """
+    left = _LARGEST_FACTS
+
+    def convert(value: object, depth: int) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0 or depth > 50:
+            raise WeightsError(f"{name} has more than {_LARGEST_FACTS} values, or more than 50 levels: it is no config")
+        if isinstance(value, Mapping):
+            return {str(key): convert(item, depth + 1) for key, item in value.items()}
+        if isinstance(value, list | tuple | set | frozenset):
+            items = sorted(value, key=str) if isinstance(value, set | frozenset) else value
+            return [convert(item, depth + 1) for item in items]
+        if isinstance(value, np.ndarray) and value.ndim == 0:
+            value = value.item()
+        if value is None or isinstance(value, bool | int | str):
+            return value
+        if isinstance(value, float):
+            return value if math.isfinite(value) else str(value)
+        return type(value).__name__
+
+    return convert(value, 0)
+
+
+def _json(metadata: Mapping[str, str], key: str, default: Any) -> Any:
+    try:
+        return json.loads(metadata[key]) if key in metadata else default
+    except json.JSONDecodeError as error:
+        raise WeightsError(f"the metadata {key!r} is no JSON: {error}") from error

@@ -1,19 +1,32 @@
 """Strict exchange of parameters: every tensor is there and fits, and nothing is left over, or one error says what."""
 
-from collections.abc import Mapping
+import mmap
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from polaformer_jax.errors import UserError
-from polaformer_jax.weights import rules
+from polaformer_jax.errors import WeightsError
+from polaformer_jax.weights import fitting, rules
+from polaformer_jax.weights.files import Layout
 
 _LISTED = 8  # names shown of each kind of problem
 
 
-class WeightsError(UserError):
-    """Weights that do not fit the model, or a file that holds none."""
+class Checked(NamedTuple):
+    """Tensors that are all that a model wants, under our names and in our layouts.
+
+    Attributes:
+        tensors: NumPy arrays, views of what was given where they were not changed.
+        changes: what was changed to fit.
+        ignored: names of what was passed over: the official models' buffers, and Pola-PVT's unused `norm`.
+    """
+
+    tensors: dict[str, np.ndarray]
+    changes: list[fitting.Change]
+    ignored: list[str]
 
 
 def flatten(params: Mapping) -> dict[str, jax.Array]:
@@ -39,59 +52,125 @@ def unflatten(flat: Mapping[str, object], like: Mapping) -> dict:
     return build(like, "")
 
 
-def from_torch(official: Mapping[str, object], like: Mapping) -> dict:
-    """Parameters from arrays under the official names and in the official layouts.
-
-    The buffers that official checkpoints hold, and the `norm` that the official Pola-PVT never uses, are passed over.
+def check(
+    arrays: Mapping[str, object],
+    expected: Mapping[str, tuple[int, ...]],
+    *,
+    layout: Layout,
+    fit: Collection[fitting.Fit] = (),
+) -> Checked:
+    """The tensors that a model wants, out of `arrays`.
 
     Args:
-        official: float arrays. like: a tree of parameters (or of their shapes and types) that says what is expected.
+        arrays: float arrays in either layout. From the official one, buffers and the `norm` that the official Pola-PVT
+            never uses are passed over.
+        expected: our names, and our shapes.
+        fit: which misfits are mended, see `fitting.fitted`; none are by default.
+
+    Raises:
+        WeightsError: with all that is missing, unexpected or of a wrong shape or type.
+    """
+    if unknown := set(fit) - {"tables", "classifier"}:
+        raise ValueError(f"fit holds {', '.join(map(repr, sorted(unknown)))}, expected some of 'tables', 'classifier'")
+    names = {
+        name: rules.official_name(name, len(shape)) if layout == "torch" else name for name, shape in expected.items()
+    }
+    ours = {theirs: name for name, theirs in names.items()}
+    found, ignored, unexpected = {}, [], []
+    for name, array in arrays.items():
+        array = np.asarray(array)
+        if name in ours:
+            fits = layout == "torch" and array.ndim == len(expected[ours[name]])
+            found[ours[name]] = rules.from_official(ours[name], array) if fits else array
+        elif layout == "torch" and (name.rsplit(".", 1)[-1] in rules.BUFFERS or name in rules.UNUSED):
+            ignored.append(name)
+        else:
+            unexpected.append(name)
+    spare = [name for name in unexpected if "classifier" in fit and name in fitting.CLASSIFIER]
+    tensors, changes = fitting.fitted(found, expected, fit, spare={name: np.shape(arrays[name]) for name in spare})
+    _raise_misfits(tensors, expected, names, [name for name in unexpected if name not in spare])
+    return Checked({name: tensors[name] for name in expected}, changes, ignored)
+
+
+def from_torch(official: Mapping[str, object], like: Mapping) -> dict:
+    """Parameters from arrays under the official names and in the official layouts, strictly.
+
+    Args:
+        like: a tree of parameters (or of their shapes and types) that says what is expected.
 
     Returns:
         A tree like `like`, each array in the type and on the devices of the one that it stands for.
 
     Raises:
-        WeightsError: with all that is missing, unexpected or of a wrong shape or type.
+        WeightsError: see `check`.
     """
-    wanted = flatten(like)
-    names = {name: rules.official_name(name, leaf.ndim) for name, leaf in wanted.items()}
-    expected = {names[name]: rules.official_shape(name, leaf.shape) for name, leaf in wanted.items()}
-    extra = [name for name in official if name not in expected and not _is_ignored(name)]
-    _check(official, expected, extra)
-    return unflatten(
-        {
-            name: _like(rules.from_official(name, np.asarray(official[names[name]])), leaf)
-            for name, leaf in wanted.items()
-        },
-        like,
-    )
+    return place(check(official, shapes(like), layout="torch").tensors, like)
 
 
-def from_ours(flat: Mapping[str, object], like: Mapping) -> dict:
-    """Parameters from arrays under our own names and layouts, as `flatten` gives them. Strict, as `from_torch` is."""
-    wanted = flatten(like)
-    _check(flat, {name: leaf.shape for name, leaf in wanted.items()}, [name for name in flat if name not in wanted])
-    return unflatten({name: _like(np.asarray(flat[name]), leaf) for name, leaf in wanted.items()}, like)
+def shapes(like: Mapping) -> dict[str, tuple[int, ...]]:
+    """Our names and shapes of a tree of parameters."""
+    return {name: tuple(leaf.shape) for name, leaf in flatten(like).items()}
 
 
-def _is_ignored(name: str) -> bool:
-    return name.rsplit(".", 1)[-1] in rules.BUFFERS or name in rules.UNUSED
+def place(tensors: Mapping[str, np.ndarray], like: Mapping) -> dict:
+    """A tree like `like`, each array in the type and on the devices of the one that it stands for.
+
+    Always copies, since jax may go on using memory that it is given, and this is the caller's or a file's. One tensor
+    after the other, and what a mapped file has brought into memory is given back, so that weights are held only once.
+    """
+    placed = {}
+    for name, leaf in flatten(like).items():
+        host = _aligned_copy(tensors[name], leaf.dtype)
+        placed[name] = jax.device_put(host, leaf.sharding if isinstance(leaf, jax.Array) else None).block_until_ready()
+        _give_back(tensors[name])
+    return unflatten(placed, like)
 
 
-def _check(found: Mapping[str, object], expected: Mapping[str, tuple[int, ...]], unexpected: list[str]) -> None:
+def _aligned_copy(array: np.ndarray, dtype) -> np.ndarray:
+    """A copy where jax on a CPU can use it without another one: at a multiple of 64 bytes."""
+    size = array.size * jnp.dtype(dtype).itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    copy = memory[start : start + size].view(dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+def _give_back(array: np.ndarray) -> None:
+    """Drops the pages that reading a mapped file has brought in; they would be read again if they were needed."""
+    base = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    base = base.obj if isinstance(base, memoryview) else base
+    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)
+
+
+def _raise_misfits(
+    found: Mapping[str, np.ndarray],
+    expected: Mapping[str, tuple[int, ...]],
+    names: Mapping[str, str],
+    unexpected: list[str],
+) -> None:
+    """Raises one error, in which tensors have the names and shapes of the file's layout, `names`."""
+
+    def shown(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        same = names[name] == name or len(shape) != len(expected[name])
+        return tuple(shape) if same else rules.official_shape(name, shape)
+
     shared = [name for name in expected if name in found]
     shapes = [
-        f"{name} {tuple(np.shape(found[name]))}, expected {tuple(expected[name])}"
+        f"{names[name]} {shown(name, found[name].shape)}, expected {shown(name, expected[name])}"
         for name in shared
-        if tuple(np.shape(found[name])) != tuple(expected[name])
+        if found[name].shape != tuple(expected[name])
     ]
     types = [
-        f"{name} {np.asarray(found[name]).dtype}, expected a float type"
+        f"{names[name]} {found[name].dtype}, expected a float type"
         for name in shared
-        if not jnp.issubdtype(np.asarray(found[name]).dtype, jnp.floating)
+        if not jnp.issubdtype(found[name].dtype, jnp.floating)
     ]
     kinds = {
-        "missing": [name for name in expected if name not in found],
+        "missing": [names[name] for name in expected if name not in found],
         "unexpected": unexpected,
         "of another shape (another image size, window or number of classes?)": shapes,
         "of another type": types,
@@ -104,8 +183,3 @@ def _check(found: Mapping[str, object], expected: Mapping[str, tuple[int, ...]],
 def _some(names: list[str]) -> str:
     more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return "; ".join(names[:_LISTED]) + more
-
-
-def _like(array: np.ndarray, leaf) -> jax.Array:
-    array = np.ascontiguousarray(array).astype(leaf.dtype)
-    return jax.device_put(array, leaf.sharding) if isinstance(leaf, jax.Array) else jnp.asarray(array)

@@ -1,0 +1,103 @@
+"""Models made by name, or from a file of weights that says which model it holds."""
+
+import logging
+import os
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+from flax import nnx
+
+from polaformer_jax import weights as weights_room
+from polaformer_jax import zoo
+from polaformer_jax.errors import UserError, WeightsError
+from polaformer_jax.pola_pvt import PolaPVT
+from polaformer_jax.pola_swin import PolaSwin
+
+log = logging.getLogger(__name__)
+
+
+def create_model(
+    name: str | None = None,
+    *,
+    weights: Mapping[str, object] | str | os.PathLike | weights_room.WeightsFile | None = None,
+    num_classes: int | None = None,
+    img_size: int | None = None,
+    drop_path: float | None = None,
+    dtype=jnp.float32,
+    param_dtype=jnp.float32,
+    rngs: nnx.Rngs | None = None,
+    **overrides,
+) -> PolaPVT | PolaSwin:
+    """A model of the zoo with fresh weights, or with those of a file.
+
+    Args:
+        name: one of `list_models()`; None: the model that the file of weights holds.
+        weights: whatever `load_weights` takes. Position tables are resized for an `img_size` or windows given here, and
+            the classifier replaced by zeros for a `num_classes` given here; each change is logged as a warning.
+        num_classes, img_size, drop_path: None keeps the model's own (1000 classes), or the file's.
+        dtype: of the computation; bfloat16 keeps power, normaliser, softmax and logits in float32.
+        param_dtype: of the stored parameters.
+        rngs: where the initial weights come from; needed without `weights`, and else not used.
+        overrides: any argument of the constructor (`PolaPVT`, `PolaSwin`), by its own name.
+
+    Raises:
+        ValueError: unknown name or argument, a combination that cannot be built, or neither weights nor rngs.
+        WeightsError: see `load_weights`; or the file does not say which model it holds, and there is no name.
+    """
+    if weights is not None and not isinstance(weights, Mapping | weights_room.WeightsFile):
+        weights = weights_room.read_file(weights)
+    given = {"num_classes": num_classes, "img_size": img_size, "drop_path": drop_path, **overrides}
+    types = {"dtype": dtype, "param_dtype": param_dtype}
+    if weights is None:
+        if rngs is None:
+            raise UserError("rngs is None: initial weights are drawn, so pass rngs=nnx.Rngs(seed), or weights=FILE")
+        family, settings = zoo.lookup(_named(name))
+        return family(**zoo.resolve(family, settings, **given), **types, rngs=rngs)
+
+    if isinstance(weights, Mapping):
+        family, settings = zoo.lookup(_named(name))
+        model = abstract(family, zoo.resolve(family, settings, **given), **types)
+    else:
+        model, assumed = abstract_of(weights, name, given, **types)
+        for line in assumed:
+            log.warning("%s does not say, so it is assumed: %s", weights.path, line)
+    resizing = img_size is not None or {"window_size", "softmax_window_size"} & overrides.keys()
+    fit = [*(["tables"] if resizing else []), *(["classifier"] if num_classes is not None else [])]
+    for line in weights_room.summary(weights_room.load_weights(model, weights, fit=fit)):
+        log.warning("changed to fit the model: %s", line)
+    return model
+
+
+def abstract(family: type, arguments: Mapping[str, object], **types) -> PolaPVT | PolaSwin:
+    """A model whose parameters are shapes and types alone."""
+    return nnx.eval_shape(lambda: family(**arguments, **types, rngs=nnx.Rngs(0)))
+
+
+def abstract_of(
+    file: weights_room.WeightsFile, name: str | None, given: Mapping[str, object], **types
+) -> tuple[PolaPVT | PolaSwin, list[str]]:
+    """The model that a file holds (or the named one, if there is a name), without values, and what was assumed.
+
+    Args:
+        given: arguments that take the place of the file's or the name's, as `create_model` has them; None is nothing.
+
+    Raises:
+        ValueError: unknown name or argument, a combination that cannot be built.
+        WeightsError: the file does not say which model it holds, or no such model can be built.
+    """
+    if name is not None:
+        family, settings = zoo.lookup(name)
+        return abstract(family, zoo.resolve(family, settings, **given), **types), []
+    identity = weights_room.identify(file, img_size=given.get("img_size"))
+    family = zoo.FAMILIES[identity.family]
+    try:
+        abstract(family, zoo.resolve(family, identity.arguments))
+    except (ValueError, TypeError) as error:
+        raise WeightsError(f"{file.path} holds tensors of a model that cannot be: {error}") from error
+    return abstract(family, zoo.resolve(family, identity.arguments, **given), **types), identity.assumed
+
+
+def _named(name: str | None) -> str:
+    if name is None:
+        raise UserError(f"name is None: give one of {', '.join(zoo.list_models())}, or a file of weights")
+    return name

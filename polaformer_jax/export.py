@@ -1,0 +1,33 @@
+"""Takes weights out of a training, also while it runs: python -m polaformer_jax.export --workdir RUN OUT.safetensors"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from polaformer_jax.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m polaformer_jax.export", description="Writes the weights of a training's checkpoint to a file."
+    )
+    parser.add_argument("out", metavar="OUT", help="file to write, .safetensors")
+    parser.add_argument("--workdir", required=True, help="work directory of the training")
+    parser.add_argument("--checkpoint", help="best, latest or a step [best]")
+    parser.add_argument(
+        "--layout", choices=("ours", "torch"), default="ours", help="torch: official names and layouts [ours]"
+    )
+    args = parser.parse_args(argv)
+    from polaformer_jax.training.export import export
+
+    try:
+        step = export(args.workdir, args.out, checkpoint=args.checkpoint, layout=args.layout)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.status
+    print(f"{args.out}: the weights of step {step}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""Weights taken out of a training's checkpoint, as a file that says what it holds.
+
+The training may be running. Its data is not needed; where it is at hand, the names of its classes go into the file.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import ml_collections
+from etils import epath
+from flax import nnx
+
+from polaformer_jax import weights
+from polaformer_jax.data import sources
+from polaformer_jax.errors import UserError
+from polaformer_jax.training import checkpoints, sharding
+from polaformer_jax.training.experiment import build_model
+from polaformer_jax.training.progress import log
+from polaformer_jax.training.workdir import read_config
+
+
+def about(
+    config: ml_collections.ConfigDict, class_names: tuple[str, ...] | None, facts: Mapping[str, Any]
+) -> dict[str, str]:
+    """What a file of weights says beside its model: how images are prepared, the names of the classes, and facts."""
+    preprocess = {"resize": config.eval.resize, "crop": config.eval.crop}
+    metadata = {
+        "preprocess": json.dumps(preprocess),
+        "facts": json.dumps({"data": config.data.name, **facts}),
+    }
+    return metadata if class_names is None else {**metadata, "classes": json.dumps(class_names)}
+
+
+def export(
+    workdir: epath.PathLike, path: epath.PathLike, *, checkpoint: str | None = None, layout: weights.Layout = "ours"
+) -> int:
+    """Writes the weights of a checkpoint to `path` (`.safetensors`), at once or not at all.
+
+    Args:
+      workdir: work directory of a training.
+      checkpoint: "best" (the default), "latest" or a step.
+      layout: "ours", or "torch": official names and layouts.
+
+    Returns:
+      The step that the weights are of.
+
+    Raises:
+      UserError: there is no such training or checkpoint, or `path` has another suffix.
+    """
+    weights.check_suffix(path)
+    config = read_config(workdir)
+    checkpoints.check_choice(workdir, checkpoint)
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: build_model(config.model, nnx.Rngs(0))))
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = sharding.with_shardings(nnx.to_pure_dict(state), place)
+    params, step = checkpoints.read_params(workdir, abstract, checkpoint, best_metric=config.checkpoint.best_metric)
+    try:
+        class_names = sources.open_source(config.data, config.data.eval_split).class_names
+    except UserError as error:
+        log.warning("the file will have no class names, for the data is not here: %s", error)
+        class_names = None
+    metadata = about(config, class_names, {"step": step})
+    weights.save_weights(nnx.merge(graphdef, params), path, layout=layout, metadata=metadata)
+    return step

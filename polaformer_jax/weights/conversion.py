@@ -1,0 +1,247 @@
+"""Conversion of weights: read, recognised, checked, written aside, run once, and only then put in their place."""
+
+import collections
+import dataclasses
+import json
+import os
+import sys
+import time
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+import tqdm
+from etils import epath
+from flax import nnx
+
+from polaformer_jax import creation, weights
+from polaformer_jax.errors import UserError, WeightsError
+
+TOLERANCE = 1e-5  # relative L2 error of float32 logits against a reference; PyTorch's own is at most 2.6e-6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What was done with one file; `table` says it to people."""
+
+    source: str
+    target: str
+    model: str  # name in the zoo, or the family's
+    arguments: Mapping[str, object]
+    facts: Mapping[str, object]  # of the checkpoint, see `WeightsFile`
+    assumed: list[str]  # what the file does not say
+    found: int  # tensors in the file
+    converted: int  # of them weights
+    parameters: int
+    ignored: list[str]
+    changes: list[weights.Change]
+    seconds: float = 0.0  # of the forward pass, compilation included
+    error: float | None = None  # relative L2 error against the reference, if one was given
+
+    def table(self) -> str:
+        given = self.arguments
+        facts = [f"{key} {self.facts[key]}" for key in ("epoch", "max_accuracy") if key in self.facts]
+        ignored = collections.Counter(name.rsplit(".", 1)[-1] for name in self.ignored)
+        model = f"{self.model}, {given['img_size']} pixels, {given['num_classes']} classes, alpha {given['alpha']:g}"
+        rows = [
+            ("model", model),
+            ("found", ", ".join([f"{self.found} tensors", *facts])),
+            ("converted", f"{self.converted} tensors, {self.parameters:,} parameters, all finite"),
+            ("ignored", ", ".join(f"{count} x {leaf}" for leaf, count in ignored.items()) or "none"),
+            ("resized", "; ".join(weights.summary(self.changes)) or "none"),
+            *(("assumed", line) for line in self.assumed),
+            ("forward", f"in {self.seconds:.1f} s with compilation, all logits finite"),
+        ]
+        if self.error is not None:
+            rows.append(("compared", f"logits within {self.error:.1e} of the reference (relative L2)"))
+        return "\n".join([f"{self.source} -> {self.target}", *(f"  {key:10} {text}" for key, text in rows)])
+
+
+def convert(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    *,
+    model: str | None = None,
+    alpha: float | None = None,
+    img_size: int | None = None,
+    num_classes: int | None = None,
+    layout: weights.Layout = "ours",
+    reference: Mapping[str, np.ndarray] | None = None,
+) -> Conversion:
+    """Converts a file of weights of any kind to `.safetensors` in either layout. `target` appears whole or not at all.
+
+    Tensors keep their types. They are written one by one from the mapped source, and the forward pass reads what was
+    written, so that the memory needed is little more than once the weights.
+
+    Args:
+        model: one of `list_models()`; None: the one that the tensors' shapes show.
+        alpha: of the attention; None: the one that the file's config names, or the official 4.
+        img_size, num_classes: other than the file's: position tables are resized, the classifier starts from zeros.
+        reference: "images" (B, 3, S, S) or (B, S, S, 3), normalised, and "logits" (B, classes) that the converted model
+            must give in float32 within a relative L2 error of 1e-5.
+
+    Raises:
+        WeightsError: the file cannot be read, its tensors do not make the model, they are not finite, or the logits are
+            not those of the reference.
+        ValueError: an unknown model, or arguments that cannot be built.
+    """
+    weights.check_suffix(target)
+    target = epath.Path(target).expanduser()
+    aside = target.parent / f".{target.name}.unverified.safetensors"
+    try:
+        written = _write(weights.read_file(source), aside, model, alpha, img_size, num_classes, layout)
+        seconds, error = _run(aside, os.fspath(source), reference)
+        aside.replace(target)
+    finally:
+        aside.unlink(missing_ok=True)
+    return dataclasses.replace(written, target=os.fspath(target), seconds=seconds, error=error)
+
+
+def _write(
+    file: weights.WeightsFile,
+    target: epath.Path,
+    model: str | None,
+    alpha: float | None,
+    img_size: int | None,
+    num_classes: int | None,
+    layout: weights.Layout,
+) -> Conversion:
+    """Writes the tensors. Once this returns nothing holds the mapped source any more."""
+    stored = weights.stored_alpha(file)
+    given = {"num_classes": num_classes, "img_size": img_size}
+    if alpha is not None or stored is not None:
+        given["alpha"] = stored if alpha is None else alpha
+    built, assumed = creation.abstract_of(file, model, given)
+    if alpha is not None:
+        assumed = [line for line in assumed if not line.startswith("alpha")]
+        if stored not in (None, alpha):
+            assumed.append(f"alpha: {alpha:g} as asked for, though the file says {stored:g}")
+    expected = weights.shapes(nnx.to_pure_dict(nnx.state(built, nnx.Param)))
+    fit = [*(["tables"] if img_size is not None else []), *(["classifier"] if num_classes is not None else [])]
+    try:
+        checked = weights.check(file.tensors, expected, layout=file.layout, fit=fit)
+    except WeightsError as error:
+        raise WeightsError(f"{file.path}: {error}") from error
+    _check_finite(checked.tensors, file.path)
+
+    metadata = {**file.metadata, **weights.model_metadata(built), "facts": json.dumps(file.facts)}
+    if num_classes is not None:
+        metadata.pop("classes", None)
+    if img_size is not None:
+        metadata.pop("preprocess", None)
+    arrays = checked.tensors if layout == "ours" else weights.in_official_layout(checked.tensors, built)
+    weights.write_file(target, arrays, layout=layout, metadata=metadata)
+    return Conversion(
+        source=file.path,
+        target=os.fspath(target),
+        model=metadata["model"],
+        arguments=dict(built.arguments),
+        facts=file.facts,
+        assumed=assumed,
+        found=len(file.tensors),
+        converted=len(checked.tensors),
+        parameters=sum(array.size for array in checked.tensors.values()),
+        ignored=checked.ignored,
+        changes=checked.changes,
+    )
+
+
+def _check_finite(tensors: Mapping[str, np.ndarray], path: str) -> None:
+    broken = [name for name, array in tensors.items() if not np.isfinite(array).all()]
+    if broken:
+        raise WeightsError(f"{path}: {len(broken)} tensors hold values that are not finite: {', '.join(broken[:8])}")
+
+
+def _run(path: epath.Path, source: str, reference: Mapping[str, np.ndarray] | None) -> tuple[float, float | None]:
+    """One forward pass in float32: its seconds, and the relative error against a reference."""
+    model = creation.create_model(weights=path)
+    if reference is None:
+        size = model.img_size
+        images = np.random.default_rng(0).standard_normal((1, size, size, 3), np.float32)
+    else:
+        images = _reference_images(reference, model.img_size)
+    graphdef, params = nnx.split(model)
+    began = time.monotonic()
+    logits = np.asarray(jax.jit(lambda params, images: nnx.merge(graphdef, params)(images))(params, images))
+    seconds = time.monotonic() - began
+    if not np.isfinite(logits).all():
+        raise WeightsError(f"{source}: the model gives logits that are not finite; its weights are broken")
+    if reference is None:
+        return seconds, None
+    expected = np.asarray(reference["logits"], np.float64)
+    if logits.shape != expected.shape:
+        raise WeightsError(f"{source} gives logits of shape {logits.shape}, and the reference has {expected.shape}")
+    error = float(np.linalg.norm(logits - expected) / np.linalg.norm(expected))
+    if not error <= TOLERANCE:
+        raise WeightsError(
+            f"{source}: the logits differ from the reference by {error:.2e} (relative L2), at most {TOLERANCE:.0e} was "
+            "expected. Another alpha, other images, or not the same weights?"
+        )
+    return seconds, error
+
+
+def _reference_images(reference: Mapping[str, np.ndarray], size: int) -> np.ndarray:
+    if missing := [key for key in ("images", "logits") if key not in reference]:
+        raise WeightsError(f"the reference lacks {' and '.join(missing)}; it has {', '.join(reference) or 'nothing'}")
+    images = np.asarray(reference["images"], np.float32)
+    if images.ndim == 4 and images.shape[1] == 3 and images.shape[3] != 3:
+        images = images.transpose(0, 2, 3, 1)  # PyTorch's layout
+    if images.ndim != 4 or images.shape[1:] != (size, size, 3):
+        raise WeightsError(
+            f"the reference's images have shape {reference['images'].shape}, expected (batch, 3, {size}, {size}) or "
+            f"(batch, {size}, {size}, 3)"
+        )
+    return images
+
+
+def read_reference(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Images and logits of a `.npz` file, see `convert`."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+        raise WeightsError(f"cannot read {path}, expected an .npz file with images and logits: {error}") from error
+
+
+def convert_all(files: Sequence[Path], *, out_dir: str | None, overwrite: bool, **options) -> list[Path]:
+    """Converts files one after the other, printing a table for each; what fails is printed to stderr and returned.
+
+    Args:
+        files: `[IN, OUT]` if the second of two is the name of a `.safetensors` file to write, else all are converted,
+            each to its name with that suffix.
+        out_dir: where they are written; None: beside each.
+        options: of `convert`.
+
+    Raises:
+        UserError: targets that exist, or that are the same.
+    """
+    pairs = _targets(files, out_dir)
+    if not overwrite and (taken := [str(target) for _, target in pairs if target.exists()]):
+        raise UserError(f"{', '.join(taken)} exists: give another name, --out-dir, or --overwrite")
+    failed = []
+    bar = tqdm.tqdm(pairs, unit="file", disable=len(pairs) == 1 or None, leave=False)
+    for source, target in bar:
+        bar.set_description(source.name)
+        try:
+            text = convert(source, target, **options).table()
+        except (UserError, OSError) as error:  # OSError: a full disk
+            tqdm.tqdm.write(f"error: {error}", file=sys.stderr)
+            failed.append(source)
+        else:
+            tqdm.tqdm.write(text)
+    return failed
+
+
+def _targets(files: Sequence[Path], out_dir: str | None) -> list[tuple[Path, Path]]:
+    if len(files) == 2 and files[1].suffix == ".safetensors" and out_dir is None:
+        return [(files[0], files[1])]
+    pairs = [
+        (source, (source.parent if out_dir is None else Path(out_dir)) / f"{source.stem}.safetensors")
+        for source in files
+    ]
+    targets = [target.resolve() for _, target in pairs]
+    if twice := {str(target) for target in targets if targets.count(target) > 1}:
+        raise UserError(f"several files would be written to {', '.join(sorted(twice))}: convert them one by one")
+    return pairs

@@ -1,0 +1,262 @@
+"""Which model a file of weights holds: the constructor's arguments, read off names and shapes of its tensors.
+
+Shapes decide. What the file says of its model is asked for what no shape shows (alpha, the rates of dropout and
+stochastic depth, the heads of Pola-PVT's softmax stages, an image size that shapes leave open): in our own files the
+constructor's arguments, in official checkpoints the config, which holds unused and wrong fields (a Pola-PVT's has
+Swin's depths). Our own arguments must agree with the shapes.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from polaformer_jax import zoo
+from polaformer_jax.errors import WeightsError
+from polaformer_jax.weights import rules
+from polaformer_jax.weights.files import WeightsFile
+
+Shape = tuple[int, ...]
+
+_DEEPEST = 200  # blocks a stage; the largest official model has 27
+_STRIDES = (4, 8, 16, 32)
+_ALPHA = 4  # of all official models
+_RATES = ("drop_rate", "drop_path_rate")
+
+
+class Identity(NamedTuple):
+    """What builds the model of a file.
+
+    Attributes:
+        family: "PolaPVT" or "PolaSwin".
+        arguments: of its constructor.
+        assumed: what the file does not say, one line each.
+    """
+
+    family: str
+    arguments: dict[str, Any]
+    assumed: list[str]
+
+
+def identify(file: WeightsFile, *, img_size: int | None = None) -> Identity:
+    """The model whose weights the file holds.
+
+    Args:
+        img_size: taken where nothing in the file shows the image size of a Pola-Swin.
+
+    Raises:
+        WeightsError: its tensors are no Pola-PVT's or Pola-Swin's, or they leave open which one, or they are not of the
+            model that the file names.
+    """
+    names, known = _Names(file), _known(file)
+    if "patch_embed1.proj.weight" in names.shapes:
+        family, identify_family = "PolaPVT", _pvt
+    elif "patch_embed.proj.weight" in names.shapes:
+        family, identify_family = "PolaSwin", _swin
+    else:
+        raise WeightsError(
+            f"{file.path} holds neither a Pola-PVT (patch_embed1.proj) nor a Pola-Swin (patch_embed.proj); its "
+            f"{len(file.tensors)} tensors begin with {', '.join(list(file.tensors)[:3])}"
+        )
+    assumed = []
+    if "alpha" not in known:
+        known["alpha"] = _ALPHA
+        assumed.append(f"alpha: {_ALPHA:g}, as in all official models")
+    shown = identify_family(names, {"img_size": img_size, **known}, assumed)
+    shown |= {"alpha": known["alpha"], **{rate: known[rate] for rate in _RATES if rate in known}}
+    recorded = _recorded(file)
+    if recorded is None:
+        return Identity(family, shown, assumed)
+    wrong = zoo.differences(family, recorded, shown) if file.metadata.get("family") == family else ["family"]
+    if wrong:
+        raise WeightsError(f"{file.path} contradicts itself: its tensors are not of the model that it names ({wrong})")
+    return Identity(family, recorded, [])
+
+
+def stored_alpha(file: WeightsFile) -> float | None:
+    """The alpha with which the file's weights were trained, as far as the file tells. No shape shows it."""
+    return _known(file).get("alpha")
+
+
+def _recorded(file: WeightsFile) -> dict[str, Any] | None:
+    """The constructor's arguments in a file that we wrote."""
+    if "arguments" not in file.metadata:
+        return None
+    try:
+        arguments = json.loads(file.metadata["arguments"])
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
+    except (ValueError, AttributeError) as error:
+        raise WeightsError(f"{file.path}: the arguments of its model are no JSON object ({error})") from error
+
+
+def _known(file: WeightsFile) -> dict[str, Any]:
+    """What the file says beside its tensors, as far as it is of the right type."""
+    recorded = _recorded(file)
+    if recorded is None:
+        config = {
+            "alpha": _field(file, "MODEL", "LA", "ALPHA"),
+            "drop_path_rate": _field(file, "MODEL", "DROP_PATH_RATE"),
+            "drop_rate": _field(file, "MODEL", "DROP_RATE"),
+            "img_size": _field(file, "DATA", "IMG_SIZE"),
+        }
+        return {name: value for name, value in config.items() if _is_number(value)}
+    heads = recorded.get("num_heads", ())
+    known = {name: value for name, value in recorded.items() if _is_number(value)}
+    return {**known, "num_heads": heads} if len(heads) == 4 and all(map(_is_number, heads)) else known
+
+
+def _pvt(names: "_Names", known: Mapping[str, Any], assumed: list[str]) -> dict[str, Any]:
+    dims, depths, heads, ratios, softmax, linear, kinds = [], [], [], [], [], [], ""
+    for i in range(4):
+        stage = f"block{i + 1}"
+        attn = f"{stage}.0.attn"
+        kind = "L" if f"{attn}.qg.weight" in names.shapes else "S"
+        kinds += kind
+        dims.append(names.shape(f"patch_embed{i + 1}.proj.weight", 4)[0])
+        depths.append(names.count(rf"{stage}\.(\d+)\.", stage))
+        ratios.append(names.shape(f"{stage}.0.mlp.fc1.weight", 2)[0] / dims[-1])
+        reduction = names.shape(f"{attn}.sr.weight", 4)[-1] if f"{attn}.sr.weight" in names.shapes else 1
+        linear.append(str(reduction) if kind == "L" else "1")
+        softmax.append(reduction if kind == "S" else (8, 4, 2, 1)[i])
+        if kind == "L":
+            heads.append(names.shape(f"{attn}.power", 4)[1])
+        else:
+            heads.append(known.get("num_heads", (1, 2, 5, 8))[i])
+            if "num_heads" not in known:
+                assumed.append(f"num_heads of the softmax stage {i + 1}: {heads[-1]}, as in the official models")
+    return {
+        "img_size": names.side("pos_embed1", 1) * _STRIDES[0],
+        "num_classes": names.classes(),
+        "embed_dims": tuple(dims),
+        "num_heads": tuple(heads),
+        "mlp_ratios": tuple(ratios),
+        "qkv_bias": any(f"block1.0.attn.{name}.bias" in names.shapes for name in ("qg", "q")),
+        "depths": tuple(depths),
+        "sr_ratios": tuple(softmax),
+        "la_sr_ratios": "".join(linear),
+        "kernel_size": names.kernel_size(),
+        "attn_type": kinds,
+    }
+
+
+def _swin(names: "_Names", known: Mapping[str, Any], assumed: list[str]) -> dict[str, Any]:
+    depths, heads, kinds, windows = [], [], [], {"L": {}, "S": {}}
+    for i in range(4):
+        depths.append(names.count(rf"layers\.{i}\.blocks\.(\d+)\.", f"layers.{i}.blocks"))
+        kinds.append("")
+        for j in range(depths[-1]):
+            attn = f"layers.{i}.blocks.{j}.attn"
+            if f"{attn}.qkvg.weight" in names.shapes:
+                kinds[-1] += "L"
+                windows["L"][i] = names.side(f"{attn}.positional_encoding", 1)
+                head = names.shape(f"{attn}.power", 4)[1]
+            else:
+                kinds[-1] += "S"
+                windows["S"][i] = (names.side(f"{attn}.relative_position_bias_table", 0) + 1) // 2
+                head = names.shape(f"{attn}.relative_position_bias_table", 2)[1]
+        heads.append(head)
+    dim = names.shape("patch_embed.proj.weight", 4)[0]
+    return {
+        "img_size": _swin_image_size(names, windows, known.get("img_size")),
+        "num_classes": names.classes(),
+        "embed_dim": dim,
+        "depths": tuple(depths),
+        "num_heads": tuple(heads),
+        "window_size": max(windows["L"].values(), default=7),
+        "softmax_window_size": max(windows["S"].values(), default=None),
+        "mlp_ratio": names.shape("layers.0.blocks.0.mlp.fc1.weight", 2)[0] / dim,
+        "qkv_bias": any(f"layers.0.blocks.0.attn.{name}.bias" in names.shapes for name in ("qkvg", "qkv")),
+        "ape": "absolute_pos_embed" in names.shapes,
+        "patch_norm": "patch_embed.norm.weight" in names.shapes,
+        "kernel_size": names.kernel_size(),
+        "attn_type": _swin_types(kinds, names.path),
+    }
+
+
+def _swin_types(kinds: list[str], path: str) -> str:
+    """The letters of L, S and mixed stages; in mixed ones the first k blocks are L, with one k for all."""
+    mixed = {kind.count("L") for kind in kinds if len(set(kind)) == 2}
+    if len(mixed) > 1 or any(not re.fullmatch("L*S*", kind) for kind in kinds):
+        raise WeightsError(f"{path}: no attn_type describes its linear (L) and softmax (S) blocks, {', '.join(kinds)}")
+    letters = "".join(kind[0] if len(set(kind)) == 1 else "M" for kind in kinds)
+    return letters + (str(mixed.pop()) if mixed else "")
+
+
+def _swin_image_size(names: "_Names", windows: dict[str, dict[int, int]], stored: float | None) -> int:
+    """The image size: from whatever shows the grid of a stage, and else what is stored."""
+    sizes = set()
+    for kind in windows.values():  # a window that is smaller than its kind's is a whole grid
+        sizes |= {w * _STRIDES[i] for i, w in kind.items() if w < max(kind.values())}
+    for name, shape in names.shapes.items():
+        if match := re.fullmatch(r"layers\.([0-3])\.blocks\.\d+\.attn_mask", name):  # (windows, n, n)
+            if len(shape) == 3 and math.isqrt(shape[0]) ** 2 == shape[0] and math.isqrt(shape[1]) ** 2 == shape[1]:
+                sizes.add(math.isqrt(shape[0]) * math.isqrt(shape[1]) * _STRIDES[int(match[1])])
+    if "absolute_pos_embed" in names.shapes:
+        sizes.add(names.side("absolute_pos_embed", 1) * _STRIDES[0])
+    if not sizes and stored is not None:
+        sizes.add(int(stored))
+    if len(sizes) != 1:
+        found = f"contradict each other ({', '.join(map(str, sorted(sizes)))})" if sizes else "leave it open"
+        raise WeightsError(f"{names.path}: the image size is needed (img_size), for the tensors {found}")
+    return sizes.pop()
+
+
+def _field(file: WeightsFile, *path: str) -> Any:
+    """A field of the config in an official checkpoint; None where it lacks."""
+    value: Any = file.facts.get("config")
+    for name in path:
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+class _Names:
+    """Shapes by official name, in either layout, with errors that say what was looked for."""
+
+    def __init__(self, file: WeightsFile):
+        self.path = file.path
+        self.shapes: dict[str, Shape] = {
+            (rules.official_name(name, array.ndim) if file.layout == "ours" else name): rules.official_shape(
+                name, array.shape
+            )
+            if file.layout == "ours"
+            else array.shape
+            for name, array in file.tensors.items()
+        }
+
+    def shape(self, name: str, axes: int) -> Shape:
+        found = self.shapes.get(name)
+        if found is None or len(found) != axes or not math.prod(found):
+            raise WeightsError(
+                f"{self.path} holds no complete model: {name} is {found or 'missing'}, expected {axes} axes"
+            )
+        return found
+
+    def side(self, name: str, axis: int) -> int:
+        """The side of a square position table whose rows lie along `axis`."""
+        shape = self.shape(name, axis + 2)
+        side = math.isqrt(shape[axis])
+        if side**2 != shape[axis]:
+            raise WeightsError(f"{self.path}: {name} has {shape[axis]} rows, expected a square number")
+        return side
+
+    def count(self, pattern: str, stage: str) -> int:
+        """How many blocks a stage has: they are numbered from 0, without a gap."""
+        found = {int(match[1]) for name in self.shapes if (match := re.match(pattern, name)) and len(match[1]) < 9}
+        if not found or found != set(range(len(found))) or len(found) > _DEEPEST:
+            numbers = f"{len(found)} blocks, the last being number {max(found)}" if found else "no block"
+            raise WeightsError(
+                f"{self.path} holds no complete model: {stage} has {numbers}; expected numbers from 0 without a gap, "
+                f"and at most {_DEEPEST} blocks"
+            )
+        return len(found)
+
+    def classes(self) -> int:
+        return self.shape("head.weight", 2)[0] if "head.weight" in self.shapes else 0
+
+    def kernel_size(self) -> int:
+        return next((shape[-1] for name, shape in self.shapes.items() if name.endswith("attn.dwc.weight") and shape), 5)

@@ -1,0 +1,59 @@
+"""A model's weights as the official PyTorch code wants them: its names, its layouts, and its buffers."""
+
+from collections.abc import Mapping
+
+import numpy as np
+from flax import nnx
+
+from polaformer_jax.pola_swin import PolaSwin, SwinBlock, WindowAttention, relative_position_index, shift_mask
+from polaformer_jax.weights import rules
+from polaformer_jax.weights.params import flatten
+
+
+def to_torch(model: nnx.Module) -> dict[str, np.ndarray]:
+    """Everything that the official model's `load_state_dict(strict=True)` asks for.
+
+        tensors = {name: torch.from_numpy(array.copy()) for name, array in pf.weights.to_torch(model).items()}
+        official_model.load_state_dict(tensors, strict=True)
+
+    Args:
+        model: a PolaPVT or PolaSwin.
+
+    Returns:
+        NumPy arrays: the parameters in their storage type, and what the official code counts as state beside them: the
+        buffers of Pola-Swin (`relative_position_index` int64, `attn_mask` float32) and the `norm` that the official
+        Pola-PVT has and never uses (ones and zeros).
+    """
+    params = flatten(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    return in_official_layout({name: np.asarray(leaf) for name, leaf in params.items()}, model)
+
+
+def in_official_layout(tensors: Mapping[str, np.ndarray], model: nnx.Module) -> dict[str, np.ndarray]:
+    """As `to_torch`, for tensors under our names; of `model` only the structure counts. Parameters become views."""
+    official = {
+        rules.official_name(name, array.ndim): rules.to_official(name, array) for name, array in tensors.items()
+    }
+    return official | (_buffers(model) if isinstance(model, PolaSwin) else _unused_norm(model))
+
+
+def _buffers(model: PolaSwin) -> dict[str, np.ndarray]:
+    buffers = {}
+    for i, stage in enumerate(model.layers):
+        for j, block in enumerate(stage.blocks):
+            prefix = f"layers.{i}.blocks.{j}"
+            if isinstance(block.attn, WindowAttention):
+                index = relative_position_index(block.window).astype(np.int64)
+                buffers[f"{prefix}.attn.relative_position_index"] = index
+            if block.shift:  # linear blocks have a mask too, and never use it
+                buffers[f"{prefix}.attn_mask"] = _attention_mask(block)
+    return buffers
+
+
+def _attention_mask(block: SwinBlock) -> np.ndarray:
+    """(windows, n, n) float32: -100 between tokens that the shift brought together."""
+    return np.where(shift_mask(block.grid, block.window, block.shift), np.float32(-100), np.float32(0))
+
+
+def _unused_norm(model: nnx.Module) -> dict[str, np.ndarray]:
+    dim = dict(model.arguments)["embed_dims"][3]
+    return dict(zip(rules.UNUSED, (np.ones(dim, np.float32), np.zeros(dim, np.float32)), strict=True))
