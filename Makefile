@@ -1,4 +1,5 @@
 # make train   set up .venv, prepare the digits, train, evaluate the best checkpoint
+# make docs    build docs/quickstart.ipynb from docs/quickstart.py, and run it
 # make test    set up what is missing and run the tests        make test-all   the slow ones too
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ DATA ?= data
 CONFIG ?= configs/digits.py
 WORKDIR ?= runs/digits
 
-.PHONY: train test test-all lint clean
+.PHONY: train test test-all docs lint clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.runtime
@@ -26,6 +27,10 @@ test: lint
 test-all: lint
 	$(PYTEST) -m slow
 
+docs: $(VENV)/.docs
+	PYTHONPATH=. $(BIN)/python -m jupytext --quiet --to ipynb --output docs/quickstart.ipynb --set-kernel python3 \
+	  --run-path . --execute docs/quickstart.py
+
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,6 +44,10 @@ $(VENV)/.runtime: $(BIN)/python requirements.txt pyproject.toml
 
 $(VENV)/.test: $(VENV)/.runtime
 	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.runtime
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
 	@touch $@
 
 clean:
