@@ -118,6 +118,38 @@ def test_absurd_depths_are_refused(number):
             weights.identify(file)
 
 
+@pytest.mark.parametrize("name", ["pola_pvt_t", "swin_mixed"])
+def test_whatever_the_shapes_there_is_a_model_or_an_error(name):
+    """Random edits of names and shapes: nothing but a WeightsError comes out, soon."""
+    rng = np.random.default_rng(0)
+    original = {key: tuple(shape) for key, shape in {**FULL, **SMALL}[name]["shapes"].items()}
+    recognised = 0
+    for _ in range(300):
+        shapes = dict(original)
+        for key in rng.choice(sorted(shapes), size=rng.integers(1, 4), replace=False):
+            shape = shapes.pop(key)
+            match rng.integers(6):
+                case 0:
+                    continue  # missing
+                case 1:
+                    shape = shape[1:]
+                case 2:
+                    shape = (*shape, 1)
+                case 3:
+                    key = key.replace(".0.", f".{rng.integers(9)}.", 1)
+                case 4:
+                    key = key.replace("attn.", "mlp.")
+                case _:
+                    shape = tuple(int(side * rng.choice([0, 1, 2, 3])) for side in shape)
+            shapes[str(key)] = shape
+        try:
+            weights.identify(file_of(shapes))
+            recognised += 1
+        except weights.WeightsError:
+            pass
+    assert 0 < recognised < 300
+
+
 def test_models_that_cannot_be_are_refused():
     shapes = dict(FULL["pola_pvt_t"]["shapes"])
     shapes["block1.0.attn.power"] = (1, 3, 1, 64)  # 64 channels over three heads
