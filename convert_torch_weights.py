@@ -2,7 +2,7 @@
 
     python convert_torch_weights.py pola_swin_t.pth                          # writes pola_swin_t.safetensors beside it
     python convert_torch_weights.py pola_swin_t.pth weights/swin_t.safetensors
-    python convert_torch_weights.py *.pth --out-dir weights
+    python convert_torch_weights.py *.pth --out-dir weights                  # or gs://...
     python convert_torch_weights.py pola_swin_b.pth b_384.safetensors --model pola_swin_b_384 --img-size 384
     python convert_torch_weights.py mine.safetensors for_torch.safetensors --layout torch     # the way back
 
@@ -13,7 +13,6 @@ Which model a file holds is read off its tensors. What is written names its mode
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "files", metavar="FILE", nargs="+", help="IN [OUT], or several to convert: .pth or .safetensors"
     )
+    parser.add_argument("--out", metavar="OUT", help="file to write, .safetensors; the same as a second FILE")
     parser.add_argument("--out-dir", metavar="DIR", help="folder for the converted files [beside each IN]")
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     parser.add_argument("--model", help="name of the model, where shapes leave it open or to check it")
@@ -39,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         failed = convert_all(
-            [Path(file) for file in args.files],
+            args.files,
+            out=args.out,
             out_dir=args.out_dir,
             overwrite=args.overwrite,
             model=args.model,

@@ -34,7 +34,8 @@ def create_model(
         name: one of `list_models()`; None: the model that the file of weights holds.
         weights: whatever `load_weights` takes. Position tables are resized for an `img_size` or windows given here, and
             the classifier replaced by zeros for a `num_classes` given here; each change is logged as a warning.
-        num_classes, img_size, drop_path: None keeps the model's own (1000 classes), or the file's.
+        num_classes, img_size, drop_path: None keeps the model's own (1000 classes), or the file's; with a name and a
+            file, the classes are the file's, and image size and rate those of the name.
         dtype: of the computation; bfloat16 keeps power, normaliser, softmax and logits in float32.
         param_dtype: of the stored parameters.
         rngs: where the initial weights come from; needed without `weights`, and else not used.
@@ -59,7 +60,7 @@ def create_model(
         model = abstract(family, zoo.resolve(family, settings, **given), **types)
     else:
         model, assumed = abstract_of(weights, name, given, **types)
-        for line in assumed:
+        for line in (line for line in assumed if not line.startswith("alpha")):  # of which load_weights tells
             log.warning("%s does not say, so it is assumed: %s", weights.path, line)
     resizing = img_size is not None or {"window_size", "softmax_window_size"} & overrides.keys()
     fit = [*(["tables"] if resizing else []), *(["classifier"] if num_classes is not None else [])]
@@ -87,6 +88,8 @@ def abstract_of(
     """
     if name is not None:
         family, settings = zoo.lookup(name)
+        if given.get("num_classes") is None:
+            given = {**given, "num_classes": weights_room.num_classes(file)}
         return abstract(family, zoo.resolve(family, settings, **given), **types), []
     identity = weights_room.identify(file, img_size=given.get("img_size"))
     family = zoo.FAMILIES[identity.family]

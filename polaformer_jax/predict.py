@@ -27,24 +27,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="anything that Pillow opens")
     parser.add_argument("--weights", required=True, help="our .safetensors, or an official .pth")
     parser.add_argument("--model", help="name of the model, where the weights do not tell")
-    parser.add_argument("--top", type=_positive, default=5, help="how many classes to name for each image [5]")
+    parser.add_argument("--top", type=positive_integer, default=5, help="how many classes to name for each image [5]")
     parser.add_argument("--classes", metavar="FILE", help="text file with the names of the classes, one a line")
     parser.add_argument("--data", metavar="NAME", help="prepared tfds data set that names the classes")
     parser.add_argument("--data-dir", metavar="DIR", help="where that data set lies")
-    parser.add_argument("--batch-size", type=_positive, default=8, help="images at a time [8]")
+    parser.add_argument("--batch-size", type=positive_integer, default=8, help="images at a time [8]")
     parser.add_argument("--json", action="store_true", help="print JSON rather than a table")
     parser.add_argument("--picture", metavar="OUT.png", help="draw the images beside maps of where the model looks")
     parser.add_argument(
         "--stage", type=int, help="of the block that the maps show, from 0 [that of the last linear block]"
     )
     parser.add_argument("--block", type=int, help="that block, from 0 in its stage [the stage's last]")
-    parser.add_argument("--token", metavar="ROW,COLUMN", help="the token whose gaze is shown [the average over all]")
+    parser.add_argument(
+        "--token",
+        metavar="ROW,COLUMN",
+        help="the token whose gaze is shown, as --token=-1,-1 for the last [the average over all]",
+    )
     args = parser.parse_intermixed_args(argv)
     try:
         print(_predict(args))
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: the picture cannot be written
         print(f"error: {error}", file=sys.stderr)
-        return error.status
+        return getattr(error, "status", 1)
     return 0
 
 
@@ -75,7 +79,7 @@ def _predict(args: argparse.Namespace) -> str:
     return json.dumps(results, indent=2) if args.json else prediction.table(results)
 
 
-def _positive(text: str) -> int:
+def positive_integer(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
     return int(text)

@@ -118,7 +118,7 @@ def _draw_row(figure: Figure, panels, image: np.ndarray, result, maps: Attention
     place = {"extent": (0, size, size, 0), "interpolation": "nearest"}  # one token, one flat square
     panels[0].imshow(image, **place)
     said = f"{_short(best['name'], 24)}, {100 * best['probability']:.1f} %"
-    panels[0].set_title(f"{_short(os.path.basename(result['image']), 34)}\n{said}", fontsize=9, color=INK)
+    panels[0].set_title(f"{_short(os.path.basename(result['image']), 34)}\n{said}", fontsize=9, color=INK, parse_math=False)
     # In units of a token that looks at all keys within its reach alike.
     weights = {name: stream.weights[0].mean(axis=0) for name, stream in maps.streams.items()}
     uniform = math.exp(-maps.uniform_entropy) if where.token else 1 / next(iter(weights.values())).size
@@ -131,7 +131,7 @@ def _draw_row(figure: Figure, panels, image: np.ndarray, result, maps: Attention
         entropy = maps.streams[name].entropy[0]
         seen = entropy[~np.isnan(entropy)]
         text = f"entropy {seen.mean():.2f} of {maps.uniform_entropy:.2f} nats" if seen.size else "no weights at all"
-        axes.set_title(f"{TITLES[name]}\n{text}", fontsize=9, color=INK)
+        axes.set_title(f"{TITLES[name]}\n{text}", fontsize=9, color=INK, parse_math=False)
     bar = figure.colorbar(colours, ax=panels[-1], fraction=0.046, pad=0.03)
     bar.ax.yaxis.get_major_formatter().set_useOffset(False)
     bar.outline.set_visible(False)

@@ -128,7 +128,7 @@ def test_prints_what_was_done(checkpoint, tmp_path, capsys):
     assert "model      PolaSwin, 224 pixels, 10 classes, alpha 4\n" in text
     assert "found      142 tensors, epoch 300, max_accuracy 82.6\n" in text
     assert "converted  137 tensors, 733,842 parameters, all finite\n" in text
-    assert "ignored    4 x relative_position_index, 1 x attn_mask\n" in text
+    assert "ignored    4 x relative_position_index, attn_mask\n" in text
     assert "resized    none\n" in text
     assert re.search(r"forward    in \d+\.\d s with compilation, all logits finite", text)
 
@@ -162,13 +162,21 @@ def test_compares_with_reference_logits(tmp_path, capsys):
     np.savez(tmp_path / "wrong.npz", images=image(2, 32), logits=expected + 1)
     np.savez(tmp_path / "small.npz", images=image(2, 16), logits=expected)
     np.savez(tmp_path / "empty.npz", a=expected)
+    np.savez(tmp_path / "text.npz", images=image(2, 32), logits=np.array(["a"]))
+    np.savez(tmp_path / "nothing.npz", images=image(2, 32)[:0], logits=expected[:0])
+    np.save(tmp_path / "array.npy", expected)
+    (tmp_path / "zero.npz").write_bytes(b"")
     for name, message in (
-        ("wrong", "the logits differ from the reference by"),
-        ("small", "the reference's images have shape (2, 3, 16, 16), expected (batch, 3, 32, 32)"),
-        ("empty", "the reference lacks images and logits; it has a"),
-        ("none", "cannot read"),
+        ("wrong.npz", "the logits differ from the reference by"),
+        ("small.npz", "the reference's images have shape (2, 3, 16, 16), expected (batch, 3, 32, 32)"),
+        ("empty.npz", "lacks images and logits; it has a"),
+        ("text.npz", "logits is <U1 (1,), expected floats, and some"),
+        ("nothing.npz", "images is float32 (0, 3, 32, 32), expected floats, and some"),
+        ("array.npy", "expected an .npz file"),
+        ("zero.npz", "expected an .npz file"),
+        ("none.npz", "cannot read"),
     ):
-        assert run(source, target, "--compare", tmp_path / f"{name}.npz") == 2
+        assert run(source, target, "--compare", tmp_path / name) == 2
         assert message in capsys.readouterr().err
     assert not target.exists()
 
@@ -214,10 +222,25 @@ def test_nothing_is_overwritten_unasked(tmp_path, capsys):
     assert target.read_text() == "precious"
     assert run(source, "--overwrite") == 0
     assert weights.read_file(target).layout == "ours"
+    other_target = tmp_path / "z.safetensors"
+    other_target.write_text("precious")
+    for options in ([], ["--overwrite"]):  # a glob may have named it as a file to convert
+        assert run(source, other_target, *options) == 1
+        assert "to replace it give --out" in capsys.readouterr().err
+    assert other_target.read_text() == "precious"
+    assert run(source, "--out", other_target, "--overwrite") == 0
+    for second in ("none.pth", tmp_path):
+        assert run(source, second) == 1
+        assert f"there is no file {second} to convert" in capsys.readouterr().err
     (tmp_path / "b").mkdir()
     other = small_pth(tmp_path / "b" / "a.pth")
     assert run(source, other, "--out-dir", tmp_path / "c") == 1
     assert "several files would be written to" in capsys.readouterr().err
+
+
+def test_the_ignored_are_named(tmp_path, capsys):
+    assert run(FOLDER / "official_pvt_llll.pth", tmp_path / "a.safetensors") == 0
+    assert "ignored    norm.weight, norm.bias\n" in capsys.readouterr().out
 
 
 def test_an_unknown_model_is_refused(tmp_path, capsys):

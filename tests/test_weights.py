@@ -206,6 +206,28 @@ def test_loaded_arrays_are_no_views_of_the_callers_arrays():
     assert_same(pure(model), pure(tiny(seed=1)))
 
 
+def test_a_mapped_dict_of_the_caller_keeps_what_was_written_to_it(tmp_path):
+    """Its pages are the caller's: only those of files that we mapped ourselves are given back."""
+    size = sum(array.nbytes for array in official(tiny()).values())
+    np.zeros(size, np.uint8).tofile(tmp_path / "a.bin")
+    memory, source, offset = np.memmap(tmp_path / "a.bin", np.uint8, mode="c"), {}, 0
+    for name, array in official(tiny(seed=1)).items():
+        source[name] = memory[offset : offset + array.nbytes].view(array.dtype).reshape(array.shape)
+        source[name][...] = array
+        offset += array.nbytes
+    model = tiny()
+    weights.load_weights(model, source)
+    assert_same(pure(model), pure(tiny(seed=1)))
+    assert_same(source, {name: np.asarray(array) for name, array in official(tiny(seed=1)).items()})
+
+
+def test_values_that_the_type_cannot_hold_are_refused():
+    source = {name: array.astype(np.float64) for name, array in official(tiny(seed=1)).items()}
+    source["head.bias"][0] = 1e300
+    with pytest.raises(weights.WeightsError, match="head.bias holds values too large for the model's type, float32"):
+        weights.load_weights(tiny(), source)
+
+
 def test_bfloat16_survives_a_file(tmp_path):
     saved = tiny(seed=1, param_dtype="bfloat16")
     weights.save_weights(saved, tmp_path / "a.safetensors")
@@ -253,11 +275,32 @@ def test_weights_of_another_alpha_are_refused(tmp_path):
     config = Config({"MODEL": {"LA": {"ALPHA": 3}}})
     write_pth(tmp_path / "a.pth", {"model": official(tiny(seed=1)), "config": config})
     for name in ("a.safetensors", "a.pth"):
-        with pytest.raises(
-            weights.WeightsError, match="trained with alpha=3, and the model has alpha=4: give it alpha=3"
-        ):
+        with pytest.raises(weights.WeightsError, match="trained with alpha=3, and the model has 4: no shape shows it"):
             weights.load_weights(tiny(), tmp_path / name)
         weights.load_weights(tiny(alpha=3), tmp_path / name)
+
+
+def test_weights_of_other_heads_are_refused(tmp_path):
+    """Of a softmax stage no shape shows them."""
+    weights.save_weights(tiny(seed=1, attn_type="LLSS"), tmp_path / "a.safetensors")
+    with pytest.raises(weights.WeightsError, match=r"num_heads=\(1, 1, 2, 2\), and the model has \(1, 1, 4, 4\)"):
+        weights.load_weights(tiny(attn_type="LLSS", num_heads=(1, 1, 4, 4)), tmp_path / "a.safetensors")
+
+
+def test_our_layout_is_known_without_our_tag(tmp_path):
+    weights.save_weights(tiny(seed=1), tmp_path / "a.safetensors")
+    safetensors.numpy.save_file(safetensors.numpy.load_file(tmp_path / "a.safetensors"), tmp_path / "b.safetensors")
+    assert_same(pure(pf.create_model(weights=tmp_path / "b.safetensors")), pure(tiny(seed=1)))
+
+
+@pytest.mark.parametrize(
+    "metadata, message",
+    [({"epoch": 3}, "'epoch': 3: expected strings"), ({"arguments": "{}"}, "'arguments': this name says what")],
+)
+def test_metadata_that_cannot_be_written_is_refused(metadata, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        weights.save_weights(tiny(), tmp_path / "a.safetensors", metadata=metadata)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("cut", [0, 4, 50, -1])
@@ -284,8 +327,19 @@ def test_a_flipped_bit_is_noticed(tmp_path, where):
 def test_other_files_are_refused(tmp_path):
     with pytest.raises(weights.WeightsError, match="there is no weights file"):
         weights.load_weights(tiny(), tmp_path / "none.safetensors")
-    with pytest.raises(weights.WeightsError, match="is a folder, expected a file of weights"):
-        weights.load_weights(tiny(), tmp_path)
+    for path, message in (
+        (tmp_path, "is a folder, expected a file of weights"),
+        ("", "is a folder"),
+        ("a\0b.pth", "cannot read"),
+        ("a" * 300, "cannot read"),
+        ("https://example.org/a.pth", "expected a local file or one in a bucket"),
+    ):
+        with pytest.raises(weights.WeightsError, match=message):
+            weights.load_weights(tiny(), path)
+    with pytest.raises(weights.WeightsError, match="an entry 3, expected names of tensors"):
+        weights.load_weights(tiny(), {3: np.ones(3)})
+    with pytest.raises(TypeError, match="model is a Linear, expected a PolaPVT or PolaSwin"):
+        weights.load_weights(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), {})
     with pytest.raises(weights.WeightsError, match="written as .safetensors"):
         weights.save_weights(tiny(), tmp_path / "a.pth")
     safetensors.numpy.save_file({"a": np.ones(3)}, tmp_path / "foreign.safetensors")
@@ -321,6 +375,12 @@ def test_models_from_files_take_other_sizes_where_asked(tmp_path, caplog):
     assert "pos_embed1: resized from 8x8 to 16x16 (bilinear)" in caplog.text
     assert "head: 3 classes: replaced by zeros for 7 classes" in caplog.text
     assert jax.eval_shape(model, np.ones((1, 64, 64, 3), np.float32)).shape == (1, 7)
+
+
+def test_a_named_model_takes_the_classes_of_the_file(tmp_path):
+    saved = pf.create_model("pola_pvt_nano", num_classes=10, rngs=nnx.Rngs(1))
+    weights.save_weights(saved, tmp_path / "a.safetensors")
+    assert_same(pure(pf.create_model("pola_pvt_nano", weights=tmp_path / "a.safetensors")), pure(saved))
 
 
 def test_a_name_or_a_file_is_needed():

@@ -5,8 +5,9 @@ pure dicts of parameters (`nnx.to_pure_dict`), which is what training holds.
 """
 
 import json
+import logging
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from flax import nnx
 
@@ -15,11 +16,15 @@ from polaformer_jax.errors import WeightsError
 from polaformer_jax.weights import safetensors_file
 from polaformer_jax.weights.files import Layout, WeightsFile, read_file
 from polaformer_jax.weights.fitting import Change, Fit, summary
-from polaformer_jax.weights.identify import Identity, identify, stored_alpha
+from polaformer_jax.weights.identify import Identity, identify, num_classes, stored_arguments
 from polaformer_jax.weights.official import in_official_layout, to_torch
 from polaformer_jax.weights.params import Checked, check, flatten, from_torch, place, shapes, unflatten
+from polaformer_jax.weights.rules import UNUSED
+
+log = logging.getLogger(__name__)
 
 __all__ = [
+    "UNUSED",
     "Change",
     "Checked",
     "Fit",
@@ -35,12 +40,13 @@ __all__ = [
     "in_official_layout",
     "load_weights",
     "model_metadata",
+    "num_classes",
     "params_from",
     "place",
     "read_file",
     "save_weights",
     "shapes",
-    "stored_alpha",
+    "stored_arguments",
     "summary",
     "to_torch",
     "unflatten",
@@ -68,6 +74,8 @@ def load_weights(
         WeightsError: with every tensor that is missing, unexpected, misshapen or not of a float type; the weights were
             trained with another alpha; or there is no such file, it is of another kind, or it is damaged.
     """
+    if not hasattr(model, "arguments"):
+        raise TypeError(f"model is a {type(model).__name__}, expected a PolaPVT or PolaSwin")
     params, changes = params_from(source, nnx.to_pure_dict(nnx.state(model, nnx.Param)), dict(model.arguments), fit=fit)
     nnx.update(model, params)
     return changes
@@ -83,19 +91,26 @@ def params_from(
     """A tree of parameters like `like`, for the model with these `arguments`, and the changes; see `load_weights`."""
     if isinstance(source, Mapping):
         checked = check(source, shapes(like), layout="torch", fit=fit)
-    else:
-        file = source if isinstance(source, WeightsFile) else read_file(source)
-        alpha = stored_alpha(file)
-        if alpha is not None and alpha != arguments["alpha"]:
-            raise WeightsError(
-                f"{file.path} was trained with alpha={alpha:g}, and the model has alpha={arguments['alpha']:g}: "
-                f"give it alpha={alpha:g} (config.model.alpha)"
-            )
-        try:
-            checked = check(file.tensors, shapes(like), layout=file.layout, fit=fit)
-        except WeightsError as error:
-            raise WeightsError(f"{file.path}: {error}") from error
-    return place(checked.tensors, like), checked.changes
+        return place(checked.tensors, like), checked.changes
+    file = source if isinstance(source, WeightsFile) else read_file(source)
+    known = stored_arguments(file)
+    if wrong := [name for name in ("alpha", "num_heads") if name in known and _differ(known[name], arguments[name])]:
+        listed = ", ".join(f"{name}={known[name]}, and the model has {arguments[name]}" for name in wrong)
+        raise WeightsError(
+            f"{file.path} was trained with {listed}: no shape shows it, and it makes another function. Give the model "
+            "what the file has (config.model.alpha)"
+        )
+    if "alpha" not in known:
+        log.warning("%s does not say its alpha; the model's, %s, is taken", file.path, arguments["alpha"])
+    try:
+        checked = check(file.tensors, shapes(like), layout=file.layout, fit=fit)
+        return place(checked.tensors, like, give_back=True), checked.changes
+    except WeightsError as error:
+        raise WeightsError(f"{file.path}: {error}") from error
+
+
+def _differ(one: object, other: object) -> bool:
+    return tuple(one) != tuple(other) if isinstance(one, Sequence) else one != other
 
 
 def save_weights(
@@ -110,15 +125,21 @@ def save_weights(
     Args:
         layout: "ours", or "torch" for the official names and memory layouts, buffers included, which the official
             model takes by `load_state_dict(safetensors.torch.load_file(path), strict=True)`.
-        metadata: further strings for the file's header.
+        metadata: further strings for the file's header, under other names than those that describe the model.
 
     Raises:
-        WeightsError: the path has another suffix.
+        WeightsError: the path has another suffix. ValueError: metadata that cannot be written.
     """
     if layout not in ("ours", "torch"):
         raise ValueError(f"layout is {layout!r}, expected 'ours' or 'torch'")
+    described = model_metadata(model)
+    for key, value in (metadata or {}).items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise ValueError(f"metadata {key!r}: {value!r}: expected strings")
+        if key in described or key in ("format", "layout", "checksum"):
+            raise ValueError(f"metadata {key!r}: this name says what the file holds, and is not free")
     arrays = to_torch(model) if layout == "torch" else flatten(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-    write_file(path, arrays, layout=layout, metadata={**model_metadata(model), **(metadata or {})})
+    write_file(path, arrays, layout=layout, metadata={**described, **(metadata or {})})
 
 
 def write_file(

@@ -6,9 +6,10 @@ import json
 import os
 import sys
 import time
+import uuid
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -43,13 +44,16 @@ class Conversion:
     def table(self) -> str:
         given = self.arguments
         facts = [f"{key} {self.facts[key]}" for key in ("epoch", "max_accuracy") if key in self.facts]
-        ignored = collections.Counter(name.rsplit(".", 1)[-1] for name in self.ignored)
+        # Buffers by kind; the unused norm by its whole name.
+        ignored = collections.Counter(
+            name if name in weights.UNUSED else name.rsplit(".", 1)[-1] for name in self.ignored
+        )
         model = f"{self.model}, {given['img_size']} pixels, {given['num_classes']} classes, alpha {given['alpha']:g}"
         rows = [
             ("model", model),
             ("found", ", ".join([f"{self.found} tensors", *facts])),
             ("converted", f"{self.converted} tensors, {self.parameters:,} parameters, all finite"),
-            ("ignored", ", ".join(f"{count} x {leaf}" for leaf, count in ignored.items()) or "none"),
+            ("ignored", ", ".join(f"{n} x {leaf}" if n > 1 else leaf for leaf, n in ignored.items()) or "none"),
             ("resized", "; ".join(weights.summary(self.changes)) or "none"),
             *(("assumed", line) for line in self.assumed),
             ("forward", f"in {self.seconds:.1f} s with compilation, all logits finite"),
@@ -89,7 +93,7 @@ def convert(
     """
     weights.check_suffix(target)
     target = epath.Path(target).expanduser()
-    aside = target.parent / f".{target.name}.unverified.safetensors"
+    aside = target.parent / f".{target.name}.{uuid.uuid4().hex}.safetensors"
     try:
         written = _write(weights.read_file(source), aside, model, alpha, img_size, num_classes, layout)
         seconds, error = _run(aside, os.fspath(source), reference)
@@ -109,7 +113,7 @@ def _write(
     layout: weights.Layout,
 ) -> Conversion:
     """Writes the tensors. Once this returns nothing holds the mapped source any more."""
-    stored = weights.stored_alpha(file)
+    stored = weights.stored_arguments(file).get("alpha")
     given = {"num_classes": num_classes, "img_size": img_size}
     if alpha is not None or stored is not None:
         given["alpha"] = stored if alpha is None else alpha
@@ -183,8 +187,6 @@ def _run(path: epath.Path, source: str, reference: Mapping[str, np.ndarray] | No
 
 
 def _reference_images(reference: Mapping[str, np.ndarray], size: int) -> np.ndarray:
-    if missing := [key for key in ("images", "logits") if key not in reference]:
-        raise WeightsError(f"the reference lacks {' and '.join(missing)}; it has {', '.join(reference) or 'nothing'}")
     images = np.asarray(reference["images"], np.float32)
     if images.ndim == 4 and images.shape[1] == 3 and images.shape[3] != 3:
         images = images.transpose(0, 2, 3, 1)  # PyTorch's layout
@@ -197,33 +199,53 @@ def _reference_images(reference: Mapping[str, np.ndarray], size: int) -> np.ndar
 
 
 def read_reference(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Images and logits of a `.npz` file, see `convert`."""
+    """Images and logits of a `.npz` file, see `convert`.
+
+    Raises:
+        WeightsError: it is no such file, or lacks one of them, or they are no numbers, or there is not one image.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+            found = {name: file[name] for name in file.files}
+    # np.load and what it is built on raise all of these on damaged files; a .npy has no `with`.
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        NotImplementedError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise WeightsError(f"cannot read {path}, expected an .npz file with images and logits: {error}") from error
+    if missing := [key for key in ("images", "logits") if key not in found]:
+        raise WeightsError(f"{path} lacks {' and '.join(missing)}; it has {', '.join(found) or 'nothing'}")
+    for key in ("images", "logits"):
+        if not np.issubdtype(found[key].dtype, np.floating) or not found[key].size:
+            raise WeightsError(f"{path}: {key} is {found[key].dtype} {found[key].shape}, expected floats, and some")
+    return found
 
 
-def convert_all(files: Sequence[Path], *, out_dir: str | None, overwrite: bool, **options) -> list[Path]:
+def convert_all(files: Sequence[str], *, out: str | None, out_dir: str | None, overwrite: bool, **options) -> list[str]:
     """Converts files one after the other, printing a table for each; what fails is printed to stderr and returned.
 
     Args:
-        files: `[IN, OUT]` if the second of two is the name of a `.safetensors` file to write, else all are converted,
-            each to its name with that suffix.
-        out_dir: where they are written; None: beside each.
+        files: `[IN, OUT]` if the second of two is the name of a `.safetensors` file that is not there yet; else all are
+            converted, each to its name with that suffix.
+        out: where the only file is written. out_dir: where all are written; None: beside each.
         options: of `convert`.
 
     Raises:
-        UserError: targets that exist, or that are the same.
+        UserError: targets that exist, or that are the same, or that could be meant as files to convert.
     """
-    pairs = _targets(files, out_dir)
-    if not overwrite and (taken := [str(target) for _, target in pairs if target.exists()]):
+    pairs = _targets(files, out, out_dir)
+    if not overwrite and (taken := [target for _, target in pairs if epath.Path(target).exists()]):
         raise UserError(f"{', '.join(taken)} exists: give another name, --out-dir, or --overwrite")
     failed = []
     bar = tqdm.tqdm(pairs, unit="file", disable=len(pairs) == 1 or None, leave=False)
     for source, target in bar:
-        bar.set_description(source.name)
+        bar.set_description(os.path.basename(source))
         try:
             text = convert(source, target, **options).table()
         except (UserError, OSError) as error:  # OSError: a full disk
@@ -234,14 +256,27 @@ def convert_all(files: Sequence[Path], *, out_dir: str | None, overwrite: bool, 
     return failed
 
 
-def _targets(files: Sequence[Path], out_dir: str | None) -> list[tuple[Path, Path]]:
-    if len(files) == 2 and files[1].suffix == ".safetensors" and out_dir is None:
-        return [(files[0], files[1])]
-    pairs = [
-        (source, (source.parent if out_dir is None else Path(out_dir)) / f"{source.stem}.safetensors")
-        for source in files
-    ]
-    targets = [target.resolve() for _, target in pairs]
-    if twice := {str(target) for target in targets if targets.count(target) > 1}:
+def _targets(files: Sequence[str], out: str | None, out_dir: str | None) -> list[tuple[str, str]]:
+    if out is not None:
+        if len(files) > 1 or out_dir is not None:
+            raise UserError(f"--out {out} is for one file: give --out-dir for several")
+        return [(files[0], out)]
+    if len(files) == 2 and out_dir is None:
+        second = epath.Path(files[1])
+        if files[1].endswith(".safetensors"):
+            if second.exists():  # a glob may have named it as a file to convert
+                raise UserError(
+                    f"{files[1]} exists: to replace it give --out {files[1]} --overwrite; to convert both, --out-dir"
+                )
+            return [(files[0], files[1])]
+        if not second.exists() or second.is_dir():
+            way = f"give --out-dir {files[1]}" if second.is_dir() else "weights are written as .safetensors"
+            raise UserError(f"there is no file {files[1]} to convert; as the file to write: {way}")
+    pairs = []
+    for source in files:
+        name = f"{os.path.splitext(os.path.basename(source))[0]}.safetensors"
+        pairs.append((source, os.path.join(os.path.dirname(source) if out_dir is None else out_dir, name)))
+    targets = [target for _, target in pairs]
+    if twice := {target for target in targets if targets.count(target) > 1}:
         raise UserError(f"several files would be written to {', '.join(sorted(twice))}: convert them one by one")
     return pairs

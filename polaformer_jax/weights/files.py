@@ -54,14 +54,16 @@ def read_file(path: str | os.PathLike) -> WeightsFile:
     Raises:
         WeightsError: there is no such file, it is of another kind, it is damaged, or it holds no weights.
     """
-    name, path = os.fspath(path), epath.Path(path).expanduser()
+    name = os.fspath(path)
     if "://" not in name:
-        return _read_local(Path(path), name)
+        return _read_local(Path(name).expanduser(), name)
+    if not name.startswith("gs://"):
+        raise WeightsError(f"cannot read {name}: expected a local file or one in a bucket (gs://); fetch it first")
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise WeightsError(f"cannot read {name}: {error}") from error
-    with tempfile.NamedTemporaryFile(suffix=path.suffix) as file:  # a mapped file outlives its name
+        content = epath.Path(name).read_bytes()
+    except Exception as error:  # back ends have exceptions of their own
+        raise WeightsError(f"cannot read {name}: {type(error).__name__}: {error}") from error
+    with tempfile.NamedTemporaryFile(suffix=Path(name).suffix) as file:  # a mapped file outlives its name
         file.write(content)
         file.flush()
         del content
@@ -69,23 +71,27 @@ def read_file(path: str | os.PathLike) -> WeightsFile:
 
 
 def _read_local(path: Path, name: str) -> WeightsFile:
-    if path.is_dir():
-        raise WeightsError(
-            f"{name} is a folder, expected a file of weights (.safetensors or .pth); `eval.py --workdir ... "
-            "--save_weights FILE.safetensors` takes weights out of a training"
-        )
-    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
-        raise WeightsError(f"{name} is no regular file, expected .safetensors or .pth")
     try:
+        if not name or path.is_dir():
+            raise WeightsError(
+                f"{name!r} is a folder, expected a file of weights (.safetensors or .pth); weights are taken out of a "
+                "training by `python -m polaformer_jax.export --workdir ... FILE.safetensors`"
+            )
+        if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+            raise WeightsError(f"{name} is no regular file, expected .safetensors or .pth")
         with open(path, "rb") as file:
             head = file.read(9)
+    except WeightsError:
+        raise
     except FileNotFoundError:
         raise WeightsError(f"there is no weights file {name}") from None
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         raise WeightsError(f"cannot read {name!r}: {error}") from error
     if not head.startswith(b"PK") and (path.suffix == ".safetensors" or head[8:9] == b"{"):
         tensors, metadata = safetensors_file.read(path, name=name)
-        layout = metadata.get("layout", "torch")
+        layout = metadata.get("layout")
+        if layout is None:  # a file of others: only in our layout are there kernels
+            layout = "ours" if any(key.endswith(".kernel") for key in tensors) else "torch"
         if layout not in ("ours", "torch"):
             raise WeightsError(
                 f"{name} has the layout {layout!r}, expected 'ours' or 'torch': a newer version wrote it"

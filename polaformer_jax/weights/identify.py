@@ -68,15 +68,24 @@ def identify(file: WeightsFile, *, img_size: int | None = None) -> Identity:
     recorded = _recorded(file)
     if recorded is None:
         return Identity(family, shown, assumed)
-    wrong = zoo.differences(family, recorded, shown) if file.metadata.get("family") == family else ["family"]
+    try:
+        wrong = zoo.differences(family, recorded, shown) if file.metadata.get("family") == family else ["family"]
+    except (TypeError, ValueError, AttributeError) as error:  # whatever JSON can hold may stand there
+        raise WeightsError(f"{file.path}: the arguments of its model cannot be understood ({error})") from error
     if wrong:
         raise WeightsError(f"{file.path} contradicts itself: its tensors are not of the model that it names ({wrong})")
     return Identity(family, recorded, [])
 
 
-def stored_alpha(file: WeightsFile) -> float | None:
-    """The alpha with which the file's weights were trained, as far as the file tells. No shape shows it."""
-    return _known(file).get("alpha")
+def stored_arguments(file: WeightsFile) -> dict[str, Any]:
+    """Arguments that no shape shows, as far as the file tells them: `alpha`, and in our files `num_heads`."""
+    known = _known(file)
+    return {name: known[name] for name in ("alpha", "num_heads") if name in known}
+
+
+def num_classes(file: WeightsFile) -> int:
+    """The classes of the file's classifier, 0 where there is none."""
+    return _Names(file).classes()
 
 
 def _recorded(file: WeightsFile) -> dict[str, Any] | None:
@@ -101,9 +110,11 @@ def _known(file: WeightsFile) -> dict[str, Any]:
             "img_size": _field(file, "DATA", "IMG_SIZE"),
         }
         return {name: value for name, value in config.items() if _is_number(value)}
-    heads = recorded.get("num_heads", ())
-    known = {name: value for name, value in recorded.items() if _is_number(value)}
-    return {**known, "num_heads": heads} if len(heads) == 4 and all(map(_is_number, heads)) else known
+    heads = recorded.get("num_heads")
+    numbers = ("alpha", "img_size", *_RATES)
+    known = {name: recorded[name] for name in numbers if _is_number(recorded.get(name))}
+    fits = isinstance(heads, tuple) and len(heads) == 4 and all(map(_is_number, heads))
+    return {**known, "num_heads": heads} if fits else known
 
 
 def _pvt(names: "_Names", known: Mapping[str, Any], assumed: list[str]) -> dict[str, Any]:

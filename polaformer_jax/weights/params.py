@@ -70,6 +70,7 @@ def check(
     Raises:
         WeightsError: with all that is missing, unexpected or of a wrong shape or type.
     """
+    fit = (fit,) if isinstance(fit, str) else fit
     if unknown := set(fit) - {"tables", "classifier"}:
         raise ValueError(f"fit holds {', '.join(map(repr, sorted(unknown)))}, expected some of 'tables', 'classifier'")
     names = {
@@ -78,6 +79,8 @@ def check(
     ours = {theirs: name for name, theirs in names.items()}
     found, ignored, unexpected = {}, [], []
     for name, array in arrays.items():
+        if not isinstance(name, str):
+            raise WeightsError(f"the weights have an entry {name!r}, expected names of tensors")
         array = np.asarray(array)
         if name in ours:
             fits = layout == "torch" and array.ndim == len(expected[ours[name]])
@@ -112,17 +115,27 @@ def shapes(like: Mapping) -> dict[str, tuple[int, ...]]:
     return {name: tuple(leaf.shape) for name, leaf in flatten(like).items()}
 
 
-def place(tensors: Mapping[str, np.ndarray], like: Mapping) -> dict:
+def place(tensors: Mapping[str, np.ndarray], like: Mapping, *, give_back: bool = False) -> dict:
     """A tree like `like`, each array in the type and on the devices of the one that it stands for.
 
-    Always copies, since jax may go on using memory that it is given, and this is the caller's or a file's. One tensor
-    after the other, and what a mapped file has brought into memory is given back, so that weights are held only once.
+    Always copies, since jax may go on using memory that it is given, and this is the caller's or a file's.
+
+    Args:
+        give_back: the tensors are views of a file that was mapped for reading only; what that has brought into memory
+            is given back after each tensor, so that weights are held only once.
+
+    Raises:
+        WeightsError: a value is too large for the type.
     """
     placed = {}
     for name, leaf in flatten(like).items():
-        host = _aligned_copy(tensors[name], leaf.dtype)
+        try:
+            host = _aligned_copy(tensors[name], leaf.dtype)
+        except FloatingPointError as error:
+            raise WeightsError(f"{name} holds values too large for the model's type, {leaf.dtype}") from error
         placed[name] = jax.device_put(host, leaf.sharding if isinstance(leaf, jax.Array) else None).block_until_ready()
-        _give_back(tensors[name])
+        if give_back:
+            _give_back(tensors[name])
     return unflatten(placed, like)
 
 
@@ -132,7 +145,8 @@ def _aligned_copy(array: np.ndarray, dtype) -> np.ndarray:
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64
     copy = memory[start : start + size].view(dtype).reshape(array.shape)
-    copy[...] = array
+    with np.errstate(over="raise"):
+        copy[...] = array
     return copy
 
 
