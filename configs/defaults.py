@@ -29,6 +29,7 @@ def defaults() -> ml_collections.ConfigDict:
     model.drop_path = placeholder(float)  # greatest rate of stochastic depth; None: the model's own
     model.dtype = "bfloat16"  # of activations and matrix products: bfloat16, float32 (or float64)
     model.param_dtype = "float32"  # of stored parameters
+    model.remat = False  # compute each block's activations anew in the backward pass: less memory, more time
     model.attn_type = placeholder(str)  # the rest: None leaves the model's own (see polaformer_jax/zoo.py)
     model.window_size = placeholder(int)  # Pola-Swin only
     model.softmax_window_size = placeholder(int)  # Pola-Swin only
@@ -37,6 +38,7 @@ def defaults() -> ml_collections.ConfigDict:
 
     config.init = init = ml_collections.ConfigDict()
     init.weights = placeholder(str)  # file of weights to start from, or to evaluate; None: initial weights
+    init.freeze_backbone = False  # train the classifier alone
 
     config.data = data = ml_collections.ConfigDict()
     data.source = "tfds"  # a prepared TensorFlow Datasets folder in ArrayRecord format
@@ -53,11 +55,18 @@ def defaults() -> ml_collections.ConfigDict:
     augment.crop_area = (0.08, 1.0)  # random resized crop: share of the image's area
     augment.crop_aspect = (3 / 4, 4 / 3)  # and width / height
     augment.flip = 0.5  # probability of a horizontal flip
+    augment.rand_augment = placeholder(str)  # policy such as "rand-m9-mstd0.5-inc1"; None: no RandAugment
+    augment.erase_prob = 0.0  # probability of erasing a random box of an image
+    augment.mixup = 0.0  # a of the Beta(a, a) distribution of the shares in mixup; 0: no mixup
+    augment.cutmix = 0.0  # the same for CutMix
+    augment.mix_prob = 1.0  # probability of mixing a batch at all
+    augment.switch_prob = 0.5  # of CutMix rather than mixup, where both are on
 
     config.train = train = ml_collections.ConfigDict()
     train.epochs = placeholder(float)  # exactly one of epochs and steps; the other is None
     train.steps = placeholder(int)
     train.batch_size = 1024  # examples per update, over all devices and hosts
+    train.accumulate = 1  # parts of a batch that go through the model one after the other: less memory
     train.label_smoothing = 0.1
 
     config.optimizer = optimizer = ml_collections.ConfigDict()
@@ -68,6 +77,7 @@ def defaults() -> ml_collections.ConfigDict:
     optimizer.eps = 1e-8
     optimizer.weight_decay = 0.05
     optimizer.clip_norm = placeholder(float)  # greatest global norm of the gradient; None: no clipping
+    optimizer.layer_decay = placeholder(float)  # the rate shrinks by this factor from each layer to the one below
 
     config.schedule = schedule = ml_collections.ConfigDict()
     schedule.name = "cosine"
@@ -76,9 +86,13 @@ def defaults() -> ml_collections.ConfigDict:
     schedule.min_lr = 1e-5
     schedule.cooldown = 0.0  # at min_lr, after the cosine and on top of epochs or steps
 
+    config.ema = ema = ml_collections.ConfigDict()
+    ema.decay = placeholder(float)  # of the moving average of the weights, such as 0.9999; None: no average
+
     config.eval = evaluation = ml_collections.ConfigDict()
     evaluation.every = 1.0  # in the unit of train; always once more at the end
     evaluation.batch_size = 1024
+    evaluation.weights = "raw"  # which weights are reported and choose the best checkpoint: "raw" or "ema"
     evaluation.resize = 256  # pixels, both sides (the aspect is not kept, as in the official evaluation)
     evaluation.crop = 224  # the central part that the model sees; equals model.img_size
 

@@ -6,14 +6,18 @@ The 1,797 digits that scikit-learn ships, 1,437 to train on and 360 to test with
     python train.py --config configs/digits.py --workdir runs/digits                # Pola-PVT, or: make train
     python train.py --config configs/digits.py:swin --workdir runs/digits_swin      # Pola-Swin
 
-Expected: at least 97.5 % of the test digits (there is no published figure). Options: `epochs=`.
+Expected: at least 97.5 % of the test digits (there is no published figure). Options: `epochs=`, and `recipe=full` for
+what the ImageNet recipe adds: RandAugment, random erasing, mixup, CutMix, and a moving average of the weights.
 """
 
 from configs.defaults import defaults, parse_arg
+from polaformer_jax.errors import UserError
 
 
 def get_config(arg=None):
-    arg = parse_arg(arg, models=("pvt", "swin"), epochs=30.0)
+    arg = parse_arg(arg, models=("pvt", "swin"), epochs=30.0, recipe="plain")
+    if arg.recipe not in ("plain", "full"):
+        raise UserError(f"config option recipe={arg.recipe}: it is plain or full")
     config = defaults()
     config.model.name = f"pola_{arg.model}_nano"
     config.model.img_size = 32
@@ -26,6 +30,12 @@ def get_config(arg=None):
 
     config.augment.crop_area = (0.6, 1.0)
     config.augment.flip = 0.0  # a mirrored digit is no digit
+    if arg.recipe == "full":
+        config.augment.rand_augment = "rand-m9-mstd0.5-inc1"
+        config.augment.erase_prob = 0.25
+        config.augment.mixup = 0.8
+        config.augment.cutmix = 1.0
+        config.ema.decay = 0.99
 
     config.train.epochs = arg.epochs
     config.train.batch_size = 64

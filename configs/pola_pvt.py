@@ -3,8 +3,8 @@
     python train.py --config configs/pola_pvt.py:t --workdir runs/pola_pvt_t --config.data.data_dir=/data/tfds
 
 Models: t, s, m, b. Published top-1 (the paper, not measured here): t 78.8 %, s 81.9 %; m and b are not published.
-These are the official numbers for model, crop, flip, loss, optimizer and schedule. The batches are those of the
-official launch on 8 devices: t 1024, s 512, m 512, b 256. Options: `img_size=`, a multiple of 32 (evaluation resizes in
+This is the official recipe: model, augmentation, loss, optimizer and schedule. The batches are those of the official
+launch on 8 devices: t 1024, s 512, m 512, b 256. Options: `img_size=`, a multiple of 32 (evaluation resizes in
 proportion).
 """
 
@@ -18,6 +18,10 @@ def get_config(arg=None):
     config.model.img_size = config.eval.crop = arg.img_size
     config.eval.resize = round(arg.img_size * 256 / 224)
 
+    config.augment.rand_augment = "rand-m9-mstd0.5-inc1"
+    config.augment.erase_prob = 0.25
+    config.augment.mixup = 0.8
+    config.augment.cutmix = 1.0
     config.train.epochs = 300.0
     config.train.batch_size = {"t": 1024, "s": 512, "m": 512, "b": 256}[arg.model]
     config.optimizer.lr = 5e-4

@@ -3,8 +3,8 @@
     python train.py --config configs/pola_swin.py:t --workdir runs/pola_swin_t --config.data.data_dir=/data/tfds
 
 Models: t, s, b, b_384. Published top-1 (the paper, not measured here): t 82.6 %, s 83.6 %, b 83.8 %; b_384 is not
-published. These are the official numbers for model, crop, flip, loss, optimizer and schedule. The batches are those of
-the official launch on 8 devices: t and s 1024, b 512, b_384 256. b_384 is meant to start from trained weights
+published. This is the official recipe: model, augmentation, loss, optimizer and schedule. The batches are those of the
+official launch on 8 devices: t and s 1024, b 512, b_384 256. b_384 is meant to start from trained weights
 (`--config.init.weights`). No options.
 """
 
@@ -17,6 +17,10 @@ def get_config(arg=None):
     config = defaults()
     config.model.name = f"pola_swin_{arg.model}"
 
+    config.augment.rand_augment = "rand-m9-mstd0.5-inc1"
+    config.augment.erase_prob = 0.25
+    config.augment.mixup = 0.8
+    config.augment.cutmix = 1.0
     config.train.epochs = 30.0 if fine_tune else 300.0
     config.train.batch_size = {"t": 1024, "s": 1024, "b": 512, "b_384": 256}[arg.model]
     config.optimizer.lr = 5e-4

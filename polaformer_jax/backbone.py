@@ -28,6 +28,7 @@ class Backbone(nnx.Module):
     img_size: int
     drop_rates: tuple[float, float]  # dropout, stochastic depth
     arguments: tuple[tuple[str, object], ...]  # what the constructor was given, but for types and random numbers
+    remat: bool = False  # compute each block's activations anew in the backward pass rather than keep them
 
     def __call__(self, images: jax.Array, train: bool = False, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Logits of normalised images.
@@ -78,7 +79,8 @@ class Backbone(nnx.Module):
         for i in range(len(STRIDES)):
             x = self._enter(i, x, next_key)
             for block in self.blocks(i):
-                x = block(x, next_key())
+                key = next_key()
+                x = _rematerialised(block, x, key) if self.remat else block(x, key)
             yield x
 
     def blocks(self, stage: int) -> Sequence[Block]:
@@ -109,6 +111,11 @@ class Backbone(nnx.Module):
                 "None: pass rngs=nnx.Rngs(dropout=key)"
             )
         return Keys(rngs.dropout())
+
+
+def _rematerialised(block: Block, x: jax.Array, key: jax.Array | None) -> jax.Array:
+    graphdef, params = nnx.split(block)
+    return jax.checkpoint(lambda params, x, key: nnx.merge(graphdef, params)(x, key))(params, x, key)
 
 
 def classifier(features: int, num_classes: int, *, dtype, param_dtype, rngs: nnx.Rngs) -> nnx.Linear | None:

@@ -1,5 +1,7 @@
 """Which checkpoints are kept, which one is the best, and what comes back."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -57,6 +59,24 @@ def test_what_was_saved_comes_back_on_every_device(tmp_path):
     assert len(restored.params["bias"].sharding.device_set) == 8
     assert step == 1
     np.testing.assert_array_equal(params["block"][0]["kernel"], 1)
+
+
+def test_a_moving_average_is_kept_beside_the_parameters(tmp_path):
+    state = dataclasses.replace(state_of(3), ema=state_of(7).params)
+    with Checkpoints(tmp_path, keep_last=1, best_metric="ema_accuracy") as checkpoints:
+        checkpoints.save(state, {"accuracy": 0.1, "ema_accuracy": 0.2})
+        checkpoints.wait()
+        wanted = dataclasses.replace(abstract(), ema=abstract().params)
+        jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(wanted), state)
+        averaged, _ = checkpoints.restore_params(abstract().params, kind="ema")
+    np.testing.assert_array_equal(averaged["block"][0]["kernel"], 7)
+
+
+def test_a_checkpoint_without_a_moving_average_says_so(tmp_path):
+    kept(tmp_path, "accuracy", [0.5])
+    with Checkpoints(tmp_path, keep_last=1, best_metric="accuracy", read_only=True) as checkpoints:
+        with pytest.raises(UserError, match="step 1 in .* has no moving average .ema.decay was None"):
+            checkpoints.restore_params(abstract().params, kind="ema")
 
 
 def test_a_relative_folder(tmp_path, monkeypatch):

@@ -72,6 +72,9 @@ def test_every_docstring_has_the_launch_command_and_what_is_published():
 def test_options_follow_the_model():
     assert resolve("digits", "swin,epochs=3").train.epochs == 3.0
     assert resolve("pola_pvt", "s,img_size=448").eval.resize == 512
+    assert resolve("digits", "pvt,recipe=full").augment.cutmix == 1.0
+    with pytest.raises(UserError, match="recipe=rich: it is plain or full"):
+        resolve("digits", "pvt,recipe=rich")
 
 
 @pytest.mark.parametrize(
@@ -105,6 +108,11 @@ def test_all_problems_are_reported_at_once():
     config.optimizer.clip_norm = 0.0
     config.optimizer.b1 = 1.5
     config.eval.every = float("inf")
+    config.augment.erase_prob = 1.5
+    config.augment.mixup = -1.0
+    config.eval.weights = "ema"
+    config.optimizer.layer_decay = 0.0
+    config.train.accumulate = 0
     with pytest.raises(UserError) as error:
         check_config(config)
     text = str(error.value)
@@ -118,6 +126,11 @@ def test_all_problems_are_reported_at_once():
         "optimizer.clip_norm=0.0: it must be positive, or None",
         "optimizer.b1=1.5: it must be in [0, 1)",
         "eval.every=inf: it must be positive and finite",
+        "augment.erase_prob=1.5: it is a probability",
+        "augment.mixup=-1.0: it must not be negative",
+        "eval.weights='ema': there is no moving average without ema.decay",
+        "optimizer.layer_decay=0.0: it must be in (0, 1], or None",
+        "train.accumulate=0: it must be positive",
     ):
         assert expected in text
 

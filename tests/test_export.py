@@ -69,7 +69,7 @@ def test_the_file_says_what_it_holds(trained, tmp_path):
     metadata = weights.read_file(tmp_path / "a.safetensors").metadata
     assert json.loads(metadata["classes"]) == [str(digit) for digit in range(10)]
     assert json.loads(metadata["preprocess"]) == {"resize": 32, "crop": 32}
-    assert json.loads(metadata["facts"]) == {"data": "sklearn_digits", "step": 1}
+    assert json.loads(metadata["facts"]) == {"data": "sklearn_digits", "step": 1, "kind": "raw"}
 
 
 def test_the_training_may_be_running(trained, digits_dir, tmp_path):
@@ -106,6 +106,17 @@ def test_what_cannot_be_exported(trained, out, options, status, message, tmp_pat
     assert command.main([str(tmp_path / out), "--workdir", str(trained[0]), *options]) == status
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_replaced_unasked(trained, tmp_path, capsys):
+    target = tmp_path / "a.safetensors"
+    target.write_text("precious")
+    assert command.main([str(target), "--workdir", str(trained[0])]) == 1
+    assert "exists: give another name, or --overwrite" in capsys.readouterr().err
+    assert command.main([str(target), "--workdir", str(trained[0]), "--overwrite"]) == 0
+    (tmp_path / "folder.safetensors").mkdir()
+    assert command.main([str(tmp_path / "folder.safetensors"), "--workdir", str(trained[0]), "--overwrite"]) == 1
+    assert "error: " in capsys.readouterr().err
 
 
 def test_no_work_directory(tmp_path, capsys):

@@ -22,8 +22,8 @@ GOLDEN = json.loads((FOLDER / "adamw_steps.json").read_text())
 class SoftTargets:
     """The task of the golden run: ready images, and a distribution over the classes for each."""
 
-    def inputs(self, batch):
-        return batch["image"]
+    def augmented(self, batch, key):
+        return {**batch, "inputs": batch["image"]}
 
     def losses(self, logits, batch):
         return optax.softmax_cross_entropy(logits, batch["target"])

@@ -33,6 +33,7 @@ def config_of(digits_dir, **changes):
     config.eval.batch_size = 100
     config.log.every = 2
     config.checkpoint.every_steps = 3
+    config.ema.decay = 0.9
     config.update_from_flattened_dict(changes)
     return config
 
@@ -69,6 +70,16 @@ def test_scalars_are_written_for_tensorboard(finished):
     assert scalars["eval_accuracy"][0].tolist() == [4, 8]
     assert scalars["loss"][1][0] == pytest.approx(np.log(10), rel=0.3)  # untrained
     assert (0 <= scalars["input_wait_share"][1]).all() and (scalars["input_wait_share"][1] <= 1).all()
+
+
+def test_the_moving_average_is_evaluated_beside_the_raw_weights(finished):
+    config, workdir, _ = finished
+    scalars = read_scalars(workdir)
+    assert scalars["eval_ema_accuracy"][0].tolist() == [4, 8]
+    last = evaluation.evaluate(None, workdir, checkpoint="latest", kind="ema", json_path=workdir / "ema.json")
+    assert last["kind"] == "ema" and last["images"] == 360
+    assert last["loss"] == pytest.approx(scalars["eval_ema_loss"][1][-1], rel=1e-5)
+    assert last["loss"] != scalars["eval_loss"][1][-1]
 
 
 def test_the_latest_and_the_best_checkpoints_are_kept(finished):

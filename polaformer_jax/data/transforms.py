@@ -1,4 +1,4 @@
-"""Images on the host, with Pillow: decode, random resized crop, flip; resize and centre crop for evaluation.
+"""Images on the host, with Pillow: decode, random resized crop, flip, RandAugment; for evaluation resize and crop.
 
 Pillow is what the official pipeline uses (torchvision and timm call it), so the pixels are the same. The parts are
 functions `(image, ..., rng) -> image`; a transform is a small frozen dataclass that chains them, so that it can be
@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from polaformer_jax.data.rand_augment import RandAugment
 from polaformer_jax.data.sources import Record
 from polaformer_jax.errors import UserError
 
@@ -144,13 +145,14 @@ class _ImageTransform:
 
 @dataclasses.dataclass(frozen=True)
 class TrainImageTransform(_ImageTransform):
-    """Random resized crop and flip: `{"image": bytes, "label"}` to an example of (image_size, image_size, 3) uint8.
+    """Random resized crop, flip, RandAugment: `{"image": bytes, "label"}` to (image_size, image_size, 3) uint8.
 
     Args:
       image_size: side of the result in pixels.
       crop_area: smallest and largest share of the image that a crop covers.
       crop_aspect: smallest and largest width / height of a crop.
       flip: probability of mirroring left to right.
+      rand_augment: policy such as `rand-m9-mstd0.5-inc1` (see `RandAugment.parse`); None leaves it out.
       num_classes, on_error: see `check_label` and `Transform`.
     """
 
@@ -159,6 +161,7 @@ class TrainImageTransform(_ImageTransform):
     crop_area: tuple[float, float] = (0.08, 1.0)
     crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
+    rand_augment: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -171,6 +174,8 @@ class TrainImageTransform(_ImageTransform):
             object.__setattr__(self, name, (float(low), float(high)))  # a list in a config becomes a tuple
         if not 0 <= self.flip <= 1:
             raise UserError(f"flip is {self.flip}, expected a probability")
+        augment = None if self.rand_augment is None else RandAugment.parse(self.rand_augment)
+        object.__setattr__(self, "_augment", augment)
 
     @property
     def size(self) -> int:
@@ -183,6 +188,8 @@ class TrainImageTransform(_ImageTransform):
         image = decode(record["image"])
         image = random_resized_crop(image, self.image_size, rng, area=self.crop_area, aspect=self.crop_aspect)
         image = random_flip(image, rng, probability=self.flip)
+        if self._augment is not None:
+            image = self._augment(image, rng)
         return self._example(image, label)
 
 

@@ -1,10 +1,11 @@
 """Training state on disk: an Orbax CheckpointManager that keeps the latest N steps and the best one.
 
-A step's folder holds two items, `params` and `optimizer` (with the step), so that evaluation reads the first alone.
+A step's folder holds the items `params`, `optimizer` (with the step) and, where there is a moving average, `ema`, so
+that evaluation reads the one that it wants.
 """
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import orbax.checkpoint as ocp
 from etils import epath
@@ -14,6 +15,12 @@ from polaformer_jax.errors import UserError
 from polaformer_jax.training.step import TrainState
 
 GREATER_IS_BETTER = {"accuracy": True, "loss": False}
+Kind = Literal["raw", "ema"]
+
+
+def metric_name(config) -> str:
+    """The metric by which a config's best checkpoint is chosen: that of the weights that `eval.weights` names."""
+    return config.checkpoint.best_metric if config.eval.weights == "raw" else f"ema_{config.checkpoint.best_metric}"
 
 
 class Checkpoints:
@@ -29,7 +36,7 @@ class Checkpoints:
     def __init__(self, directory: epath.PathLike, *, keep_last: int, best_metric: str, read_only: bool = False):
         self.directory = epath.Path(directory).resolve()  # Orbax writes to absolute paths only
         self._metric = best_metric
-        self._sign = 1.0 if GREATER_IS_BETTER[best_metric] else -1.0
+        self._sign = 1.0 if GREATER_IS_BETTER[best_metric.removeprefix("ema_")] else -1.0
         keep = checkpoint_managers.AnyPreservationPolicy(
             [
                 checkpoint_managers.LatestN(keep_last),
@@ -40,7 +47,9 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             best_fn=self._score, preservation_policy=keep, read_only=read_only, create=not read_only
         )
-        self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=("params", "optimizer"))
+        self._manager = ocp.CheckpointManager(
+            self.directory, options=options, item_names=("params", "optimizer", "ema")
+        )
 
     def _score(self, metrics: dict[str, float]) -> float:
         score = self._sign * metrics[self._metric]
@@ -63,12 +72,14 @@ class Checkpoints:
           RuntimeError: a later step has been saved. ValueError: this step has been.
         """
         step = int(state.step)
-        items = ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
-            optimizer=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
-        )
+        items = {
+            "params": ocp.args.StandardSave(state.params),
+            "optimizer": ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
+        }
+        if state.ema is not None:
+            items["ema"] = ocp.args.StandardSave(state.ema)
         # force: the loop decides when to save. Orbax answers False, silently, to a step that is not the newest.
-        if not self._manager.save(step, args=items, metrics=metrics, force=True):
+        if not self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True):
             raise RuntimeError(f"the checkpoint of step {step} was not saved: {self.directory} holds {self.steps()}")
 
     def wait(self) -> None:
@@ -95,28 +106,36 @@ class Checkpoints:
         step = self.latest()
         if step is None:
             return None
-        rest = {"step": abstract.step, "opt_state": abstract.opt_state}
-        items = ocp.args.Composite(
-            params=ocp.args.StandardRestore(abstract.params), optimizer=ocp.args.StandardRestore(rest)
-        )
-        restored = self._manager.restore(step, args=items)
-        return TrainState(params=restored["params"], **restored["optimizer"])
+        items = {
+            "params": ocp.args.StandardRestore(abstract.params),
+            "optimizer": ocp.args.StandardRestore({"step": abstract.step, "opt_state": abstract.opt_state}),
+        }
+        if abstract.ema is not None:
+            items["ema"] = ocp.args.StandardRestore(abstract.ema)
+        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        return TrainState(params=restored["params"], **restored["optimizer"], ema=restored.get("ema"))
 
-    def restore_params(self, abstract: Any, which: str | int = "best") -> tuple[Any, int]:
+    def restore_params(self, abstract: Any, which: str | int = "best", *, kind: Kind = "raw") -> tuple[Any, int]:
         """Parameters alone, and the step they are of.
 
         Args:
           abstract: nested dict of `jax.ShapeDtypeStruct` with shardings.
           which: "best", "latest", or a step.
+          kind: "raw", or "ema" for the moving average.
 
         Raises:
-          UserError: there is no such checkpoint.
+          UserError: there is no such checkpoint, or it has no moving average.
         """
         step = {"best": self.best, "latest": self.latest}[which]() if isinstance(which, str) else which
         if step is None or step not in self.steps():
             raise UserError(f"{self.directory} has no checkpoint {which!r}; it has the steps {self.steps()}")
-        items = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
-        return self._manager.restore(step, args=items)["params"], step
+        item = {"raw": "params", "ema": "ema"}[kind]
+        if not (self.directory / str(step) / item).exists():
+            raise UserError(
+                f"the checkpoint of step {step} in {self.directory} has no moving average (ema.decay was None)"
+            )
+        items = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)})
+        return self._manager.restore(step, args=items)[item], step
 
 
 def check_choice(workdir: epath.PathLike, which: str | None) -> None:
@@ -127,12 +146,15 @@ def check_choice(workdir: epath.PathLike, which: str | None) -> None:
         raise UserError(f"--checkpoint={which}: it is best, latest or a step")
 
 
-def read_params(workdir: epath.PathLike, abstract: Any, which: str | None, *, best_metric: str) -> tuple[Any, int]:
+def read_params(
+    workdir: epath.PathLike, abstract: Any, which: str | None, *, best_metric: str, kind: Kind = "raw"
+) -> tuple[Any, int]:
     """Parameters of a checkpoint in a work directory, whose training may be running, and the step they are of.
 
     Args:
       abstract: nested dict of `jax.ShapeDtypeStruct` with shardings.
       which: "best" (None is this), "latest", or a step in digits.
+      best_metric: see `Checkpoints`. kind: "raw", or "ema" for the moving average.
 
     Raises:
       UserError: there is no such checkpoint.
@@ -141,4 +163,4 @@ def read_params(workdir: epath.PathLike, abstract: Any, which: str | None, *, be
     chosen = int(which) if which and which.isdecimal() else which or "best"
     directory = epath.Path(workdir) / "checkpoints"
     with Checkpoints(directory, keep_last=1, best_metric=best_metric, read_only=True) as checkpoints:
-        return checkpoints.restore_params(abstract, chosen)
+        return checkpoints.restore_params(abstract, chosen, kind=kind)

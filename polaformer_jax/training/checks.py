@@ -13,11 +13,13 @@ CHOICES = {
     "model.dtype": ("bfloat16", "float32", "float64"),
     "model.param_dtype": ("float32", "float64"),
     "schedule.name": ("cosine",),
+    "eval.weights": ("raw", "ema"),
     "checkpoint.best_metric": tuple(GREATER_IS_BETTER),
 }
 POSITIVE = (
     "model.img_size",
     "train.batch_size",
+    "train.accumulate",
     "optimizer.lr_base_batch",
     "optimizer.eps",
     "eval.every",
@@ -30,6 +32,8 @@ POSITIVE = (
 NOT_NEGATIVE = (
     "seed",
     "data.workers",
+    "augment.mixup",
+    "augment.cutmix",
     "optimizer.lr",
     "optimizer.weight_decay",
     "schedule.warmup",
@@ -71,8 +75,19 @@ def check_config(config) -> None:
         problems.append("model.dtype, model.param_dtype: float64 needs the environment variable JAX_ENABLE_X64=1")
     if not 0 <= config.train.label_smoothing < 1:
         problems.append(f"train.label_smoothing={config.train.label_smoothing}: it must be in [0, 1)")
-    if not 0 <= config.augment.flip <= 1:
-        problems.append(f"augment.flip={config.augment.flip}: it is a probability")
+    for field in ("flip", "erase_prob", "mix_prob", "switch_prob"):
+        if not 0 <= config.augment[field] <= 1:
+            problems.append(f"augment.{field}={config.augment[field]}: it is a probability")
+    if config.ema.decay is not None and not 0 <= config.ema.decay < 1:
+        problems.append(f"ema.decay={config.ema.decay}: it must be in [0, 1), or None")
+    if config.ema.decay is None and config.eval.weights == "ema":
+        problems.append("eval.weights='ema': there is no moving average without ema.decay")
+    if config.optimizer.layer_decay is not None and not 0 < config.optimizer.layer_decay <= 1:
+        problems.append(f"optimizer.layer_decay={config.optimizer.layer_decay}: it must be in (0, 1], or None")
+    if config.init.freeze_backbone and config.optimizer.layer_decay is not None:
+        problems.append(
+            "init.freeze_backbone with optimizer.layer_decay: only the head is trained, whose rate is whole"
+        )
     for field in ("crop_area", "crop_aspect"):
         low_high = tuple(config.augment[field])
         if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1]:

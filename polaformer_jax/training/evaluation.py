@@ -143,6 +143,7 @@ def evaluate(
     workdir: epath.PathLike | None,
     *,
     checkpoint: str | None = None,
+    kind: checkpoints.Kind | None = None,
     data_dir: str | None = None,
     json_path: epath.PathLike | None = None,
     predictions_path: epath.PathLike | None = None,
@@ -156,6 +157,7 @@ def evaluate(
       workdir: work directory of a training, whose checkpoint is evaluated. It may be running; nothing but `eval.json`
         is written there. Any number of devices will do.
       checkpoint: "best" (the default), "latest" or a step.
+      kind: which weights of it, "raw" or "ema"; None: those that the config's `eval.weights` names.
       data_dir: where the data is now, if not where the config says.
       json_path: file for the result; None: `eval.json` in `workdir`, if that is given.
       predictions_path: file for one row an image; None: not written.
@@ -184,10 +186,12 @@ def evaluate(
     if workdir is None:
         params, evaluated = experiment.read_params(config.init.weights), {"weights": config.init.weights}
     else:
+        kind = config.eval.weights if kind is None else kind
         params, step = checkpoints.read_params(
-            workdir, experiment.abstract_params, checkpoint, best_metric=config.checkpoint.best_metric
+            workdir, experiment.abstract_params, checkpoint, best_metric=checkpoints.metric_name(config), kind=kind
         )
-        evaluated = {"checkpoint": os.fspath(epath.Path(workdir) / "checkpoints" / str(step)), "step": step}
+        directory = epath.Path(workdir) / "checkpoints"
+        evaluated = {"checkpoint": os.fspath(directory / str(step)), "step": step, "kind": kind}
 
     with Evaluator(experiment) as evaluator:
         result = evaluator(params)

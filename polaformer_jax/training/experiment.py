@@ -16,7 +16,7 @@ from polaformer_jax.data import pipeline, sources, transforms
 from polaformer_jax.errors import UserError
 from polaformer_jax.training import sharding
 from polaformer_jax.training.checks import check_config
-from polaformer_jax.training.optimizer import make_optimizer
+from polaformer_jax.training.optimizer import head_only, make_optimizer
 from polaformer_jax.training.progress import log
 from polaformer_jax.training.schedule import Durations, durations, learning_rate
 from polaformer_jax.training.sharding import with_shardings
@@ -34,7 +34,7 @@ def build_model(config: ml_collections.ConfigDict, rngs: nnx.Rngs) -> nnx.Module
       UserError: the model's constructor refuses a value.
     """
     try:
-        return creation.create_model(
+        model = creation.create_model(
             config.name,
             num_classes=config.num_classes,
             img_size=config.img_size,
@@ -46,6 +46,8 @@ def build_model(config: ml_collections.ConfigDict, rngs: nnx.Rngs) -> nnx.Module
         )
     except ValueError as error:
         raise UserError(f"config.model: {error}") from error
+    model.remat = config.remat
+    return model
 
 
 class Experiment:
@@ -78,7 +80,13 @@ class Experiment:
 
     def check_training(self) -> None:
         """Raises a UserError if this cannot be trained, though it may well be evaluated: data, batch, length."""
-        sharding.check_batch(self.config.train.batch_size, self.mesh, "train.batch_size")
+        train = self.config.train
+        if train.batch_size % train.accumulate:
+            raise UserError(
+                f"train.batch_size={train.batch_size} cannot be split into train.accumulate={train.accumulate}"
+            )
+        name = "train.batch_size" if train.accumulate == 1 else "train.batch_size / train.accumulate"
+        sharding.check_batch(train.batch_size // train.accumulate, self.mesh, name)
         if self.train_source.num_classes != self.eval_source.num_classes:
             raise UserError(
                 f"data.train_split={self.config.data.train_split} has {self.train_source.num_classes} classes, and"
@@ -108,6 +116,7 @@ class Experiment:
             crop_area=tuple(augment.crop_area),
             crop_aspect=tuple(augment.crop_aspect),
             flip=augment.flip,
+            rand_augment=augment.rand_augment,
             num_classes=self.config.model.num_classes,
             on_error=data.on_error,
         )
@@ -153,7 +162,17 @@ class Experiment:
 
     @functools.cached_property
     def task(self) -> Task:
-        return ImageClassification(self.config.model.num_classes, self.config.train.label_smoothing)
+        augment = self.config.augment
+        return ImageClassification(
+            self.config.model.num_classes,
+            self.config.train.label_smoothing,
+            erase_prob=augment.erase_prob,
+            mixup=augment.mixup,
+            cutmix=augment.cutmix,
+            mix_prob=augment.mix_prob,
+            switch_prob=augment.switch_prob,
+            dtype=jnp.dtype(self.config.model.dtype),
+        )
 
     def initial_params(self) -> Any:
         """Parameters from `init.weights` if given, else drawn from the seed: a nested dict like `abstract_params`.
@@ -198,10 +217,15 @@ class Experiment:
 
     @functools.cached_property
     def optimizer(self):
-        return make_optimizer(self.config.optimizer, self.rate)
+        return make_optimizer(self.config.optimizer, self.rate, trainable=self._trainable)
+
+    @functools.cached_property
+    def _trainable(self) -> Any:
+        return head_only(self.abstract_params) if self.config.init.freeze_backbone else None
 
     def _new_state(self, params: Any) -> TrainState:
-        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=self.optimizer.init(params))
+        ema = None if self.config.ema.decay is None else jax.tree.map(jnp.copy, params)
+        return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(params), ema)
 
     def initial_state(self) -> TrainState:
         """The state before the first step, on all devices of the mesh."""
@@ -225,7 +249,16 @@ class Experiment:
 
     def compile_train_step(self) -> jax.stages.Compiled:
         """(state, batch) -> (state, sums of metrics); the state given is used up."""
-        step = make_train_step(self.graphdef, self.task, self.optimizer, rate=self.rate, seed=self.config.seed)
+        step = make_train_step(
+            self.graphdef,
+            self.task,
+            self.optimizer,
+            rate=self.rate,
+            seed=self.config.seed,
+            accumulate=self.config.train.accumulate,
+            ema_decay=self.config.ema.decay,
+            trainable=self._trainable,
+        )
         copied = sharding.replicated(self.mesh)
         step = jax.jit(step, donate_argnums=0, out_shardings=copied)
         return step.lower(self.abstract_state, self.abstract_batch(self.config.train.batch_size)).compile()

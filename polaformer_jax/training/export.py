@@ -34,13 +34,19 @@ def about(
 
 
 def export(
-    workdir: epath.PathLike, path: epath.PathLike, *, checkpoint: str | None = None, layout: weights.Layout = "ours"
+    workdir: epath.PathLike,
+    path: epath.PathLike,
+    *,
+    checkpoint: str | None = None,
+    kind: checkpoints.Kind | None = None,
+    layout: weights.Layout = "ours",
 ) -> int:
     """Writes the weights of a checkpoint to `path` (`.safetensors`), at once or not at all.
 
     Args:
       workdir: work directory of a training.
       checkpoint: "best" (the default), "latest" or a step.
+      kind: "raw", or "ema" for the moving average; None: what the run's `eval.weights` names.
       layout: "ours", or "torch": official names and layouts.
 
     Returns:
@@ -55,12 +61,15 @@ def export(
     graphdef, state = nnx.split(nnx.eval_shape(lambda: build_model(config.model, nnx.Rngs(0))))
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = sharding.with_shardings(nnx.to_pure_dict(state), place)
-    params, step = checkpoints.read_params(workdir, abstract, checkpoint, best_metric=config.checkpoint.best_metric)
+    kind = config.eval.weights if kind is None else kind
+    params, step = checkpoints.read_params(
+        workdir, abstract, checkpoint, best_metric=checkpoints.metric_name(config), kind=kind
+    )
     try:
         class_names = sources.open_source(config.data, config.data.eval_split).class_names
     except UserError as error:
         log.warning("the file will have no class names, for the data is not here: %s", error)
         class_names = None
-    metadata = about(config, class_names, {"step": step})
+    metadata = about(config, class_names, {"step": step, "kind": kind})
     weights.save_weights(nnx.merge(graphdef, params), path, layout=layout, metadata=metadata)
     return step

@@ -18,7 +18,7 @@ from etils import epath
 
 from polaformer_jax.errors import UserError
 from polaformer_jax.training import pictures
-from polaformer_jax.training.checkpoints import Checkpoints
+from polaformer_jax.training.checkpoints import Checkpoints, metric_name
 from polaformer_jax.training.evaluation import Evaluation, Evaluator, report, write_json
 from polaformer_jax.training.experiment import Experiment
 from polaformer_jax.training.metrics import Mean
@@ -55,7 +55,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Result:
         Checkpoints(
             workdir / "checkpoints",
             keep_last=config.checkpoint.keep_last,
-            best_metric=config.checkpoint.best_metric,
+            best_metric=metric_name(config),
         ) as checkpoints,
         Evaluator(experiment) as evaluator,
     ):
@@ -130,9 +130,14 @@ class _Run:
 
     def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
         result = self.evaluator(state.params)
-        self.writer.write_scalars(step, {f"eval_{name}": value for name, value in result.metrics.items()})
         log.info("step %d/%d  evaluation: %s", step, self.total, _sentence(result))
-        return result.metrics
+        metrics = dict(result.metrics)
+        if state.ema is not None:
+            result = self.evaluator(state.ema)
+            log.info("step %d/%d  moving average: %s", step, self.total, _sentence(result))
+            metrics |= {f"ema_{name}": value for name, value in result.metrics.items()}
+        self.writer.write_scalars(step, {f"eval_{name}": value for name, value in metrics.items()})
+        return metrics
 
     def _description(self) -> str:
         config, experiment = self.config, self.experiment
@@ -201,11 +206,12 @@ class _Window:
 
 def _conclude(experiment: Experiment, workdir: epath.Path, checkpoints: Checkpoints, evaluator: Evaluator) -> Result:
     """Evaluates the best checkpoint, writes `eval.json` and the pictures."""
-    params, step = checkpoints.restore_params(experiment.abstract_params, "best")
+    kind = experiment.config.eval.weights
+    params, step = checkpoints.restore_params(experiment.abstract_params, "best", kind=kind)
     evaluation = evaluator(params)
     drawn = []
     if jax.process_index() == 0:
-        evaluated = {"checkpoint": os.fspath(checkpoints.directory / str(step)), "step": step}
+        evaluated = {"checkpoint": os.fspath(checkpoints.directory / str(step)), "step": step, "kind": kind}
         write_json(workdir / "eval.json", report(experiment.config, evaluation, evaluated))
         if experiment.config.log.pictures:
             drawn = pictures.draw_all(workdir, evaluation, experiment.eval_source, experiment.eval_transform)

@@ -1,5 +1,6 @@
 """AdamW as the official recipe uses it, put together from Optax."""
 
+import re
 from collections.abc import Callable
 
 import jax
@@ -11,12 +12,13 @@ import optax
 UNDECAYED = ("relative_position_bias_table", "absolute_pos_embed")
 
 
-def make_optimizer(config, rate: Callable[[jax.Array], jax.Array]) -> optax.GradientTransformation:
+def make_optimizer(config, rate: Callable[[jax.Array], jax.Array], *, trainable=None) -> optax.GradientTransformation:
     """Clipping by the global norm, then AdamW with decoupled weight decay.
 
     Args:
       config: the config's `optimizer` part.
       rate: the learning rate of a step, counted from 0.
+      trainable: nested dict of bools like the parameters; the others are never changed, and need no moments. None: all.
     """
     adamw = optax.adamw(
         rate,
@@ -26,9 +28,73 @@ def make_optimizer(config, rate: Callable[[jax.Array], jax.Array]) -> optax.Grad
         weight_decay=config.weight_decay,
         mask=decay_mask,
     )
-    if config.clip_norm is None:
-        return adamw
-    return optax.chain(clip_by_global_norm(config.clip_norm), adamw)
+    parts = [] if config.clip_norm is None else [clip_by_global_norm(config.clip_norm)]
+    parts.append(adamw)
+    if config.layer_decay is not None:
+        parts.append(scale_by_depth(config.layer_decay))
+    optimizer = optax.chain(*parts) if len(parts) > 1 else adamw
+    if trainable is None:
+        return optimizer
+    labels = jax.tree.map(lambda trains: "train" if trains else "freeze", trainable)
+    return optax.partition({"train": optimizer, "freeze": optax.set_to_zero()}, labels)
+
+
+def head_only(params) -> dict:
+    """True for the classifier's parameters. Same structure as `params`."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: _keys(path)[0] == "head", params)
+
+
+def scale_by_depth(decay: float) -> optax.GradientTransformation:
+    """Layer-wise learning-rate decay: the update of a layer is scaled by decay^(layers above it).
+
+    The classifier and the final normalisation have the whole rate, the last block decay times as much, and so on down
+    to the first patch embedding. What leads from one stage to the next counts with the last block before it. As in BEiT
+    (Bao et al., arXiv 2106.08254) and the fine-tuning of Swin Transformer.
+    """
+
+    def update(updates, state, params=None):
+        del params
+        depths = layer_depths(updates)
+        top = max(jax.tree.leaves(depths))
+        return jax.tree.map(lambda u, depth: u * decay ** (top - depth), updates, depths), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def layer_depths(params) -> dict:
+    """The number of each parameter's layer: 0 for the first patch embedding, then one a block, the head last."""
+    flat = jax.tree_util.tree_flatten_with_path(params)[0]
+    blocks: dict[int, int] = {}  # how many each stage has
+    for path, _ in flat:
+        place = _place(_keys(path))
+        if place is not None and place[1] is not None:
+            blocks[place[0]] = max(blocks.get(place[0], 0), place[1] + 1)
+
+    def depth(path, _) -> int:
+        place = _place(_keys(path))
+        if place is None:
+            return sum(blocks.values()) + 1
+        stage, block = place
+        before = sum(count for i, count in blocks.items() if i < stage)
+        return before if block is None else before + block + 1
+
+    return jax.tree_util.tree_map_with_path(depth, params)
+
+
+def _place(keys: tuple) -> tuple[int, int | None] | None:
+    """(stage, block) of a parameter; block is None for what leads to the stage, and all is None after the stages."""
+    name = str(keys[0])
+    if name == "layers":  # Pola-Swin: layers.STAGE.blocks.BLOCK, layers.STAGE.downsample leads to the next stage
+        return (keys[1], keys[3]) if keys[2] == "blocks" else (keys[1] + 1, None)
+    if name in ("patch_embed", "absolute_pos_embed"):
+        return 0, None
+    if match := re.fullmatch(r"(block|patch_embed|pos_embed)([1-4])", name):  # Pola-PVT
+        return int(match[2]) - 1, keys[1] if match[1] == "block" else None
+    return None
+
+
+def _keys(path) -> tuple:
+    return tuple(getattr(entry, "key", entry) for entry in path)
 
 
 def decay_mask(params) -> dict:

@@ -13,7 +13,7 @@ from polaformer_jax.training.metrics import Sums, masked
 from polaformer_jax.training.tasks import Batch, Task
 
 # A key of its own for each purpose, so that a new one never changes the numbers drawn for another.
-PURPOSES = {"dropout": 0}
+PURPOSES = {"dropout": 0, "erase": 1, "mix": 2}
 
 
 @jax.tree_util.register_dataclass
@@ -24,6 +24,7 @@ class TrainState:
     step: jax.Array  # () int32, number of steps taken
     params: Any  # nested dict
     opt_state: Any
+    ema: Any = None  # moving average of the parameters, a nested dict like them; None where there is none
 
 
 def purpose_key(seed: int, step: jax.Array, purpose: str) -> jax.Array:
@@ -38,48 +39,80 @@ def make_train_step(
     *,
     rate: Callable[[jax.Array], jax.Array],
     seed: int,
+    accumulate: int = 1,
+    ema_decay: float | None = None,
+    trainable: Any = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
     """One update of the parameters.
 
     The loss is the mean over the unmasked examples of the whole batch, over all devices. Where the loss or a gradient
     is not finite, the parameters and the optimizer keep their values, so no state is ever spoilt; the metrics `loss`
     and `grad_norm` show it.
+
+    Args:
+        accumulate: into how many parts the augmented batch is split, one after the other through the model; the update
+            is that of the whole batch. (Stochastic depth and dropout draw for each part anew.)
+        ema_decay: d of the moving average, ema = d * ema + (1 - d) * params; the state must have one if it is given.
+        trainable: nested dict of bools like the parameters; None: all of them.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
-        dropout_key = purpose_key(seed, state.step, "dropout")
-        mask = batch["mask"]
-        examples = jnp.sum(mask)
+        batch = task.augmented(batch, lambda purpose: purpose_key(seed, state.step, purpose))
+        examples = jnp.sum(batch["mask"])
 
-        def loss_fn(params):
-            model = nnx.merge(graphdef, params)
-            logits = model(task.inputs(batch), train=True, rngs=nnx.Rngs(dropout=dropout_key))
+        def loss_fn(params, part: Batch, key: jax.Array):
+            if trainable is not None:
+                params = jax.tree.map(lambda p, trains: p if trains else jax.lax.stop_gradient(p), params, trainable)
+            logits = nnx.merge(graphdef, params)(part["inputs"], train=True, rngs=nnx.Rngs(dropout=key))
             # The loss is float32 at least, whatever the model computes in.
             logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-            losses = task.losses(logits, batch)
-            return jnp.sum(jnp.where(mask, losses, 0)) / jnp.maximum(examples, 1).astype(losses.dtype), (logits, losses)
+            losses = task.losses(logits, part)
+            loss = jnp.sum(jnp.where(part["mask"], losses, 0)) / jnp.maximum(examples, 1).astype(losses.dtype)
+            return loss, {**task.metrics(logits, part), "loss": masked(losses, part["mask"])}
 
-        (loss, (logits, losses)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        def backward(part: Batch, key: jax.Array):
+            (loss, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, part, key)
+            return loss, sums, grads
+
+        dropout_key = purpose_key(seed, state.step, "dropout")
+        if accumulate == 1:
+            loss, sums, grads = backward(batch, dropout_key)
+        else:
+            parts = (_parts(batch, accumulate), jax.random.split(dropout_key, accumulate))
+            first = jax.eval_shape(backward, *jax.tree.map(lambda leaf: leaf[0], parts))
+            nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
+            add = jax.tree_util.Partial(jax.tree.map, jnp.add)
+            (loss, sums, grads), _ = jax.lax.scan(
+                lambda total, part: (add(total, backward(*part)), None), nothing, parts
+            )
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+        ema = None
+        if ema_decay is not None:
+            ema = jax.tree.map(lambda old, new: ema_decay * old + (1 - ema_decay) * new, state.ema, params)
+        params, opt_state, ema = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (params, opt_state, ema),
+            (state.params, state.opt_state, state.ema),
         )
 
         one = jnp.ones((), jnp.float32)
-        sums = {
-            **task.metrics(logits, batch),
-            "loss": masked(losses, mask),
+        sums |= {
             "grad_norm": (grad_norm, one),
             "learning_rate": (rate(state.step), one),
-            "skipped": (jnp.sum(~mask).astype(jnp.float32), one),  # records that could not be decoded
+            "skipped": (jnp.sum(~batch["mask"]).astype(jnp.float32), one),  # records that could not be decoded
         }
-        return TrainState(step=state.step + 1, params=params, opt_state=opt_state), sums
+        return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), sums
 
     return train_step
+
+
+def _parts(batch: Batch, count: int) -> Batch:
+    """(B, ...) -> (count, B / count, ...). A part has every count-th example, so that each device has some of each."""
+    return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
 def make_eval_step(graphdef: nnx.GraphDef, task: Task) -> Callable[[Any, Batch], tuple[Sums, Batch]]:

@@ -4,12 +4,14 @@ Step, loop and evaluation know no modality; they know this interface.
 """
 
 import dataclasses
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from polaformer_jax.data import device_transforms
 from polaformer_jax.training.metrics import Sums, masked
 
 Batch = dict[str, jax.Array]
@@ -21,10 +23,17 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 class Task(Protocol):
     def inputs(self, batch: Batch) -> jax.Array:
-        """What the model is called with."""
+        """What the model is called with in evaluation."""
+
+    def augmented(self, batch: Batch, key: Callable[[str], jax.Array]) -> Batch:
+        """A training batch with `inputs`, what the model is called with, and all that `losses` needs.
+
+        The whole batch, so that its examples may be mixed; it is split up only afterwards. `key` gives the random key
+        of a purpose.
+        """
 
     def losses(self, logits: jax.Array, batch: Batch) -> jax.Array:
-        """The training loss of each example, (B,), float32 or wider."""
+        """The training loss of each example of an augmented batch, (B,), float32 or wider."""
 
     def metrics(self, logits: jax.Array, batch: Batch) -> Sums:
         """Evaluation metrics, summed over the batch's unmasked examples."""
@@ -35,17 +44,50 @@ class Task(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class ImageClassification:
-    """Images (B, S, S, 3) uint8, one label each; cross-entropy with label smoothing."""
+    """Images (B, S, S, 3) uint8, one label each; cross-entropy with smoothed and, where asked for, mixed targets.
+
+    Attributes:
+        erase_prob: of erasing a box of an image.
+        mixup, cutmix, mix_prob, switch_prob: see `device_transforms.mix`.
+        dtype: in which augmented images are held; that of the model's computation.
+    """
 
     num_classes: int
     label_smoothing: float = 0.0
+    erase_prob: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mix_prob: float = 1.0
+    switch_prob: float = 0.5
+    dtype: Any = jnp.float32
 
     def inputs(self, batch: Batch) -> jax.Array:
         return normalise(batch["image"])
 
+    def augmented(self, batch: Batch, key: Callable[[str], jax.Array]) -> Batch:
+        images, mask = normalise(batch["image"]), batch["mask"]
+        if self.erase_prob:
+            images = device_transforms.random_erasing(images, key("erase"), probability=self.erase_prob)
+        images, share = device_transforms.mix(
+            images,
+            mask,
+            key("mix"),
+            mixup=self.mixup,
+            cutmix=self.cutmix,
+            probability=self.mix_prob,
+            switch_probability=self.switch_prob,
+        )
+        targets = device_transforms.mixed_targets(
+            batch["label"],
+            share,
+            num_classes=self.num_classes,
+            label_smoothing=self.label_smoothing,
+            dtype=jnp.promote_types(self.dtype, jnp.float32),
+        )
+        return {"inputs": images.astype(self.dtype), "targets": targets, "label": batch["label"], "mask": mask}
+
     def losses(self, logits: jax.Array, batch: Batch) -> jax.Array:
-        targets = jax.nn.one_hot(batch["label"], self.num_classes, dtype=logits.dtype)
-        return optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, self.label_smoothing))
+        return optax.softmax_cross_entropy(logits, batch["targets"].astype(logits.dtype))
 
     def metrics(self, logits: jax.Array, batch: Batch) -> Sums:
         label = batch["label"]
