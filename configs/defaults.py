@@ -41,9 +41,9 @@ def defaults() -> ml_collections.ConfigDict:
     init.freeze_backbone = False  # train the classifier alone
 
     config.data = data = ml_collections.ConfigDict()
-    data.source = "tfds"  # a prepared TensorFlow Datasets folder in ArrayRecord format
-    data.name = "imagenet2012"
-    data.data_dir = "data"
+    data.source = "tfds"  # "tfds": prepared in ArrayRecord format; "folder": DATA_DIR/{train,val}/CLASS/*.jpeg
+    data.name = "imagenet2012"  # of a folder: what messages call it
+    data.data_dir = "data"  # of a folder: where train/ and val/ lie
     data.train_split = "train"
     data.eval_split = "validation"
     # Processes that read, decode and augment, and as many again for evaluation; 0: in the training process itself.

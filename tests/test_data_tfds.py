@@ -234,7 +234,7 @@ def test_a_data_set_that_is_not_prepared_names_the_command_and_downloads_nothing
 
 def test_tfrecord_files_are_refused_with_the_way_out(tmp_path, capsys):
     fake(tmp_path, "cars/1.0.0", "tfrecord")
-    with pytest.raises(UserError, match="(?s)prepared as tfrecord.*prepare cars --data-dir OTHER_DATA_DIR") as caught:
+    with pytest.raises(UserError, match="(?s)prepared as tfrecord.*prepare to-arrayrecord cars --data-dir") as caught:
         open_split(tmp_path, "cars")
     assert str(tmp_path / "cars/1.0.0") in str(caught.value)
     assert prepare.main(["cars", "--data-dir", str(tmp_path)]) == 1
@@ -251,8 +251,8 @@ def test_a_data_set_of_another_kind_is_refused(tmp_path, capsys):
 
 
 def test_an_unknown_kind_of_source_lists_those_there_are(tmp_path):
-    with pytest.raises(UserError, match="data.source is 'folder', expected one of: tfds"):
-        open_source(SimpleNamespace(source="folder", name="x", data_dir=tmp_path), "train")
+    with pytest.raises(UserError, match="data.source is 'zip', expected one of: folder, tfds"):
+        open_source(SimpleNamespace(source="zip", name="x", data_dir=tmp_path), "train")
 
 
 def test_a_source_travels_by_pickle(digits_dir):

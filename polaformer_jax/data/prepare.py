@@ -3,6 +3,7 @@
     python -m polaformer_jax.data.prepare sklearn_digits --data-dir data
     python -m polaformer_jax.data.prepare cifar10 --data-dir data                 # downloads
     python -m polaformer_jax.data.prepare imagenet2012 --data-dir data --manual-dir DIR_WITH_THE_TARS
+    python -m polaformer_jax.data.prepare to-arrayrecord imagenet2012 --data-dir WITH_TFRECORDS --out-dir data
 
 Training and evaluation only ever read; this is the one place that writes data sets or uses the network. What is
 prepared already is left alone. An interrupted run leaves nothing that counts as prepared: run the command again.
@@ -38,7 +39,7 @@ def prepare(name: str, data_dir: epath.PathLike, *, manual_dir: epath.PathLike |
         if found is None:
             raise UserError(f"tfds reported success but {name!r} is not to be found below {data_dir}")
     elif found.file_format != "array_record":
-        raise UserError(tfds_source.tfrecord_message(found, name))
+        raise UserError(tfds_source.tfrecord_message(found, name, data_dir))
     return found
 
 
@@ -73,8 +74,15 @@ def _build(name: str, data_dir: epath.Path, manual_dir: epath.PathLike | None) -
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] == "to-arrayrecord":  # no data set can have this name
+        from polaformer_jax.data import to_arrayrecord
+
+        return to_arrayrecord.main(argv[1:])
     parser = argparse.ArgumentParser(
-        prog="python -m polaformer_jax.data.prepare", description="Prepares a tfds image-classification data set."
+        prog="python -m polaformer_jax.data.prepare",
+        description="Prepares a tfds image-classification data set.",
+        epilog="'to-arrayrecord NAME --data-dir D [--out-dir O]' converts one that is prepared as TFRecord.",
     )
     parser.add_argument("name", metavar="NAME", help="sklearn_digits, or a tfds data set: NAME[/CONFIG][:VERSION]")
     parser.add_argument("--data-dir", required=True, help="where prepared data sets live, e.g. data or gs://...")

@@ -42,20 +42,28 @@ def _open_tfds(data, split: str) -> Source:
     return tfds_source.TfdsSource(data.name, data_dir=data.data_dir, split=split)
 
 
+def _open_folder(data, split: str) -> Source:
+    from polaformer_jax.data import folder_source
+
+    train_split = getattr(data, "train_split", "train")
+    return folder_source.FolderSource(data.data_dir, split, class_split=train_split, name=data.name)
+
+
 # Each opener imports its own module, so that a run pays only for the source that it uses.
-_OPENERS = {"tfds": _open_tfds}
+_OPENERS = {"folder": _open_folder, "tfds": _open_tfds}
 
 
 def open_source(data, split: str) -> Source:
     """Opens the data set that a config names; reads only, and never downloads or prepares anything.
 
     Args:
-      data: the config's `data` part: `source` (`tfds`), `name`, `data_dir`.
+      data: the config's `data` part: `source` (`tfds` or `folder`), `name`, `data_dir`, and for folders `train_split`,
+        whose class folders are the classes of every split.
       split: a split of that data set; for tfds, slices such as `train[:90%]` too.
 
     Raises:
-      UserError: not prepared below `data_dir` (names the command that prepares it), an unknown source or split, or a
-        data set of another kind or format.
+      UserError: not prepared below `data_dir` (names the command that prepares it), not a folder of images, an unknown
+        source or split, or a data set of another kind or format.
     """
     if data.source not in _OPENERS:
         raise UserError(f"data.source is {data.source!r}, expected one of: {', '.join(sorted(_OPENERS))}")

@@ -75,12 +75,23 @@ def find_prepared(name: str, data_dir: epath.PathLike) -> Prepared | None:
     return Prepared(newest, "array_record" if "array_record" in formats else formats[0], splits)
 
 
-def tfrecord_message(prepared: Prepared, name: str) -> str:
+def arrayrecord_dir(data_dir: epath.PathLike) -> epath.Path:
+    """The data directory that `prepare to-arrayrecord` writes to by default."""
+    path = epath.Path(data_dir)
+    return path.parent / f"{path.resolve().name}-arrayrecord"
+
+
+def tfrecord_message(prepared: Prepared, name: str, data_dir: epath.PathLike) -> str:
     """What to say about, and do with, a data set whose records cannot be read in random order."""
-    return (
+    found = (
         f"data set {name!r} at {prepared.directory} is prepared as {prepared.file_format}, which has no random access; "
-        f"array_record is needed. Prepare it again into another folder:\n  {prepare_command(name, 'OTHER_DATA_DIR')}"
+        "array_record is needed. "
     )
+    if prepared.file_format != "tfrecord":
+        return f"{found}Prepare it again into another folder:\n  {prepare_command(name, 'OTHER_DATA_DIR')}"
+    out_dir = arrayrecord_dir(data_dir)
+    command = f"{prepare_command(f'to-arrayrecord {name}', data_dir)} --out-dir {out_dir}"
+    return f"{found}Convert it, which copies the records, then use data.data_dir={out_dir}:\n  {command}"
 
 
 def _versions(root: epath.Path) -> list[epath.Path]:
@@ -109,7 +120,7 @@ class TfdsSource:
                 f"  {prepare_command(name, data_dir)}"
             )
         if prepared.file_format != "array_record":
-            raise UserError(tfrecord_message(prepared, name))
+            raise UserError(tfrecord_message(prepared, name, data_dir))
         self._directory = str(prepared.directory)
         self._split = split
         self.name = f"{name}/{split}"

@@ -1,0 +1,140 @@
+"""Turns a tfds data set that is prepared as TFRecord into ArrayRecord by copying its records, byte for byte.
+
+    python -m polaformer_jax.data.prepare to-arrayrecord imagenet2012 --data-dir OLD --out-dir NEW
+
+TFRecord files can only be read from the front. ArrayRecord gives any record at once, which shuffling and exact resuming
+need. Nothing is decoded and nothing downloaded; what is copied keeps its shards and its order, and the old files stay.
+"""
+
+import argparse
+import json
+import re
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+
+from etils import epath
+from tqdm import tqdm
+
+from polaformer_jax.data import tfds_source
+from polaformer_jax.errors import UserError
+
+
+def to_arrayrecord(name: str, data_dir: epath.PathLike, out_dir: epath.PathLike | None = None) -> tfds_source.Prepared:
+    """Copies a prepared data set to another data directory, as ArrayRecord.
+
+    It is written aside (`incomplete.XXXXXX_VERSION`, as tfds calls a preparation that has not finished) and renamed at
+    the end: an interruption leaves nothing that counts as prepared.
+
+    Args:
+      name: `NAME[/CONFIG][:VERSION]`.
+      data_dir: the directory that holds the data set as TFRecord.
+      out_dir: the directory for the copy; by default `DATA_DIR-arrayrecord`, beside it.
+
+    Raises:
+      UserError: not prepared below `data_dir`, in another format than TFRecord, there already below `out_dir`, damaged
+        or missing files, another number of records than the data set's own description says, or a failed write.
+    """
+    data_dir = epath.Path(data_dir).expanduser()
+    out_dir = tfds_source.arrayrecord_dir(data_dir) if out_dir is None else epath.Path(out_dir).expanduser()
+    prepared = tfds_source.find_prepared(name, data_dir)
+    if prepared is None:
+        raise UserError(f"data set {name!r} is not prepared below {data_dir}: there is nothing to convert")
+    if prepared.file_format != "tfrecord":
+        needless = ": it needs no conversion" if prepared.file_format == "array_record" else ", expected tfrecord"
+        raise UserError(f"data set {name!r} at {prepared.directory} is prepared as {prepared.file_format}{needless}")
+    target = out_dir / prepared.directory.relative_to(data_dir)
+    if target.exists():
+        raise UserError(f"{target} exists already; name another directory with --out-dir, or remove it")
+    aside = target.parent / f"incomplete.{uuid.uuid4().hex[:6].upper()}_{target.name}"
+    try:
+        aside.mkdir(parents=True)
+        _copy(prepared.directory, aside)
+        aside.rename(target)
+    except OSError as error:
+        raise UserError(f"converting {prepared.directory} to {target} failed: {error}") from error
+    finally:  # after an interruption from the keyboard too
+        if aside.exists():
+            aside.rmtree()
+    return tfds_source.find_prepared(name, out_dir)
+
+
+def _copy(source: epath.Path, target: epath.Path) -> None:
+    # Both import within seconds (TensorFlow comes with the reading of TFRecord): only once there is something to do.
+    import tensorflow_datasets as tfds
+
+    try:
+        splits = tfds.builder_from_directory(source).info.splits
+        shards = [
+            (epath.Path(path), length)
+            for split in splits.values()
+            for path, length in zip(split.filepaths, split.shard_lengths, strict=True)
+        ]
+    except (ValueError, AttributeError, KeyError) as error:
+        raise UserError(f"the description of the data set in {source} cannot be read: {error}") from error
+    total = sum(length for _, length in shards)
+    with tqdm(total=total, desc=f"to ArrayRecord: {source}", unit=" records", disable=None) as progress:
+        for path, length in shards:
+            copied = target / path.name.replace(".tfrecord", ".array_record")
+            if copied.name == path.name:
+                raise UserError(f"{path} is not named *.tfrecord*: the name of its copy is not known")
+            _copy_shard(path, copied, length, progress)
+    records = {path.name for path, _ in shards}
+    for path in source.iterdir():
+        if path.name not in records and path.name != "dataset_info.json" and not path.is_dir():
+            path.copy(target / path.name)
+    info = json.loads((source / "dataset_info.json").read_text())
+    info.pop("alternativeFileFormats", None)  # whatever lies beside the TFRecord files is not copied
+    info["fileFormat"] = "array_record"
+    (target / "dataset_info.json").write_text(json.dumps(info, indent=2, sort_keys=True))
+
+
+def _copy_shard(source: epath.Path, target: epath.Path, length: int, progress: tqdm) -> None:
+    from array_record.python import array_record_module
+
+    writer = array_record_module.ArrayRecordWriter(str(target), "group_size:1")  # a record a group: random access
+    try:
+        for record in _records(source):
+            writer.write(record)
+            progress.update()
+    finally:
+        writer.close()
+    reader = array_record_module.ArrayRecordReader(str(target))
+    found = reader.num_records()
+    reader.close()
+    if found != length:
+        raise UserError(f"{source} has {found} records, and dataset_info.json says {length}: prepare the data set anew")
+
+
+def _records(path: epath.Path) -> Iterator[bytes]:
+    """The records of a TFRecord file; TensorFlow checks length and content of each by their checksums."""
+    import tensorflow as tf
+
+    try:
+        yield from tf.data.TFRecordDataset(str(path)).as_numpy_iterator()
+    except tf.errors.OpError as error:
+        reason = re.sub(
+            r"^.*}} | \[Op:.*$", "", error.message, flags=re.DOTALL
+        )  # without the names of TensorFlow's nodes
+        raise UserError(f"{path} cannot be read: {reason}. Restore it, or prepare the data set anew") from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m polaformer_jax.data.prepare to-arrayrecord",
+        description="Turns a tfds data set that is prepared as TFRecord into ArrayRecord by copying its records.",
+    )
+    parser.add_argument("name", metavar="NAME", help="NAME[/CONFIG][:VERSION], as it is prepared")
+    parser.add_argument("--data-dir", required=True, help="where it is prepared as TFRecord")
+    parser.add_argument("--out-dir", help="where the copy goes (default: DATA_DIR-arrayrecord)")
+    args = parser.parse_args(argv)
+    begin = time.monotonic()
+    try:
+        prepared = to_arrayrecord(args.name, args.data_dir, args.out_dir)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    splits = ", ".join(f"{split} {count}" for split, count in prepared.splits.items())
+    print(f"{args.name} is converted in {time.monotonic() - begin:.0f} s: {prepared.directory} ({splits})")
+    return 0
