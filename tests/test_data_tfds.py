@@ -7,7 +7,6 @@ import pickle
 import socket
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,17 +22,11 @@ from polaformer_jax.data.sources import Source, open_source
 from polaformer_jax.data.tfds_source import find_prepared
 from polaformer_jax.data.transforms import EvalImageTransform, decode
 from polaformer_jax.errors import UserError
+from tests.fake_imagenet import jpeg, write_tars
 
 
 def open_split(data_dir, name="sklearn_digits", split="test"):
     return open_source(SimpleNamespace(source="tfds", name=name, data_dir=data_dir), split)
-
-
-def jpeg(seed, size=(20, 30)):
-    buffer = io.BytesIO()
-    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(buffer, "jpeg")
-    return buffer.getvalue()
 
 
 def fake(data_dir, directory, file_format="array_record"):
@@ -297,24 +290,8 @@ def test_what_a_killed_preparation_left_is_reported(tmp_path, capsys, monkeypatc
 
 
 def test_imagenet_is_prepared_from_its_tars_by_its_own_builder(tmp_path, capsys):
-    def add(archive, name, data):
-        entry = tarfile.TarInfo(name)
-        entry.size = len(data)
-        archive.addfile(entry, io.BytesIO(data))
-
-    tars = tmp_path / "tars"
-    tars.mkdir()
     wnids = ["n15075141", "n01440764", "n01443537"]
-    with tarfile.open(tars / "ILSVRC2012_img_train.tar", "w") as outer:
-        for seed, wnid in enumerate(wnids):
-            buffer = io.BytesIO()
-            with tarfile.open(fileobj=buffer, mode="w") as inner:
-                add(inner, f"{wnid}_1.JPEG", jpeg(seed))
-            add(outer, f"{wnid}.tar", buffer.getvalue())
-    with tarfile.open(tars / "ILSVRC2012_img_val.tar", "w") as archive:
-        for number in (1, 2):
-            add(archive, f"ILSVRC2012_val_{number:08d}.JPEG", jpeg(number))
-
+    tars = write_tars(tmp_path / "tars", wnids, validation=2)
     assert prepare.main(["imagenet2012", "--data-dir", str(tmp_path / "data"), "--manual-dir", str(tars)]) == 0
     assert "(train 3, validation 2)" in capsys.readouterr().out
     source = open_split(tmp_path / "data", "imagenet2012", "train")
