@@ -118,7 +118,9 @@ def _draw_row(figure: Figure, panels, image: np.ndarray, result, maps: Attention
     place = {"extent": (0, size, size, 0), "interpolation": "nearest"}  # one token, one flat square
     panels[0].imshow(image, **place)
     said = f"{_short(best['name'], 24)}, {100 * best['probability']:.1f} %"
-    panels[0].set_title(f"{_short(os.path.basename(result['image']), 34)}\n{said}", fontsize=9, color=INK, parse_math=False)
+    panels[0].set_title(
+        f"{_short(os.path.basename(result['image']), 34)}\n{said}", fontsize=9, color=INK, parse_math=False
+    )
     # In units of a token that looks at all keys within its reach alike.
     weights = {name: stream.weights[0].mean(axis=0) for name, stream in maps.streams.items()}
     uniform = math.exp(-maps.uniform_entropy) if where.token else 1 / next(iter(weights.values())).size

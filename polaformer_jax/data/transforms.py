@@ -193,6 +193,20 @@ class TrainImageTransform(_ImageTransform):
         return self._example(image, label)
 
 
+def train_transform(config) -> TrainImageTransform:
+    """The host's part of the augmentation that a config describes."""
+    augment = config.augment
+    return TrainImageTransform(
+        config.model.img_size,
+        crop_area=tuple(augment.crop_area),
+        crop_aspect=tuple(augment.crop_aspect),
+        flip=augment.flip,
+        rand_augment=augment.rand_augment,
+        num_classes=config.model.num_classes,
+        on_error=config.data.on_error,
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class EvalImageTransform(_ImageTransform):
     """Resizes to (resize, resize) **without keeping the aspect**, bicubic, then takes the central (crop, crop).

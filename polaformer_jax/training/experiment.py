@@ -110,19 +110,9 @@ class Experiment:
 
     def train_batches(self, start: int):
         """This process's part of each training batch from step `start` on, without end."""
-        augment, data = self.config.augment, self.config.data
-        transform = transforms.TrainImageTransform(
-            self.config.model.img_size,
-            crop_area=tuple(augment.crop_area),
-            crop_aspect=tuple(augment.crop_aspect),
-            flip=augment.flip,
-            rand_augment=augment.rand_augment,
-            num_classes=self.config.model.num_classes,
-            on_error=data.on_error,
-        )
         return pipeline.train_batches(
             self.train_source,
-            transform,
+            transforms.train_transform(self.config),
             batch_size=self.config.train.batch_size,
             seed=self.config.seed,
             start=start,
