@@ -188,5 +188,5 @@ def test_any_number_of_devices_gives_the_same(devices):
     split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
     arguments = jax.device_put((images, everything()), split)
     spread = jax.jit(both)(*arguments, jax.device_put(jax.random.key(2), whole))
-    np.testing.assert_array_equal(alone.images, spread.images)
-    np.testing.assert_array_equal(alone.share, spread.share)
+    np.testing.assert_allclose(alone.images, spread.images, rtol=1e-5, atol=1e-6)  # other programs round otherwise
+    np.testing.assert_allclose(alone.share, spread.share, rtol=1e-6)
