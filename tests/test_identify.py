@@ -145,8 +145,8 @@ def test_whatever_the_shapes_there_is_a_model_or_an_error(name):
         try:
             weights.identify(file_of(shapes))
             recognised += 1
-            if recognised <= 3:
-                creation.abstract_of(file_of(shapes), None, {})
+            if recognised == 1:
+                creation.abstract_of(file_of(shapes), None, {})  # each takes a second
         except weights.WeightsError:
             pass
     assert 0 < recognised < 300

@@ -1,5 +1,6 @@
 """Metrics are sums and counts; masked examples never count."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -55,8 +56,9 @@ def test_top5_of_fewer_than_five_classes_is_always_right(classes):
 
 def test_label_smoothing_spreads_over_all_classes():
     logits = jnp.log(jnp.array([[0.7, 0.1, 0.1, 0.1]]))
-    batch = {"label": jnp.array([0]), "mask": jnp.array([True])}
-    loss = ImageClassification(4, label_smoothing=0.1).losses(logits, batch)
+    batch = {"image": jnp.zeros((1, 4, 4, 3), jnp.uint8), "label": jnp.array([0]), "mask": jnp.array([True])}
+    task = ImageClassification(4, label_smoothing=0.1)
+    loss = task.losses(logits, task.augmented(batch, lambda purpose: jax.random.key(0)))
     target = np.array([0.9 + 0.1 / 4, 0.1 / 4, 0.1 / 4, 0.1 / 4])
     assert float(loss[0]) == pytest.approx(-(target * np.log([0.7, 0.1, 0.1, 0.1])).sum(), rel=1e-6)
 

@@ -57,7 +57,7 @@ def whole(model):
     return step_of(model)(state_of(model), batch_of())
 
 
-@pytest.mark.parametrize("parts", [2, 8])
+@pytest.mark.parametrize("parts", [pytest.param(2, marks=pytest.mark.slow), 8])
 def test_accumulated_parts_give_the_update_of_the_whole_batch(model, whole, parts):
     """Mixup partners, erasing and the mask included; the model here has no stochastic depth."""
     state, sums = step_of(model, accumulate=parts)(state_of(model), batch_of())
@@ -143,11 +143,13 @@ def test_lower_layers_learn_more_slowly(model):
     config.layer_decay = None
     plain = make_optimizer(config, lambda step: jnp.asarray(0.1))
     grads = jax.tree.map(lambda p: jnp.sin(jnp.arange(p.size, dtype=p.dtype)).reshape(p.shape), model[1])
-    slow, fast = (o.update(grads, o.init(model[1]), model[1])[0] for o in (decayed, plain))
+    first_update = jax.jit(lambda o: o.update(grads, o.init(model[1]), model[1])[0], static_argnums=0)
+    slow, fast = first_update(decayed), first_update(plain)
     depths = layer_depths(model[1])
     assert_close(slow, jax.tree.map(lambda u, depth: u * 0.5 ** (5 - depth), fast, depths))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", small_models.FAMILIES)
 def test_rematerialisation_changes_no_gradient(family, capsys):
     model = small_models.build(family, kernel_size=1, drop_rate=0.1, drop_path_rate=0.2)
