@@ -62,9 +62,7 @@ def create_model(
         model, assumed = abstract_of(weights, name, given, **types)
         for line in (line for line in assumed if not line.startswith("alpha")):  # of which load_weights tells
             log.warning("%s does not say, so it is assumed: %s", weights.path, line)
-    resizing = img_size is not None or {"window_size", "softmax_window_size"} & overrides.keys()
-    fit = [*(["tables"] if resizing else []), *(["classifier"] if num_classes is not None else [])]
-    for line in weights_room.summary(weights_room.load_weights(model, weights, fit=fit)):
+    for line in weights_room.summary(weights_room.load_weights(model, weights, fit=fit_for(given))):
         log.warning("changed to fit the model: %s", line)
     return model
 
@@ -98,6 +96,13 @@ def abstract_of(
     except (ValueError, TypeError) as error:
         raise WeightsError(f"{file.path} holds tensors of a model that cannot be: {error}") from error
     return abstract(family, zoo.resolve(family, identity.arguments, **given), **types), identity.assumed
+
+
+def fit_for(given: Mapping[str, object]) -> list[weights_room.Fit]:
+    """What may be changed to fit the arguments that were given, as `create_model` has them; None is nothing."""
+    changed = {name for name, value in given.items() if value is not None}
+    fit = ["tables"] if changed & {"img_size", "window_size", "softmax_window_size"} else []
+    return [*fit, "classifier"] if "num_classes" in changed else fit
 
 
 def _named(name: str | None) -> str:

@@ -123,9 +123,8 @@ def _write(
         if stored not in (None, alpha):
             assumed.append(f"alpha: {alpha:g} as asked for, though the file says {stored:g}")
     expected = weights.shapes(nnx.to_pure_dict(nnx.state(built, nnx.Param)))
-    fit = [*(["tables"] if img_size is not None else []), *(["classifier"] if num_classes is not None else [])]
     try:
-        checked = weights.check(file.tensors, expected, layout=file.layout, fit=fit)
+        checked = weights.check(file.tensors, expected, layout=file.layout, fit=creation.fit_for(given))
     except WeightsError as error:
         raise WeightsError(f"{file.path}: {error}") from error
     _check_finite(checked.tensors, file.path)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from polaformer_jax import zoo
+from polaformer_jax.backbone import STRIDES
 from polaformer_jax.errors import WeightsError
 from polaformer_jax.weights import rules
 from polaformer_jax.weights.files import WeightsFile
@@ -20,7 +21,6 @@ from polaformer_jax.weights.files import WeightsFile
 Shape = tuple[int, ...]
 
 _DEEPEST = 200  # blocks a stage; the largest official model has 27
-_STRIDES = (4, 8, 16, 32)
 _ALPHA = 4  # of all official models
 _RATES = ("drop_rate", "drop_path_rate")
 
@@ -137,7 +137,7 @@ def _pvt(names: "_Names", known: Mapping[str, Any], assumed: list[str]) -> dict[
             if "num_heads" not in known:
                 assumed.append(f"num_heads of the softmax stage {i + 1}: {heads[-1]}, as in the official models")
     return {
-        "img_size": names.side("pos_embed1", 1) * _STRIDES[0],
+        "img_size": names.side("pos_embed1", 1) * STRIDES[0],
         "num_classes": names.classes(),
         "embed_dims": tuple(dims),
         "num_heads": tuple(heads),
@@ -198,13 +198,13 @@ def _swin_image_size(names: "_Names", windows: dict[str, dict[int, int]], stored
     """The image size: from whatever shows the grid of a stage, and else what is stored."""
     sizes = set()
     for kind in windows.values():  # a window that is smaller than its kind's is a whole grid
-        sizes |= {w * _STRIDES[i] for i, w in kind.items() if w < max(kind.values())}
+        sizes |= {w * STRIDES[i] for i, w in kind.items() if w < max(kind.values())}
     for name, shape in names.shapes.items():
         if match := re.fullmatch(r"layers\.([0-3])\.blocks\.\d+\.attn_mask", name):  # (windows, n, n)
             if len(shape) == 3 and math.isqrt(shape[0]) ** 2 == shape[0] and math.isqrt(shape[1]) ** 2 == shape[1]:
-                sizes.add(math.isqrt(shape[0]) * math.isqrt(shape[1]) * _STRIDES[int(match[1])])
+                sizes.add(math.isqrt(shape[0]) * math.isqrt(shape[1]) * STRIDES[int(match[1])])
     if "absolute_pos_embed" in names.shapes:
-        sizes.add(names.side("absolute_pos_embed", 1) * _STRIDES[0])
+        sizes.add(names.side("absolute_pos_embed", 1) * STRIDES[0])
     if not sizes and stored is not None:
         sizes.add(int(stored))
     if len(sizes) != 1:
@@ -230,14 +230,12 @@ class _Names:
 
     def __init__(self, file: WeightsFile):
         self.path = file.path
-        self.shapes: dict[str, Shape] = {
-            (rules.official_name(name, array.ndim) if file.layout == "ours" else name): rules.official_shape(
-                name, array.shape
-            )
-            if file.layout == "ours"
-            else array.shape
-            for name, array in file.tensors.items()
-        }
+        self.shapes: dict[str, Shape] = {name: array.shape for name, array in file.tensors.items()}
+        if file.layout == "ours":
+            self.shapes = {
+                rules.official_name(name, len(shape)): rules.official_shape(name, shape)
+                for name, shape in self.shapes.items()
+            }
 
     def shape(self, name: str, axes: int) -> Shape:
         found = self.shapes.get(name)
