@@ -162,7 +162,7 @@ def _stages(source, transform, batch_size: int) -> dict[str, _Seconds]:
         if augment:
             image = augment(image, rng)
         begin = lap("augment", begin)
-        examples.append(np.asarray(image))
+        examples.append(image)
         if len(examples) == batch_size:
             batch = np.stack(examples)
             examples = []

@@ -158,7 +158,7 @@ class _Stages:
     def __call__(self, record, rng: np.random.Generator) -> transforms.Example:
         plain = dataclasses.replace(self.transform, rand_augment=None)
         cropped = plain(record, copy.deepcopy(rng))["image"]
-        stored = np.asarray(transforms.decode(record["image"]))
+        stored = transforms.decode(record["image"])
         return self.transform(record, rng) | {"stored": stored, "cropped": cropped}
 
     def blank(self, label: int = 0) -> transforms.Example:

@@ -1,34 +1,49 @@
-"""RandAugment on Pillow images, as timm's "increasing" variant does it, which the official recipe uses.
+"""RandAugment, as timm's "increasing" variant does it, which the official recipe uses.
 
 Source: Cubuk et al., "RandAugment: Practical automated data augmentation with a reduced search space", 2020
 (arXiv 1909.13719); operations and constants from timm. A policy is written as timm writes it: `rand-m9-mstd0.5-inc1`.
-Each operation is a function `(image, magnitude, sign) -> image`: magnitudes run from 0 to 10, and a larger one always
-changes the image more. Pixels are those of Pillow's own operations.
+Each operation is a function `(image, magnitude, sign) -> image` of (h, w, 3) uint8 arrays: magnitudes run from 0 to 10,
+and a larger one always changes the image more. Pixels are those of Pillow's own operations.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
+from polaformer_jax.data import resampling
 from polaformer_jax.errors import UserError
 
 FILL = (124, 116, 104)  # what comes in from outside the image: ImageNet's mean colour
 MAX_MAGNITUDE = 10.0
 
-_Op = Callable[[Image.Image, float, float], Image.Image]
+_Op = Callable[[np.ndarray, float, float], np.ndarray]
 
 
+def _pillow(op: Callable[[Image.Image, float, float], Image.Image]) -> _Op:
+    """An operation on Pillow images as one on arrays."""
+
+    @functools.wraps(op)
+    def on_arrays(image: np.ndarray, magnitude: float, sign: float) -> np.ndarray:
+        return np.asarray(op(Image.fromarray(image), magnitude, sign))
+
+    return on_arrays
+
+
+@_pillow
 def _auto_contrast(image: Image.Image, magnitude: float, sign: float) -> Image.Image:
     return ImageOps.autocontrast(image)
 
 
+@_pillow
 def _equalize(image: Image.Image, magnitude: float, sign: float) -> Image.Image:
     return ImageOps.equalize(image)
 
 
+@_pillow
 def _invert(image: Image.Image, magnitude: float, sign: float) -> Image.Image:
     return ImageOps.invert(image)
 
@@ -36,16 +51,19 @@ def _invert(image: Image.Image, magnitude: float, sign: float) -> Image.Image:
 # Every constant below is computed as (magnitude / 10) * c, in this order: another one rounds differently.
 
 
+@_pillow
 def _posterize(image: Image.Image, magnitude: float, sign: float) -> Image.Image:
     bits = 4 - int((magnitude / 10) * 4)
     # At magnitude 10, one draw in 44 of the official policy, no bit is left: black. Pillow (13) refuses to keep none.
     return ImageOps.posterize(image, bits) if bits else Image.new(image.mode, image.size)
 
 
+@_pillow
 def _solarize(image: Image.Image, magnitude: float, sign: float) -> Image.Image:
     return ImageOps.solarize(image, 256 - int((magnitude / 10) * 256))
 
 
+@_pillow
 def _solarize_add(image: Image.Image, magnitude: float, sign: float) -> Image.Image:
     """Adds to the values below 128."""
     added = int((magnitude / 10) * 110)
@@ -53,36 +71,31 @@ def _solarize_add(image: Image.Image, magnitude: float, sign: float) -> Image.Im
 
 
 def _enhance(enhancer: type) -> _Op:
+    @_pillow
     def op(image: Image.Image, magnitude: float, sign: float) -> Image.Image:
         return enhancer(image).enhance(1 + sign * ((magnitude / 10) * 0.9))
 
     return op
 
 
-def _rotate(image: Image.Image, magnitude: float, sign: float) -> Image.Image:
-    degrees = sign * ((magnitude / 10) * 30)
-    return image.rotate(degrees, resample=Image.Resampling.BICUBIC, fillcolor=FILL)
+def _rotate(image: np.ndarray, magnitude: float, sign: float) -> np.ndarray:
+    return resampling.rotate(image, sign * ((magnitude / 10) * 30), FILL)
 
 
-def _affine(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
-    method, resample = Image.Transform.AFFINE, Image.Resampling.BICUBIC
-    return image.transform(image.size, method, matrix, resample=resample, fillcolor=FILL)
+def _shear_x(image: np.ndarray, magnitude: float, sign: float) -> np.ndarray:
+    return resampling.affine(image, (1, sign * ((magnitude / 10) * 0.3), 0, 0, 1, 0), FILL)
 
 
-def _shear_x(image: Image.Image, magnitude: float, sign: float) -> Image.Image:
-    return _affine(image, (1, sign * ((magnitude / 10) * 0.3), 0, 0, 1, 0))
+def _shear_y(image: np.ndarray, magnitude: float, sign: float) -> np.ndarray:
+    return resampling.affine(image, (1, 0, 0, sign * ((magnitude / 10) * 0.3), 1, 0), FILL)
 
 
-def _shear_y(image: Image.Image, magnitude: float, sign: float) -> Image.Image:
-    return _affine(image, (1, 0, 0, sign * ((magnitude / 10) * 0.3), 1, 0))
+def _translate_x(image: np.ndarray, magnitude: float, sign: float) -> np.ndarray:
+    return resampling.affine(image, (1, 0, sign * ((magnitude / 10) * 0.45) * image.shape[1], 0, 1, 0), FILL)
 
 
-def _translate_x(image: Image.Image, magnitude: float, sign: float) -> Image.Image:
-    return _affine(image, (1, 0, sign * ((magnitude / 10) * 0.45) * image.width, 0, 1, 0))
-
-
-def _translate_y(image: Image.Image, magnitude: float, sign: float) -> Image.Image:
-    return _affine(image, (1, 0, 0, 0, 1, sign * ((magnitude / 10) * 0.45) * image.height))
+def _translate_y(image: np.ndarray, magnitude: float, sign: float) -> np.ndarray:
+    return resampling.affine(image, (1, 0, 0, 0, 1, sign * ((magnitude / 10) * 0.45) * image.shape[0]), FILL)
 
 
 OPS: dict[str, _Op] = {
@@ -120,13 +133,13 @@ class Choice:
     magnitude: float
     sign: float
 
-    def __call__(self, image: Image.Image) -> Image.Image:
+    def __call__(self, image: np.ndarray) -> np.ndarray:
         return OPS[self.op](image, self.magnitude, self.sign) if self.applied else image
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RandAugment:
-    """A few operations drawn at random, one after the other: `augment(image, rng) -> image` (RGB, same size).
+    """A few operations drawn at random, one after the other: `augment(image, rng) -> image`, (h, w, 3) uint8.
 
     Args:
       magnitude: mean strength of an operation, 0 to 10.
@@ -203,7 +216,7 @@ class RandAugment:
         magnitude = min(max(self.magnitude + self.std * rng.standard_normal(), 0.0), MAX_MAGNITUDE)
         return Choice(op=op, applied=applied, magnitude=magnitude, sign=1.0 if rng.random() < 0.5 else -1.0)
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         for choice in self.draw(rng):
             image = choice(image)
         return image
