@@ -25,6 +25,7 @@ def defaults() -> ml_collections.ConfigDict:
     config.model = model = ml_collections.ConfigDict()
     model.name = "pola_pvt_t"  # one of polaformer_jax.list_models()
     model.img_size = 224  # pixels, square
+    model.num_classes = placeholder(int)  # None: as many as the data set has
     model.num_classes = 1000
     model.drop_path = placeholder(float)  # greatest rate of stochastic depth; None: the model's own
     model.dtype = "bfloat16"  # of activations and matrix products: bfloat16, float32 (or float64)

@@ -17,6 +17,7 @@ from polaformer_jax.training.workdir import as_json
 GOLDEN = Path(__file__).parent / "golden/configs"
 CONFIGS = {
     "digits": ("pvt", "swin"),
+    "finetune": ("pola_swin_t", "pola_pvt_b"),
     "pola_pvt": ("t", "s", "m", "b"),
     "pola_swin": ("t", "s", "b", "b_384"),
 }

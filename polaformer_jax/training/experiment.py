@@ -54,7 +54,7 @@ class Experiment:
     """What a config describes. Making one reads no weights and no images, and compiles nothing.
 
     Attributes:
-      config: the config.
+      config: the config; `model.num_classes`, where it was None, is the data set's number.
       graphdef: the model's static part; with parameters it makes the model.
       abstract_params: nested dict of the parameters' shapes, dtypes and shardings.
       arguments: of the model's constructor.
@@ -65,7 +65,9 @@ class Experiment:
 
     def __init__(self, config: ml_collections.ConfigDict):
         check_config(config)
-        self.config = config
+        self.config = config = config.copy_and_resolve_references()
+        if config.model.num_classes is None:
+            config.model.num_classes = self.eval_source.num_classes
         model = nnx.eval_shape(lambda: build_model(config.model, nnx.Rngs(0)))
         self.arguments: dict[str, Any] = dict(model.arguments)
         graphdef, params = nnx.split(model)

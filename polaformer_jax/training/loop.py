@@ -50,6 +50,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Result:
     """
     experiment = Experiment(config)
     experiment.check_training()
+    config = experiment.config
     with (
         claim(workdir, config) as workdir,
         Checkpoints(

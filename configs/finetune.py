@@ -1,0 +1,49 @@
+"""Fine-tuning of trained weights on a data set of one's own, whose classes are taken from the data.
+
+    python train.py --config configs/finetune.py:pola_swin_t --config.init.weights=pola_swin_t.pth \
+        --config.data.data_dir=flowers --workdir runs/flowers
+
+`flowers/{train,val}/CLASS/*.jpeg` is a folder of images, a folder for each class. A data set of tensorflow-datasets is
+named: `--config configs/finetune.py:pola_swin_t,source=tfds --config.data.name=oxford_flowers102
+--config.data.eval_split=validation`. A start to be tuned: nothing published compares with it. The augmentation is the
+official one, the learning rate a tenth of it and smaller from each layer to the one below, for 30 epochs.
+
+Models: every name that `polaformer_jax.list_models()` gives. Options: `source=` folder or tfds; `img_size=`, 0 for the
+model's own.
+"""
+
+from configs.defaults import defaults, parse_arg
+from polaformer_jax import list_models, zoo
+from polaformer_jax.errors import UserError
+
+
+def get_config(arg=None):
+    models = sorted(list_models(), key=lambda name: name != "pola_swin_t")  # the default comes first
+    arg = parse_arg(arg, models=models, source="folder", img_size=0)
+    if arg.source not in ("folder", "tfds"):
+        raise UserError(f"config option source={arg.source}: it is folder or tfds")
+    config = defaults()
+    config.model.name = arg.model
+    config.model.num_classes = None
+    config.model.img_size = config.eval.crop = arg.img_size or zoo.arguments(arg.model)["img_size"]
+    # At 384 pixels and more the whole image is seen, as the official evaluation does.
+    config.eval.resize = config.eval.crop if config.eval.crop >= 384 else round(config.eval.crop * 256 / 224)
+    config.data.source = arg.source
+    if arg.source == "folder":
+        config.data.name = "folder"
+        config.data.eval_split = "val"
+
+    config.augment.rand_augment = "rand-m9-mstd0.5-inc1"
+    config.augment.erase_prob = 0.25
+    config.augment.mixup = 0.8
+    config.augment.cutmix = 1.0
+    config.train.epochs = 30.0
+    config.train.batch_size = 128
+    config.optimizer.lr = 5e-5
+    config.optimizer.layer_decay = 0.85
+    config.optimizer.clip_norm = 5.0
+    config.schedule.warmup = 3.0
+    config.schedule.warmup_lr = 5e-8
+    config.schedule.min_lr = 5e-7
+    config.lock()
+    return config
