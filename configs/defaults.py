@@ -69,6 +69,7 @@ def defaults() -> ml_collections.ConfigDict:
     train.batch_size = 1024  # examples per update, over all devices and hosts
     train.accumulate = 1  # parts of a batch that go through the model one after the other: less memory
     train.label_smoothing = 0.1
+    train.on_nonfinite = "stop"  # a loss or gradient that is not finite: "stop" the run, or "skip" the step and count
 
     config.optimizer = optimizer = ml_collections.ConfigDict()
     optimizer.lr = 5e-4  # at a batch of lr_base_batch; this, warmup_lr and min_lr scale with train.batch_size
@@ -99,6 +100,8 @@ def defaults() -> ml_collections.ConfigDict:
 
     config.checkpoint = checkpoint = ml_collections.ConfigDict()
     checkpoint.every_steps = 1000  # besides the one after each evaluation
+    checkpoint.every_minutes = placeholder(float)  # and besides those; None: the clock saves nothing
+    checkpoint.every_minutes = 30.0
     checkpoint.keep_last = 2
     checkpoint.best_metric = "accuracy"  # or "loss": which evaluated checkpoint is also kept
 
@@ -108,6 +111,25 @@ def defaults() -> ml_collections.ConfigDict:
     config.log = log = ml_collections.ConfigDict()
     log.every = 50  # steps
     log.pictures = True  # draw curves, confusion matrix and test images at the end
+    log.profile_start = placeholder(int)  # a trace for TensorBoard's profiler from before this step; None: none
+    log.profile_stop = placeholder(int)  # to before this one
+
+    config.distributed = distributed = ml_collections.ConfigDict()
+    distributed.coordinator = placeholder(str)  # HOST:PORT of process 0; None: what the environment says, if anything
+    distributed.num_processes = placeholder(int)
+    distributed.process_id = placeholder(int)
+    distributed.heartbeat_s = 60  # a process that has not been heard of for so long is lost, and all end
+
+    config.watchdog = watchdog = ml_collections.ConfigDict()
+    watchdog.step_s = placeholder(float)  # a step, save or evaluation batch that takes longer ends the run; None: none
+    watchdog.step_s = 1800.0
+    watchdog.input_s = placeholder(float)  # the same for one batch of the workers
+    watchdog.input_s = 900.0
+
+    config.debug = debug = ml_collections.ConfigDict()
+    debug.nans = False  # look for NaN in all results, and stop at the first: slow
+    debug.deterministic = False  # on GPUs, only operations that give the same bits each time: slower
+    debug.transfer_guard = placeholder(str)  # "log" or "disallow" transfers that are not asked for explicitly
 
     return config
 

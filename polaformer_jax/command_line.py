@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from absl import app, flags
 
-from polaformer_jax.errors import UserError
+from polaformer_jax.errors import Interrupted, UserError
 
 
 def run(main: Callable[[list[str]], None]) -> None:
@@ -20,6 +20,9 @@ def run(main: Callable[[list[str]], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.status)
+    except Interrupted as stop:
+        print(f"interrupted: {stop}", file=sys.stderr)
+        sys.exit(stop.status)
 
 
 def _parse(argv: list[str]) -> list[str]:

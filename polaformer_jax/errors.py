@@ -15,3 +15,13 @@ class WeightsError(UserError):
     """A file that holds no weights, or weights that do not fit the model."""
 
     status = 2
+
+
+class Interrupted(Exception):
+    """The run was told to stop, and has saved what there was to save: the same command goes on.
+
+    Attributes:
+        status: the exit status with which entry scripts then end; that of `sysexits.h` for "try again later".
+    """
+
+    status = 75

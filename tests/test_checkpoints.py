@@ -53,7 +53,7 @@ def test_the_latest_and_the_best_are_kept(tmp_path, metric, values, steps, best)
 def test_what_was_saved_comes_back_on_every_device(tmp_path):
     kept(tmp_path, "accuracy", [None, 0.5])
     with Checkpoints(tmp_path, keep_last=1, best_metric="accuracy", read_only=True) as checkpoints:
-        restored = checkpoints.restore(abstract())
+        restored = checkpoints.restore(abstract()).state
         params, step = checkpoints.restore_params(abstract().params, 1)
     jax.tree.map(np.testing.assert_array_equal, restored, state_of(2))
     assert len(restored.params["bias"].sharding.device_set) == 8
@@ -67,7 +67,7 @@ def test_a_moving_average_is_kept_beside_the_parameters(tmp_path):
         checkpoints.save(state, {"accuracy": 0.1, "ema_accuracy": 0.2})
         checkpoints.wait()
         wanted = dataclasses.replace(abstract(), ema=abstract().params)
-        jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(wanted), state)
+        jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(wanted).state, state)
         averaged, _ = checkpoints.restore_params(abstract().params, kind="ema")
     np.testing.assert_array_equal(averaged["block"][0]["kernel"], 7)
 

@@ -275,9 +275,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoints(finish
     restore = Checkpoints.restore
 
     def poisoned(checkpoints, abstract):
-        state = restore(checkpoints, abstract)
-        state.params["head"]["bias"] = state.params["head"]["bias"] * np.nan
-        return state
+        restored = restore(checkpoints, abstract)
+        restored.state.params["head"]["bias"] = restored.state.params["head"]["bias"] * np.nan
+        return restored
 
     monkeypatch.setattr(Checkpoints, "restore", poisoned)
     with pytest.raises(loop.NonFiniteError, match=r"step 4: loss nan, gradient norm nan"):
@@ -286,7 +286,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoints(finish
     with checkpoints_of(tmp_path) as checkpoints:
         assert checkpoints.steps() == [3, 4]
         restored = checkpoints.restore(Experiment(config).abstract_state)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restored.params))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restored.state.params))
 
 
 def test_another_seed_is_another_run(finished):

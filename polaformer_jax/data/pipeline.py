@@ -57,18 +57,28 @@ def train_batches(
     local = _local_batch(source, batch_size, process_index, process_count)
     if start < 0:
         raise UserError(f"start is {start}, expected a batch number from 0 on")
+    indices, transform_seed = _shuffled(len(source), seed)
+    dataset = (
+        # Before the slice: the generator then depends on the position in the global stream.
+        indices.random_map(_Load(source, transform), seed=transform_seed).batch(local, drop_remainder=True)[
+            start * process_count + process_index :: process_count
+        ]
+    )
+    return Stream(dataset, workers=workers, prefetch=prefetch, timeout_s=timeout_s)
+
+
+def batch_indices(length: int, *, batch_size: int, seed: int, batch: int) -> list[int]:
+    """Indices of the records of a global batch of `train_batches`, from a source of that length."""
+    indices, _ = _shuffled(length, seed)
+    return [int(indices[batch * batch_size + place]) for place in range(batch_size)]
+
+
+def _shuffled(length: int, seed: int) -> tuple[grain.MapDataset, int]:
+    """The indices of a source, shuffled anew for each epoch, without end; and a seed for what is done to records."""
     # Explicit seeds: those that Grain derives depend on an operation's place in the chain. Hashed, because Grain
     # permutes epoch e by seed + e, which would make epoch 1 of seed 0 the same as epoch 0 of seed 1.
     shuffle_seed, transform_seed = (int(n) for n in np.random.SeedSequence(seed).generate_state(2))
-    dataset = (
-        grain.MapDataset.range(len(source))
-        .shuffle(seed=shuffle_seed)
-        .repeat()
-        # Before the slice: the generator then depends on the position in the global stream.
-        .random_map(_Load(source, transform), seed=transform_seed)
-        .batch(local, drop_remainder=True)[start * process_count + process_index :: process_count]
-    )
-    return Stream(dataset, workers=workers, prefetch=prefetch, timeout_s=timeout_s)
+    return grain.MapDataset.range(length).shuffle(seed=shuffle_seed).repeat(), transform_seed
 
 
 class EvalBatches:

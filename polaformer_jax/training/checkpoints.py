@@ -1,21 +1,50 @@
 """Training state on disk: an Orbax CheckpointManager that keeps the latest N steps and the best one.
 
 A step's folder holds the items `params`, `optimizer` (with the step) and, where there is a moving average, `ema`, so
-that evaluation reads the one that it wants.
+that evaluation reads the one that it wants; and `record`: a checksum of every array, and what the run has counted since
+it last wrote its metrics. Orbax would give back a tensor with a flipped bit as if all were well; the checksums do not.
 """
 
+import dataclasses
+import json
 import math
+import time
+import zlib
 from typing import Any, Literal
 
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from polaformer_jax.errors import UserError
+from polaformer_jax.training.checksums import described, named
+from polaformer_jax.training.progress import log
 from polaformer_jax.training.step import TrainState
 
 GREATER_IS_BETTER = {"accuracy": True, "loss": False}
 Kind = Literal["raw", "ema"]
+_ITEMS = ("params", "optimizer", "ema", "record")
+
+
+class DamagedError(UserError):
+    """A checkpoint that cannot be read, or holds other values than were saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What a run goes on from.
+
+    Attributes:
+      state: as it was saved.
+      counted: what `save` was given as such.
+      evaluated: whether the step has evaluation metrics.
+    """
+
+    state: TrainState
+    counted: dict[str, Any]
+    evaluated: bool
 
 
 def metric_name(config) -> str:
@@ -47,9 +76,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             best_fn=self._score, preservation_policy=keep, read_only=read_only, create=not read_only
         )
-        self._manager = ocp.CheckpointManager(
-            self.directory, options=options, item_names=("params", "optimizer", "ema")
-        )
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=_ITEMS)
 
     def _score(self, metrics: dict[str, float]) -> float:
         score = self._sign * metrics[self._metric]
@@ -61,30 +88,68 @@ class Checkpoints:
     def __exit__(self, *exception) -> None:
         self._manager.close()
 
-    def save(self, state: TrainState, metrics: dict[str, float] | None = None) -> None:
+    def save(
+        self, state: TrainState, metrics: dict[str, float] | None = None, counted: dict[str, Any] | None = None
+    ) -> None:
         """Starts saving; writing goes on in the background.
 
         Args:
           state: its arrays may be donated as soon as this returns.
           metrics: evaluation metrics of this very state, where it has been evaluated.
+          counted: whatever else the run needs to go on, in types that JSON has.
 
         Raises:
+          UserError: this save or the one before could not be written.
           RuntimeError: a later step has been saved. ValueError: this step has been.
         """
         step = int(state.step)
-        items = {
-            "params": ocp.args.StandardSave(state.params),
-            "optimizer": ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
-        }
+        trees = {"params": state.params, "optimizer": {"step": state.step, "opt_state": state.opt_state}}
         if state.ema is not None:
-            items["ema"] = ocp.args.StandardSave(state.ema)
-        # force: the loop decides when to save. Orbax answers False, silently, to a step that is not the newest.
-        if not self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True):
+            trees["ema"] = state.ema
+        record = {"arrays": {name: named(tree) for name, tree in trees.items()}, "counted": counted or {}}
+        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        items["record"] = ocp.args.JsonSave(_sealed(record))
+        self.wait()  # for the save before, whose failure would else be taken for this one's
+        try:
+            # force: the loop decides when to save. Orbax answers False, silently, to a step that is not the newest.
+            saved = self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
+        except OSError as error:
+            raise self._failed(error) from error
+        if not saved:
             raise RuntimeError(f"the checkpoint of step {step} was not saved: {self.directory} holds {self.steps()}")
 
+    def add_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """Evaluation metrics of a checkpoint that was saved without."""
+        self.wait()
+        saver = ocp.Checkpointer(ocp.JsonCheckpointHandler(filename="metrics"))
+        saver.save(self.directory / str(step) / "metrics", metrics)
+        saver.close()
+        self._manager.reload()
+
     def wait(self) -> None:
-        """Returns when all saves are on disk; raises what went wrong with them."""
-        self._manager.wait_until_finished()
+        """Returns when all saves are on disk.
+
+        Raises:
+          UserError: one could not be written.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def check(self) -> None:
+        """Raises a UserError where a save in the background has failed; does not wait for one that goes on."""
+        try:
+            self._manager.check_for_errors()
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> UserError:
+        kept = self.steps()
+        return UserError(
+            f"a checkpoint could not be written to {self.directory} ({_first_line(error)}). Is the disk full, or the"
+            f" folder gone or not yours to write to? The steps {kept} are whole; the same command goes on from the last"
+        )
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
@@ -97,23 +162,78 @@ class Checkpoints:
         scored = [(self._score(metrics), step) for step in self.steps() if (metrics := self._manager.metrics(step))]
         return max(scored)[1] if scored else None
 
-    def restore(self, abstract: TrainState) -> TrainState | None:
-        """The state of the latest checkpoint, None if there is none.
+    def restore(self, abstract: TrainState) -> Restored | None:
+        """The latest checkpoint that is whole, None if there is none.
+
+        A damaged one is named in the log and set aside, into `damaged_checkpoints/` beside the folder.
 
         Args:
           abstract: shapes, dtypes and shardings of the state: where its arrays will be placed.
+
+        Raises:
+          UserError: it is of another model or optimizer, or may not be read.
         """
-        step = self.latest()
-        if step is None:
-            return None
-        items = {
-            "params": ocp.args.StandardRestore(abstract.params),
-            "optimizer": ocp.args.StandardRestore({"step": abstract.step, "opt_state": abstract.opt_state}),
-        }
+        while (step := self.latest()) is not None:
+            try:
+                return self._restore(step, abstract)
+            except DamagedError as error:
+                self._set_aside(step, error)
+        return None
+
+    def _restore(self, step: int, abstract: TrainState) -> Restored:
+        trees = {"params": abstract.params, "optimizer": {"step": abstract.step, "opt_state": abstract.opt_state}}
         if abstract.ema is not None:
-            items["ema"] = ocp.args.StandardRestore(abstract.ema)
-        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        return TrainState(params=restored["params"], **restored["optimizer"], ema=restored.get("ema"))
+            trees["ema"] = abstract.ema
+        found, record = self._read(step, trees)
+        state = TrainState(params=found["params"], **found["optimizer"], ema=found.get("ema"))
+        return Restored(state, record["counted"], self._manager.metrics(step) is not None)
+
+    def _read(self, step: int, trees: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Items of a step, compared with the checksums of its record; and the record.
+
+        Raises:
+          DamagedError: they are not what was saved. UserError: what was saved is not what is asked for.
+        """
+        where = f"the checkpoint {self.directory / str(step)}"
+        record = self._read_record(step, where)
+        for name, tree in trees.items():
+            _check_same(described(tree), record["arrays"].get(name), f"{name} of {where}")
+        items = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
+        try:
+            found = dict(self._manager.restore(step, args=ocp.args.Composite(**items)))
+        except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:  # a dozen kinds, down to Exception itself from TensorStore
+            raise DamagedError(f"{where} cannot be read ({_first_line(error)})") from error
+        for name in trees:
+            sums = named(found[name])
+            wrong = [leaf for leaf in sums if sums[leaf] != record["arrays"][name][leaf]]
+            if wrong:
+                listed = f"{', '.join(wrong[:3])}{' ...' if wrong[3:] else ''}"
+                raise DamagedError(f"{where} holds other values than were saved: {name}{listed}")
+        return found, record
+
+    def _read_record(self, step: int, where: str) -> dict[str, Any]:
+        try:
+            sealed = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+        except PermissionError as error:
+            raise UserError(f"{where} may not be read: {error}") from error
+        except Exception as error:
+            raise DamagedError(f"the record of {where} cannot be read ({_first_line(error)})") from error
+        record = _opened(sealed)
+        if record is None:
+            raise DamagedError(f"the record of {where} is not what was saved")
+        return record
+
+    def _set_aside(self, step: int, error: DamagedError) -> None:
+        aside = self.directory.parent / "damaged_checkpoints" / f"{step}_{time.strftime('%Y%m%d_%H%M%S')}"
+        log.error("%s; it is set aside as %s, and the checkpoint before it is used", error, aside)
+        if jax.process_index() == 0:
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            (self.directory / str(step)).rename(aside)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"checkpoint {step} set aside")
+        self._manager.reload()
 
     def restore_params(self, abstract: Any, which: str | int = "best", *, kind: Kind = "raw") -> tuple[Any, int]:
         """Parameters alone, and the step they are of.
@@ -124,7 +244,7 @@ class Checkpoints:
           kind: "raw", or "ema" for the moving average.
 
         Raises:
-          UserError: there is no such checkpoint, or it has no moving average.
+          UserError: there is no such checkpoint, it is damaged, or it has no moving average.
         """
         step = {"best": self.best, "latest": self.latest}[which]() if isinstance(which, str) else which
         if step is None or step not in self.steps():
@@ -134,8 +254,36 @@ class Checkpoints:
             raise UserError(
                 f"the checkpoint of step {step} in {self.directory} has no moving average (ema.decay was None)"
             )
-        items = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)})
-        return self._manager.restore(step, args=items)[item], step
+        return self._read(step, {item: abstract})[0][item], step
+
+
+def _sealed(record: dict[str, Any]) -> dict[str, Any]:
+    text = json.dumps(record)
+    return {"crc32": zlib.crc32(text.encode()), "record": text}
+
+
+def _opened(sealed: Any) -> dict[str, Any] | None:
+    """None where it is not what `_sealed` gave."""
+    if not isinstance(sealed, dict) or not isinstance(text := sealed.get("record"), str):
+        return None
+    return json.loads(text) if zlib.crc32(text.encode()) == sealed.get("crc32") else None
+
+
+def _check_same(wanted: dict[str, list], saved: dict[str, list] | None, what: str) -> None:
+    """Raises a UserError where arrays of a record are not those that are asked for."""
+    have = {name: entry[:2] for name, entry in (saved or {}).items()}
+    differing = [name for name in sorted(wanted.keys() | have.keys()) if wanted.get(name) != have.get(name)]
+    if differing:
+        listed = "; ".join(f"{name}: {have.get(name)} there, {wanted.get(name)} here" for name in differing[:3])
+        raise UserError(
+            f"{what}: not the arrays that this config and this version of the program have ({listed}"
+            f"{'; ...' if differing[3:] else ''}): take the version that wrote it, or another --workdir"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def check_choice(workdir: epath.PathLike, which: str | None) -> None:

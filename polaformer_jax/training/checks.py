@@ -12,7 +12,9 @@ CHOICES = {
     "data.on_error": ("stop", "skip"),
     "model.dtype": ("bfloat16", "float32", "float64"),
     "model.param_dtype": ("float32", "float64"),
+    "train.on_nonfinite": ("stop", "skip"),
     "schedule.name": ("cosine",),
+    "debug.transfer_guard": (None, "log", "disallow"),
     "eval.weights": ("raw", "ema"),
     "checkpoint.best_metric": tuple(GREATER_IS_BETTER),
 }
@@ -28,6 +30,7 @@ POSITIVE = (
     "checkpoint.keep_last",
     "data.prefetch",
     "log.every",
+    "distributed.heartbeat_s",
 )
 NOT_NEGATIVE = (
     "seed",
@@ -55,7 +58,7 @@ def check_config(config) -> None:
 
     for field, choices in CHOICES.items():
         if value(field) not in choices:
-            problems.append(f"{field}={value(field)!r}: it is one of {', '.join(choices)}")
+            problems.append(f"{field}={value(field)!r}: it is one of {', '.join(map(str, choices))}")
     for fields, fits, text in (
         (POSITIVE, lambda number: 0 < number < math.inf, "it must be positive and finite"),
         (NOT_NEGATIVE, lambda number: 0 <= number < math.inf, "it must not be negative, and finite"),
@@ -64,6 +67,13 @@ def check_config(config) -> None:
         problems += [f"{field}={value(field)}: {text}" for field in fields if not fits(value(field))]
     if config.optimizer.clip_norm is not None and not config.optimizer.clip_norm > 0:
         problems.append(f"optimizer.clip_norm={config.optimizer.clip_norm}: it must be positive, or None")
+
+    for field in ("checkpoint.every_minutes", "watchdog.step_s", "watchdog.input_s"):
+        if value(field) is not None and not 0 < value(field) < math.inf:
+            problems.append(f"{field}={value(field)}: it must be positive and finite, or None")
+    start, stop = config.log.profile_start, config.log.profile_stop
+    if (start is None) != (stop is None) or (start is not None and not 0 <= start < stop):
+        problems.append(f"log.profile_start={start} and log.profile_stop={stop}: both None, or 0 <= start < stop")
 
     length = config.train.epochs or config.train.steps or 0
     if bool(config.train.epochs) == bool(config.train.steps) or not 0 < length < math.inf:

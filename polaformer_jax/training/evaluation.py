@@ -49,6 +49,10 @@ class Evaluation:
         }
 
 
+class Stopped(Exception):
+    """An evaluation that was not to go on."""
+
+
 class Evaluator:
     """Evaluates parameters on a config's evaluation split, any number of times. Use as a context manager.
 
@@ -67,13 +71,15 @@ class Evaluator:
     def __exit__(self, *exception) -> None:
         self._batches.close()
 
-    def __call__(self, params: Any) -> Evaluation:
+    def __call__(self, params: Any, *, at_batch: Callable[[], bool] = lambda: True) -> Evaluation:
         """One pass over the split.
 
         Args:
           params: nested dict of parameters, as `Experiment.abstract_params` describes them.
+          at_batch: called at each batch; whether the pass may go on.
 
         Raises:
+          Stopped: it may not.
           UserError: not a single example could be decoded (with data.on_error="skip").
         """
         mean, outputs, pending = Mean(), [], []
@@ -87,6 +93,8 @@ class Evaluator:
         began = None
         for batch in tqdm.tqdm(self._batches, desc="evaluate", unit="batch", leave=False, disable=None):
             began = began or time.monotonic()
+            if not at_batch():
+                raise Stopped
             pending.append(self._step(params, to_devices(batch, self._mesh)))
             collect(keep=IN_FLIGHT)
         collect(keep=0)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from polaformer_jax import creation, weights
 from polaformer_jax.data import pipeline, sources, transforms
 from polaformer_jax.errors import UserError
-from polaformer_jax.training import sharding
+from polaformer_jax.training import debugging, sharding
 from polaformer_jax.training.checks import check_config
 from polaformer_jax.training.optimizer import head_only, make_optimizer
 from polaformer_jax.training.progress import log
@@ -121,6 +121,13 @@ class Experiment:
             **self._reading,
         )
 
+    def describe_batch(self, step: int) -> list[str]:
+        """Names of the records that the whole batch of a step is made of."""
+        indices = pipeline.batch_indices(
+            len(self.train_source), batch_size=self.config.train.batch_size, seed=self.config.seed, batch=step
+        )
+        return [self.train_source.describe(index) for index in indices]
+
     def eval_batches(self) -> pipeline.EvalBatches:
         """Batches of the whole evaluation split."""
         return pipeline.EvalBatches(
@@ -142,12 +149,13 @@ class Experiment:
         )
 
     @property
-    def _reading(self) -> dict[str, int]:
+    def _reading(self) -> dict[str, Any]:
         return {
             "process_index": jax.process_index(),
             "process_count": jax.process_count(),
             "workers": self.config.data.workers,
             "prefetch": self.config.data.prefetch,
+            "timeout_s": self.config.watchdog.input_s,
         }
 
     # --- model
@@ -253,7 +261,8 @@ class Experiment:
         )
         copied = sharding.replicated(self.mesh)
         step = jax.jit(step, donate_argnums=0, out_shardings=copied)
-        return step.lower(self.abstract_state, self.abstract_batch(self.config.train.batch_size)).compile()
+        lowered = step.lower(self.abstract_state, self.abstract_batch(self.config.train.batch_size))
+        return lowered.compile(compiler_options=debugging.compiler_options(self.config.debug))
 
     def compile_eval_step(self, batch_size: int) -> jax.stages.Compiled:
         """(params, batch) -> (sums of metrics, outputs of each example)."""

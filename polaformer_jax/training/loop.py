@@ -1,13 +1,13 @@
 """The training of a config in a work directory, from the first step or from the latest checkpoint to the last step.
 
-The order of things at a step: train, look at the numbers, evaluate if due, save if due. A checkpoint is the only thing
-that a run goes on from: data, randomness and learning rate are functions of the step.
+The order of things at a step: train, look at the numbers, evaluate if due, save if due, stop if asked to. A checkpoint
+is the only thing that a run goes on from: data, randomness and learning rate are functions of the step, and what has
+been counted since the last report is saved with it. So an interrupted run writes what an undisturbed one would have.
 """
 
 import contextlib
 import os
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -16,38 +16,46 @@ import numpy as np
 from clu import parameter_overview
 from etils import epath
 
-from polaformer_jax.errors import UserError
-from polaformer_jax.training import pictures
+from polaformer_jax.errors import Interrupted, UserError
+from polaformer_jax.training import debugging, pictures
+from polaformer_jax.training.agreement import Agreement
 from polaformer_jax.training.checkpoints import Checkpoints, metric_name
-from polaformer_jax.training.evaluation import Evaluation, Evaluator, report, write_json
+from polaformer_jax.training.evaluation import Evaluation, Evaluator, Stopped, report, write_json
 from polaformer_jax.training.experiment import Experiment
-from polaformer_jax.training.metrics import Mean
 from polaformer_jax.training.progress import Progress, log
 from polaformer_jax.training.report import Result
 from polaformer_jax.training.scalars import make_writer
 from polaformer_jax.training.sharding import to_devices
 from polaformer_jax.training.step import TrainState
+from polaformer_jax.training.stopping import StopRequests
+from polaformer_jax.training.watchdog import Watchdog
+from polaformer_jax.training.window import Window
 from polaformer_jax.training.workdir import claim
+
+SAVE, STOP = 1, 2  # what a process may wish for at a step; the greater one includes the other
 
 
 class NonFiniteError(UserError):
     """The loss or the gradient of a step is not a finite number."""
 
 
-def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Result:
+def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, *, stop: StopRequests | None = None) -> Result:
     """Trains, or goes on training, or if training is finished only evaluates.
 
     Args:
       config: one that `configs/defaults.py` describes.
       workdir: created if need be; holds all that the run writes.
+      stop: where it is heard that the run should stop; None: nowhere.
 
     Returns:
       The evaluation of the best checkpoint.
 
     Raises:
-      UserError: the config, the data or the work directory cannot be used.
+      UserError: the config, the data or the work directory cannot be used, or a checkpoint not be written.
       NonFiniteError: the loss or a gradient is not finite. The checkpoints before it are kept.
+      Interrupted: the run was told to stop, and has saved its state.
     """
+    stop = StopRequests() if stop is None else stop
     experiment = Experiment(config)
     experiment.check_training()
     config = experiment.config
@@ -59,86 +67,178 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Result:
             best_metric=metric_name(config),
         ) as checkpoints,
         Evaluator(experiment) as evaluator,
+        debugging.modes(config.debug),
     ):
-        state = checkpoints.restore(experiment.abstract_state)
-        if state is None:
-            state = experiment.initial_state()
+        restored = checkpoints.restore(experiment.abstract_state)
+        run = _Run(experiment, workdir, checkpoints, evaluator, stop)
+        if restored is None:
+            run.to_the_end(experiment.initial_state())
         else:
-            log.info("going on from the checkpoint of step %d of %d", int(state.step), experiment.length.total)
-        if int(state.step) < experiment.length.total:
-            state = _Run(experiment, workdir, checkpoints, evaluator).to_the_end(state)
-        del state
+            step = int(restored.state.step)
+            log.info("going on from the checkpoint of step %d of %d", step, experiment.length.total)
+            if step < experiment.length.total or not restored.evaluated:
+                run.to_the_end(restored.state, counted=restored.counted, evaluated=restored.evaluated)
+        del restored
         return _conclude(experiment, workdir, checkpoints, evaluator)
 
 
 class _Run:
     """One process's way from a state to the last step."""
 
-    def __init__(self, experiment: Experiment, workdir: epath.Path, checkpoints: Checkpoints, evaluator: Evaluator):
+    def __init__(
+        self,
+        experiment: Experiment,
+        workdir: epath.Path,
+        checkpoints: Checkpoints,
+        evaluator: Evaluator,
+        stop: StopRequests,
+    ):
         self.experiment = experiment
         self.config = experiment.config
+        self.workdir = workdir
         self.checkpoints = checkpoints
         self.evaluator = evaluator
+        self.stop = stop
         self.total = experiment.length.total
         self.eval_every = max(1, round(self.config.eval.every * experiment.length.unit))
-        self.writer = make_writer(workdir)
+        self.agree = Agreement(experiment.mesh)
+        self.window = Window(self.config.train.batch_size)
+        self.watchdog = Watchdog(self.config.watchdog.step_s)
+        self.saved_at = time.monotonic()
 
-    def to_the_end(self, state: TrainState) -> TrainState:
+    def to_the_end(self, state: TrainState, *, counted: dict[str, Any] | None = None, evaluated: bool = True) -> None:
+        """Takes all steps that are left.
+
+        Args:
+          state: used up.
+          counted, evaluated: of the checkpoint that the state comes from (see `checkpoints.Restored`); None: of none.
+        """
         start = int(state.step)
         log.info("%s", self._description())
-        if start == 0:
-            overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
-            self.writer.write_texts(0, {"parameters": f"```\n{overview}\n```"})
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.stop.deferred())  # from here on there is something to save
+            stack.callback(self.checkpoints.wait)
+            self.writer = make_writer(self.workdir, start)
+            stack.callback(self.writer.close)
+            if start == 0:
+                overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
+                self.writer.write_texts(0, {"parameters": f"```\n{overview}\n```"})
+            began = time.monotonic()
+            train_step = self.experiment.compile_train_step()
+            log.info("compiled the training step in %.1f s", time.monotonic() - began)
+            if self.agree.now(self._wish()) == STOP:
+                self._interrupt(state, saved=counted is not None)
+            stack.enter_context(self.watchdog)
+            self.window.take_up(counted or {})
+            if self._evaluation_is_due(start) and not evaluated:
+                metrics = self._evaluate(start, state)
+                if metrics is None:
+                    self._interrupt(state, saved=True)
+                self.checkpoints.add_metrics(start, metrics)
+            self._steps(train_step, state, start)
+            if self.agree.now(self._wish()) == STOP:
+                raise Interrupted(f"all {self.total} steps are taken and saved; the same command evaluates them")
 
-        began = time.monotonic()
-        train_step = self.experiment.compile_train_step()
-        log.info("compiled the training step in %.1f s", time.monotonic() - began)
-
+    def _steps(self, train_step, state: TrainState, start: int) -> None:
+        every, log_every = self.config.checkpoint.every_steps, self.config.log.every
         batches = self.experiment.train_batches(start)
-        window = _Window(self.config.train.batch_size)
         in_flight: tuple[int, Any] | None = None
+        profile = debugging.Profile(self.config.log, self.workdir)
+        with contextlib.closing(batches), contextlib.closing(profile), Progress(self.total, start) as progress:
+            for step in range(start, self.total):
+                profile.before(step)
+                self.watchdog.alive(f"waiting for the batch of step {step}")
+                with self.window.waiting():
+                    batch = next(batches)
+                self.watchdog.alive(f"step {step}")
+                state, sums = train_step(state, to_devices(batch, self.experiment.mesh))
+                taken = step + 1
+                # Numbers are looked at one step late, so that the device always has the next step to work on.
+                if in_flight is not None:
+                    self._look_at(*in_flight)
+                in_flight = (step, sums)
+
+                wish = self.agree(self._wish())
+                evaluate = self._evaluation_is_due(taken)
+                save = evaluate or taken % every == 0 or wish >= SAVE
+                if save or taken % log_every == 0:
+                    self._look_at(*in_flight)
+                    in_flight = None
+                progress.step()
+                if taken % log_every == 0 or taken == self.total:
+                    metrics = self.window.close()
+                    self.writer.write_scalars(taken, metrics)
+                    progress.report(taken, metrics)
+                if save:
+                    with self.window.paused():
+                        metrics = self._evaluate(taken, state) if evaluate and wish < STOP else None
+                        if (evaluate and metrics is None) or wish == STOP:
+                            self._interrupt(state, saved=False)
+                        self._save(state, metrics)
+                self.checkpoints.check()
+
+    def _wish(self) -> int:
+        if self.stop.requested:
+            return STOP
+        minutes = self.config.checkpoint.every_minutes
+        return SAVE if minutes is not None and time.monotonic() - self.saved_at > 60 * minutes else 0
+
+    def _evaluation_is_due(self, taken: int) -> bool:
+        return taken > 0 and (taken % self.eval_every == 0 or taken == self.total)
+
+    def _look_at(self, step: int, sums: Any) -> None:
+        """Waits for a step's numbers and counts them."""
+        sums = jax.device_get(sums)
+        (loss, count), (grad_norm, _) = sums["loss"], sums["grad_norm"]
+        if np.isfinite(loss) and np.isfinite(grad_norm):
+            self.window.add(sums)
+            return
+        found = f"step {step}: loss {loss / max(count, 1):g}, gradient norm {grad_norm:g}"
+        names = self.experiment.describe_batch(step)
+        batch = f"its batch: {', '.join(names[:4])}{f' and {len(names) - 4} more' if names[4:] else ''}"
+        if self.config.train.on_nonfinite == "skip":
+            log.warning("%s; the step is skipped (%s)", found, batch)
+            self.window.leave_out()
+            return
+        raise NonFiniteError(
+            f"{found}; {batch}. Nothing of this step was kept; the same command goes on from the latest checkpoint. A"
+            " lower optimizer.lr, a longer schedule.warmup, optimizer.clip_norm or model.dtype=float32 may help, with"
+            " another --workdir; eval.py --save_weights and init.weights take the weights of a checkpoint there."
+            " train.on_nonfinite=skip leaves such steps out"
+        )
+
+    def _evaluate(self, step: int, state: TrainState) -> dict[str, float] | None:
+        """None where it was interrupted."""
+        metrics = {}
         try:
-            with Progress(self.total, start) as progress:
-                for step in range(start, self.total):
-                    with window.waiting():
-                        batch = next(batches)
-                    state, sums = train_step(state, to_devices(batch, self.experiment.mesh))
-                    taken = step + 1
-                    # Numbers are looked at one step late, so that the device always has the next step to work on.
-                    if in_flight is not None:
-                        window.add(*in_flight)
-                    in_flight = (step, sums)
-
-                    evaluate = taken % self.eval_every == 0 or taken == self.total
-                    save = evaluate or taken % self.config.checkpoint.every_steps == 0
-                    if save or taken % self.config.log.every == 0:
-                        window.add(*in_flight)
-                        in_flight = None
-                    progress.step()
-                    if taken % self.config.log.every == 0 or taken == self.total:
-                        metrics = window.close()
-                        self.writer.write_scalars(taken, metrics)
-                        progress.report(taken, metrics)
-                    if save:
-                        with window.paused():
-                            self.checkpoints.save(state, self._evaluate(taken, state) if evaluate else None)
-        finally:
-            batches.close()
-            self.writer.flush()
-            self.checkpoints.wait()
-            self.writer.close()
-        return state
-
-    def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
-        result = self.evaluator(state.params)
-        log.info("step %d/%d  evaluation: %s", step, self.total, _sentence(result))
-        metrics = dict(result.metrics)
-        if state.ema is not None:
-            result = self.evaluator(state.ema)
-            log.info("step %d/%d  moving average: %s", step, self.total, _sentence(result))
-            metrics |= {f"ema_{name}": value for name, value in result.metrics.items()}
+            for prefix, name, params in (("", "evaluation", state.params), ("ema_", "moving average", state.ema)):
+                if params is not None:
+                    result = self.evaluator(params, at_batch=self._may_go_on)
+                    log.info("step %d/%d  %s: %s", step, self.total, name, _sentence(result))
+                    metrics |= {f"{prefix}{name}": value for name, value in result.metrics.items()}
+        except Stopped:
+            return None
         self.writer.write_scalars(step, {f"eval_{name}": value for name, value in metrics.items()})
         return metrics
+
+    def _may_go_on(self) -> bool:
+        self.watchdog.alive("evaluation")
+        return self.agree(self._wish()) < STOP
+
+    def _save(self, state: TrainState, metrics: dict[str, float] | None) -> None:
+        self.watchdog.alive("saving a checkpoint")
+        # Before the checkpoint, so that no step that it has behind it is missing from the metrics.
+        self.writer.flush()
+        self.checkpoints.save(state, metrics, self.window.saved())
+        self.saved_at = time.monotonic()
+
+    def _interrupt(self, state: TrainState, *, saved: bool) -> None:
+        """Saves the state unless it is `saved`, and raises Interrupted."""
+        step = int(state.step)
+        if not saved:
+            self._save(state, None)
+        self.checkpoints.wait()
+        raise Interrupted(f"the checkpoint of step {step} of {self.total} is saved; the same command goes on from it")
 
     def _description(self) -> str:
         config, experiment = self.config, self.experiment
@@ -148,61 +248,6 @@ class _Run:
             f" {jax.devices()[0].platform} device(s); {len(experiment.train_source):,} examples of {config.data.name},"
             f" {self.total:,} steps of {config.train.batch_size}"
         )
-
-
-class _Window:
-    """Numbers of the steps since the last report."""
-
-    def __init__(self, batch_size: int):
-        self._batch_size = batch_size
-        self._restart()
-
-    def _restart(self) -> None:
-        self._mean = Mean()
-        self._steps = 0
-        self._waited = 0.0
-        self._began = time.monotonic()
-
-    def add(self, step: int, sums: Any) -> None:
-        """Waits for a step's numbers and adds them. Raises a NonFiniteError if they are not finite."""
-        sums = jax.device_get(sums)
-        (loss, count), (grad_norm, _) = sums["loss"], sums["grad_norm"]
-        if not (np.isfinite(loss) and np.isfinite(grad_norm)):
-            raise NonFiniteError(
-                f"step {step}: loss {loss / max(count, 1):g}, gradient norm {grad_norm:g}. Nothing of this step was"
-                " kept; the same command goes on from the latest checkpoint. A lower optimizer.lr, a longer"
-                " schedule.warmup, optimizer.clip_norm or model.dtype=float32 may help, with another --workdir; eval.py"
-                " --save_weights and init.weights take the weights of a checkpoint there"
-            )
-        self._mean.add(sums)
-        self._steps += 1
-
-    def close(self) -> dict[str, float]:
-        """The means, and how fast it went; a new window begins."""
-        seconds = max(time.monotonic() - self._began, 1e-9)
-        means = self._mean.result()
-        metrics = {
-            **means,
-            "skipped": means.get("skipped", 0.0) * self._steps,  # records, not a mean
-            "images_per_second": self._steps * self._batch_size / seconds,
-            "input_wait_share": self._waited / seconds,
-        }
-        self._restart()
-        return metrics
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Waiting for data: the time counts, and is also counted apart."""
-        began = time.monotonic()
-        yield
-        self._waited += time.monotonic() - began
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Not training: the time does not count."""
-        began = time.monotonic()
-        yield
-        self._began += time.monotonic() - began
 
 
 def _conclude(experiment: Experiment, workdir: epath.Path, checkpoints: Checkpoints, evaluator: Evaluator) -> Result:

@@ -32,6 +32,10 @@ class Mean:
         """The means, `nan` where nothing was counted."""
         return {name: float(total / count) if count else float("nan") for name, (total, count) in self._sums.items()}
 
+    def sums(self) -> dict[str, list[float]]:
+        """[sum, count] of each metric; `add` takes them back without loss."""
+        return {name: [float(value) for value in pair] for name, pair in self._sums.items()}
+
     def count(self, name: str) -> int:
         """How many examples went into a metric."""
         return int(self._sums[name][1]) if name in self._sums else 0

@@ -1,6 +1,7 @@
 """Numbers over time, written for TensorBoard by clu and read back from there."""
 
 import os
+import time
 from collections import defaultdict
 
 import jax
@@ -8,21 +9,35 @@ import numpy as np
 from etils import epath
 
 
-def make_writer(workdir: epath.PathLike):
-    """A clu metric writer into the work directory. On other processes than the first it writes nothing."""
+def make_writer(workdir: epath.PathLike, start: int):
+    """A clu metric writer into the work directory. On other processes than the first it writes nothing.
+
+    Args:
+      start: the step that the run goes on from. What an earlier process has written of later ones will be written
+        again, and is taken back.
+    """
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # it only writes files here, and announces this at length
     import tensorflow as tf  # four seconds: only who trains pays for it
     from clu import metric_writers
 
     tf.config.set_visible_devices([], "GPU")  # it would take the memory that JAX needs
+    if jax.process_index() == 0 and any(epath.Path(workdir).glob("events.out.tfevents.*")):
+        _take_back(workdir, start + 1 if start else 0)
     return metric_writers.create_default_writer(workdir, just_logging=jax.process_index() > 0)
 
 
-def read_scalars(workdir: epath.PathLike) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """All numbers ever written to a work directory: name -> (steps, values), by increasing step.
+def _take_back(workdir: epath.PathLike, step: int) -> None:
+    """Tells TensorBoard that a new session starts: readers drop what was written before of this step and later ones."""
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-    Where a step was written more than once (a resumed run repeats the steps after its checkpoint), the last counts.
-    """
+    writer = EventFileWriter(os.fspath(workdir))
+    writer.add_event(Event(wall_time=time.time(), step=step, session_log=SessionLog(status=SessionLog.START)))
+    writer.close()
+
+
+def read_scalars(workdir: epath.PathLike) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """All numbers that a run has written to its work directory: name -> (steps, values), by increasing step."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.util import tensor_util
 

@@ -18,7 +18,18 @@ from polaformer_jax.errors import UserError
 from polaformer_jax.weights import flatten
 
 # Fields that say where, on what and how visibly a run runs. All others make its identity: they change its result.
-NOT_IDENTITY = ("mesh", "log", "checkpoint", "data.workers", "data.prefetch", "data.data_dir", "eval.batch_size")
+NOT_IDENTITY = (
+    "mesh",
+    "distributed",
+    "log",
+    "checkpoint",
+    "watchdog",
+    "debug",
+    "data.workers",
+    "data.prefetch",
+    "data.data_dir",
+    "eval.batch_size",
+)
 
 
 def as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
