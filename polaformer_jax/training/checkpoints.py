@@ -76,6 +76,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             best_fn=self._score, preservation_policy=keep, read_only=read_only, create=not read_only
         )
+        self._set_aside_unreadable_metrics(read_only)
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=_ITEMS)
 
     def _score(self, metrics: dict[str, float]) -> float:
@@ -111,12 +112,22 @@ class Checkpoints:
         items["record"] = ocp.args.JsonSave(_sealed(record))
         self.wait()  # for the save before, whose failure would else be taken for this one's
         try:
+            self._try_to_write()
             # force: the loop decides when to save. Orbax answers False, silently, to a step that is not the newest.
             saved = self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
         except OSError as error:
             raise self._failed(error) from error
         if not saved:
             raise RuntimeError(f"the checkpoint of step {step} was not saved: {self.directory} holds {self.steps()}")
+
+    def _try_to_write(self) -> None:
+        """Raises an OSError where nothing can be written now. (Orbax would notice after five minutes of waiting.)"""
+        if jax.process_index() == 0:
+            if not self.directory.is_dir():
+                raise FileNotFoundError(f"{self.directory} is no folder any more")
+            probe = self.directory.parent / ".writable"
+            probe.write_bytes(bytes(4096))
+            probe.unlink()
 
     def add_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Evaluation metrics of a checkpoint that was saved without."""
@@ -225,7 +236,23 @@ class Checkpoints:
             raise DamagedError(f"the record of {where} is not what was saved")
         return record
 
+    def _set_aside_unreadable_metrics(self, read_only: bool) -> None:
+        """Orbax reads all metrics at its start, and would end there."""
+        for path in sorted(self.directory.glob("*/metrics/metrics")):
+            try:
+                json.loads(path.read_text())
+            except ValueError as error:
+                step = path.parent.parent
+                damage = DamagedError(f"the metrics of the checkpoint {step} cannot be read ({_first_line(error)})")
+                if read_only:
+                    raise damage from error
+                self._move_aside(int(step.name), damage)
+
     def _set_aside(self, step: int, error: DamagedError) -> None:
+        self._move_aside(step, error)
+        self._manager.reload()
+
+    def _move_aside(self, step: int, error: DamagedError) -> None:
         aside = self.directory.parent / "damaged_checkpoints" / f"{step}_{time.strftime('%Y%m%d_%H%M%S')}"
         log.error("%s; it is set aside as %s, and the checkpoint before it is used", error, aside)
         if jax.process_index() == 0:
@@ -233,7 +260,6 @@ class Checkpoints:
             (self.directory / str(step)).rename(aside)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"checkpoint {step} set aside")
-        self._manager.reload()
 
     def restore_params(self, abstract: Any, which: str | int = "best", *, kind: Kind = "raw") -> tuple[Any, int]:
         """Parameters alone, and the step they are of.
