@@ -30,15 +30,19 @@ def main(argv: list[str]) -> None:
 
 def _train(stop: StopRequests) -> None:
     # Imported here, since processes that read data import this file again.
-    from polaformer_jax.training import loop, progress, report
+    import jax
+
+    from polaformer_jax.training import distributed, loop, progress, report
     from polaformer_jax.training.experiment import Experiment
 
     progress.set_up_logging()
-    if DRY_RUN.value:
-        print(report.describe_dry(Experiment(CONFIG.value)))
-        return
-    result = loop.train(CONFIG.value, WORKDIR.value, stop=stop)
-    print(report.describe(result, WORKDIR.value))
+    with distributed.session(CONFIG.value.distributed):
+        if DRY_RUN.value:
+            print(report.describe_dry(Experiment(CONFIG.value)))
+            return
+        result = loop.train(CONFIG.value, WORKDIR.value, stop=stop)
+        if jax.process_index() == 0:
+            print(report.describe(result, WORKDIR.value))
 
 
 if __name__ == "__main__":

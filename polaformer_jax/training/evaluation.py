@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
-import tqdm
 from etils import epath
 
 from polaformer_jax import atomic, weights
@@ -23,6 +22,7 @@ from polaformer_jax.training import checkpoints
 from polaformer_jax.training.experiment import Experiment
 from polaformer_jax.training.export import about
 from polaformer_jax.training.metrics import Mean
+from polaformer_jax.training.progress import bar
 from polaformer_jax.training.sharding import to_devices
 from polaformer_jax.training.workdir import differences, read_config
 
@@ -91,7 +91,7 @@ class Evaluator:
                 outputs.append(output)
 
         began = None
-        for batch in tqdm.tqdm(self._batches, desc="evaluate", unit="batch", leave=False, disable=None):
+        for batch in bar(self._batches, desc="evaluate", unit="batch", leave=False):
             began = began or time.monotonic()
             if not at_batch():
                 raise Stopped

@@ -4,6 +4,7 @@ import logging as std_logging
 import sys
 import time
 
+import jax
 import tqdm
 from absl import flags, logging
 
@@ -38,6 +39,11 @@ class _TqdmHandler(std_logging.Handler):
         tqdm.tqdm.write(self.format(record), file=sys.stderr)
 
 
+def bar(*args, **options) -> tqdm.tqdm:
+    """A bar of tqdm's, on the first process alone, and only where stderr is a terminal."""
+    return tqdm.tqdm(*args, disable=True if jax.process_index() else None, **options)
+
+
 class Progress:
     """Progress of a training. Use as a context manager.
 
@@ -50,8 +56,7 @@ class Progress:
         self._total = total
         self._start = start
         self._began = time.monotonic()
-        # disable=None: no bar where stderr is not a terminal
-        self._bar = tqdm.tqdm(total=total, initial=start, unit="step", disable=None, dynamic_ncols=True)
+        self._bar = bar(total=total, initial=start, unit="step", dynamic_ncols=True)
 
     def __enter__(self) -> "Progress":
         return self

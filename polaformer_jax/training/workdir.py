@@ -9,8 +9,11 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import ml_collections
+import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
 from configs.defaults import defaults
 from polaformer_jax import atomic
@@ -80,12 +83,30 @@ def differences(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) 
 
 @contextlib.contextmanager
 def claim(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> Iterator[epath.Path]:
-    """Makes the work directory this run's for as long as the context lasts.
+    """Makes the work directory this run's for as long as the context lasts. Of several processes, the first does it.
 
     Raises:
       UserError: it belongs to a run of another identity (the differences are listed), or another process trains in it.
     """
     workdir = epath.Path(workdir)
+    if jax.process_count() == 1:
+        with _claimed(workdir, config):
+            yield workdir
+        return
+    with contextlib.ExitStack() as stack:
+        problem = None
+        if jax.process_index() == 0:
+            try:
+                stack.enter_context(_claimed(workdir, config))
+            except UserError as error:
+                problem = error
+        if multihost_utils.broadcast_one_to_all(np.int32(problem is not None)):
+            raise problem or UserError(f"process 0 could not take the work directory {workdir}: see its message")
+        yield workdir
+
+
+@contextlib.contextmanager
+def _claimed(workdir: epath.Path, config: ml_collections.ConfigDict) -> Iterator[None]:
     workdir.mkdir(parents=True, exist_ok=True)
     with _locked(workdir):
         # A run without a checkpoint has nothing to lose: a config that was mended after a failed start is welcome.
@@ -99,7 +120,7 @@ def claim(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> Iterato
                     + "\ntake another --workdir, or undo these changes to go on with that run"
                 )
         atomic.write(workdir / "config.json", json.dumps(as_json(config), indent=2) + "\n")
-        yield workdir
+        yield
 
 
 @contextlib.contextmanager
