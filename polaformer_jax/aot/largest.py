@@ -1,0 +1,47 @@
+"""The largest batch that fits, by few attempts, since each is a compilation of minutes."""
+
+from collections.abc import Callable
+
+
+def largest(
+    used: Callable[[int], tuple[bool, float | None]], *, start: int, limit: float, within: float = 1 / 16
+) -> int:
+    """The largest number of examples a chip that fits, to a relative `within`; 0 if not even one does.
+
+    Memory grows with the number of examples along a line, so that a new attempt goes where the line through the last
+    two meets the limit; where it is not known by how much an attempt failed, the interval is halved.
+
+    Args:
+        used: whether a number of examples fits, and the bytes used, None where they are not known.
+        start: the first attempt.
+        limit: bytes of memory.
+    """
+    fits, fails = 0, None  # the most that is known to fit, the least that is known not to
+    points: list[tuple[int, float]] = []
+    attempt = max(start, 1)
+    while fails is None or fails - fits > max(1, within * fits):
+        ok, size = used(attempt)
+        if ok:
+            fits = attempt
+        else:
+            fails = attempt
+        if size is not None:
+            points.append((attempt, size))
+        attempt = _next(points[-2:], fits, fails, limit)
+    return fits
+
+
+def _next(points: list[tuple[int, float]], fits: int, fails: int | None, limit: float) -> int:
+    """Strictly between what fits and what does not."""
+    guess = None
+    if len(points) == 2 and points[1][1] != points[0][1]:
+        (n0, size0), (n1, size1) = points
+        guess = n0 + (limit - size0) * (n1 - n0) / (size1 - size0)
+    elif points and points[0][1] > 0:
+        guess = points[0][0] * limit / points[0][1]
+    if fails is None:
+        # Never more than fourfold: a line through two near points may point anywhere.
+        return max(fits + 1, min(int(guess or 0) + 1, 4 * fits))
+    if guess is None or not fits < guess < fails:
+        guess = (fits + fails) / 2
+    return min(max(int(guess), fits + 1), fails - 1)
