@@ -106,7 +106,8 @@ def defaults() -> ml_collections.ConfigDict:
     checkpoint.best_metric = "accuracy"  # or "loss": which evaluated checkpoint is also kept
 
     config.mesh = mesh = ml_collections.ConfigDict()
-    mesh.data = -1  # devices that a batch is spread over; -1: all
+    mesh.data = -1  # rows of devices, each with the whole state; -1: as many as there are devices for
+    mesh.fsdp = 1  # devices of a row, over which parameters, optimizer state and moving average are split
 
     config.log = log = ml_collections.ConfigDict()
     log.every = 50  # steps

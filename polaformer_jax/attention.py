@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from polaformer_jax.layers import ConvParams, PatchConv, dropout, layer_norm, linear, product, wide, zeros_init
+from polaformer_jax.layers import ConvParams, PatchConv, dropout, layer_norm, linear, product, wide, zeros
 
 NORMALISER_EPS = 1e-6
 
@@ -253,10 +253,10 @@ class PolarityAttention(nnx.Module):
             self.norm = layer_norm(dim, epsilon=1e-5, **types)  # whatever the model's own epsilon
         self.proj = linear(dim, dim, **types)
         self.dwc = ConvParams((kernel_size, kernel_size), 1, width, param_dtype=param_dtype, rngs=rngs)
-        self.power = nnx.Param(zeros_init(None, (1, num_heads, 1, width), param_dtype))
-        self.scale = nnx.Param(zeros_init(None, (1, 1, dim), param_dtype))
+        self.power = zeros((1, num_heads, 1, width), param_dtype=param_dtype, rngs=rngs)
+        self.scale = zeros((1, 1, dim), param_dtype=param_dtype, rngs=rngs)
         keys = math.prod(grid) // sr_ratio**2
-        self.positional_encoding = nnx.Param(zeros_init(None, (1, keys, dim), param_dtype))
+        self.positional_encoding = zeros((1, keys, dim), param_dtype=param_dtype, rngs=rngs)
         self.grid, self.sr_ratio, self.alpha = tuple(grid), sr_ratio, alpha
         self.projections, self.drop_rate = projections, drop_rate
 

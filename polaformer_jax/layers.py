@@ -8,6 +8,7 @@ Modules take `key=None`: None means evaluation, a key means training with dropou
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +28,18 @@ class Keys:
 
     It stands in for `nnx.Rngs` inside a model. That keeps its count in a Variable, and while a function is traced every
     change of one takes time in proportion to what was traced before: to trace the making of pola_pvt_b took 17 s.
+
+    Args:
+        place: makes a parameter's initial value, a NumPy array, one on the devices where it will stay.
     """
 
-    def __init__(self, key: jax.Array):
-        self.key, self.count = key, 0
+    def __init__(self, key: jax.Array, place: Callable[[np.ndarray], jax.Array] = jnp.asarray):
+        self.key, self.place, self.count = key, place, 0
+
+    @classmethod
+    def of(cls, rngs: "nnx.Rngs | Keys") -> "Keys":
+        """Those of a constructor's `rngs`, which may be Keys itself where the caller says where values stay."""
+        return rngs if isinstance(rngs, cls) else cls(rngs.params())
 
     def __call__(self) -> jax.Array:
         self.count += 1
@@ -60,8 +69,8 @@ def linear(features_in: int, features_out: int, *, use_bias: bool = True, dtype,
         features_in,
         features_out,
         use_bias=use_bias,
-        kernel_init=normal_init,
-        bias_init=zeros_init,
+        kernel_init=placed(normal_init, rngs),
+        bias_init=placed(zeros_init, rngs),
         dtype=dtype,
         param_dtype=param_dtype,
         rngs=rngs,
@@ -74,8 +83,8 @@ def layer_norm(features: int, *, epsilon: float, dtype, param_dtype, rngs) -> nn
         features,
         epsilon=epsilon,
         use_fast_variance=False,
-        scale_init=ones_init,
-        bias_init=zeros_init,
+        scale_init=placed(ones_init, rngs),
+        bias_init=placed(zeros_init, rngs),
         dtype=dtype,
         param_dtype=param_dtype,
         rngs=rngs,
@@ -84,33 +93,43 @@ def layer_norm(features: int, *, epsilon: float, dtype, param_dtype, rngs) -> nn
 
 def table(shape: tuple[int, ...], *, param_dtype, rngs) -> nnx.Param:
     """A position table with the official initial values, normal(0.02)."""
-    return nnx.Param(normal_init(rngs.params(), shape, param_dtype))
+    return nnx.Param(placed(normal_init, rngs)(rngs.params(), shape, param_dtype))
 
 
-def zeros_init(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
+def zeros(shape: tuple[int, ...], *, param_dtype, rngs) -> nnx.Param:
+    """A parameter that starts from zeros."""
+    return nnx.Param(placed(zeros_init, rngs)(None, shape, param_dtype))
+
+
+def placed(init: Callable, rngs: "nnx.Rngs | Keys") -> Callable:
+    """The initialiser, its values placed as `rngs` has it; on the default device if it is no Keys."""
+    return functools.partial(init, place=rngs.place) if isinstance(rngs, Keys) else init
+
+
+def zeros_init(key: jax.Array | None, shape: tuple[int, ...], dtype, place=jnp.asarray) -> jax.Array:
     # From NumPy, as `jnp.zeros` compiles a program for each shape.
-    return jnp.asarray(np.zeros(shape, dtype))
+    return place(np.zeros(shape, dtype))
 
 
-def ones_init(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
-    return jnp.asarray(np.ones(shape, dtype))
+def ones_init(key: jax.Array, shape: tuple[int, ...], dtype, place=jnp.asarray) -> jax.Array:
+    return place(np.ones(shape, dtype))
 
 
-def normal_init(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
+def normal_init(key: jax.Array, shape: tuple[int, ...], dtype, place=jnp.asarray) -> jax.Array:
     """normal(0.02); the official truncation at ±2, a hundred standard deviations, never acts."""
-    return _draw(jax.random.normal, 0.02, key, shape, dtype)
+    return _draw(jax.random.normal, 0.02, key, shape, dtype, place)
 
 
-def uniform_init(key: jax.Array, shape: tuple[int, ...], dtype, *, bound: float) -> jax.Array:
+def uniform_init(key: jax.Array, shape: tuple[int, ...], dtype, place=jnp.asarray, *, bound: float) -> jax.Array:
     """Uniform in ±bound."""
-    return _draw(_symmetric_uniform, bound, key, shape, dtype)
+    return _draw(_symmetric_uniform, bound, key, shape, dtype, place)
 
 
 def _symmetric_uniform(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
     return jax.random.uniform(key, shape, dtype, -1, 1)
 
 
-def _draw(sample, scale: float, key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
+def _draw(sample, scale: float, key: jax.Array, shape: tuple[int, ...], dtype, place) -> jax.Array:
     """Random values drawn in blocks of one size, since each further size would cost a third of a second to compile.
 
     A model has about fifty shapes: the difference is ten seconds before the first step. Inside a traced function the
@@ -122,7 +141,7 @@ def _draw(sample, scale: float, key: jax.Array, shape: tuple[int, ...], dtype) -
         drawn = jax.vmap(lambda i: _draw_block(sample, key, i))(jnp.arange(blocks))
         return (scale * drawn.reshape(-1)[:size]).reshape(shape).astype(dtype)
     drawn = np.concatenate([_draw_block(sample, key, i) for i in range(blocks)])
-    return jnp.asarray((np.float32(scale) * drawn[:size]).reshape(shape), dtype)
+    return place((np.float32(scale) * drawn[:size]).reshape(shape).astype(dtype))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -139,8 +158,9 @@ class ConvParams(nnx.Module):
     def __init__(self, size: tuple[int, int], features_in: int, features_out: int, *, param_dtype, rngs: nnx.Rngs):
         bound = float(np.prod(size) * features_in) ** -0.5
         shape = (*size, features_in, features_out)
-        self.kernel = nnx.Param(uniform_init(rngs.params(), shape, param_dtype, bound=bound))
-        self.bias = nnx.Param(uniform_init(rngs.params(), shape[-1:], param_dtype, bound=bound))
+        uniform = placed(uniform_init, rngs)
+        self.kernel = nnx.Param(uniform(rngs.params(), shape, param_dtype, bound=bound))
+        self.bias = nnx.Param(uniform(rngs.params(), shape[-1:], param_dtype, bound=bound))
 
 
 class PatchConv(ConvParams):

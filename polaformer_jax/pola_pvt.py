@@ -118,7 +118,7 @@ class PolaPVT(Backbone):
         ratios = _reductions(given, img_size, kinds, sr_ratios, la_sr_ratios)
         dtype, param_dtype = given.types(dtype, param_dtype)
         given.check()
-        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": Keys(rngs.params())}
+        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": Keys.of(rngs)}
 
         for i, rates in enumerate(drop_path_rates(drop_path_rate, depths)):
             grid, dim = img_size // STRIDES[i], embed_dims[i]

@@ -192,7 +192,7 @@ class PolaSwin(Backbone):
         _check_windows(given, img_size, kinds, windows)
         dtype, param_dtype = given.types(dtype, param_dtype)
         given.check()
-        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": Keys(rngs.params())}
+        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": Keys.of(rngs)}
 
         def block(i: int, j: int, drop_path: float) -> SwinBlock:
             grid, dim, kind = img_size // STRIDES[i], embed_dim * 2**i, kinds[i][j]

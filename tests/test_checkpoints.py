@@ -23,7 +23,7 @@ def state_of(step):
 
 
 def abstract():
-    mesh = sharding.make_mesh(ml_collections.ConfigDict({"data": 8}))
+    mesh = sharding.make_mesh(ml_collections.ConfigDict({"data": 8, "fsdp": 1}))
     return sharding.with_shardings(jax.eval_shape(lambda: state_of(0)), sharding.replicated(mesh))
 
 

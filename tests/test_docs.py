@@ -25,7 +25,7 @@ def test_the_notebook_was_executed_without_an_error():
     assert not [output for cell in code for output in cell["outputs"] if output["output_type"] == "error"]
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/performance.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/performance.md", "docs/scaling.md"])
 def test_files_that_documents_name_exist(document):
     text = (ROOT / document).read_text()
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)\)", text)

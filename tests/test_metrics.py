@@ -47,6 +47,19 @@ def test_classification_metrics_equal_scikit_learns():
     assert mean.count("loss") == mask.sum()
 
 
+def test_among_equal_logits_the_lower_classes_come_first_as_in_top_k():
+    rng = np.random.default_rng(0)
+    logits, label = jnp.asarray(rng.integers(4, size=(500, 12)), jnp.float32), jnp.asarray(rng.integers(12, size=500))
+    batch = {"label": label, "mask": jnp.ones(500, bool)}
+    expected = (jax.lax.top_k(logits, 5)[1] == label[:, None]).any(1).sum()
+    assert 0 < float(ImageClassification(12).metrics(logits, batch)["accuracy_top5"][0]) == float(expected) < 500
+
+
+def test_logits_that_are_no_numbers_are_not_among_the_top5():
+    batch = {"label": jnp.arange(8), "mask": jnp.ones(8, bool)}
+    assert ImageClassification(8).metrics(jnp.full((8, 8), jnp.nan), batch)["accuracy_top5"][0] == 0
+
+
 @pytest.mark.parametrize("classes", [2, 3])
 def test_top5_of_fewer_than_five_classes_is_always_right(classes):
     batch = {"label": jnp.zeros(4, jnp.int32), "mask": jnp.ones(4, bool)}

@@ -67,7 +67,7 @@ def test_accumulated_parts_give_the_update_of_the_whole_batch(model, whole, part
 
 
 def test_any_number_of_devices_gives_the_same_recipe(model, whole):
-    mesh = sharding.make_mesh(ml_collections.ConfigDict({"data": 8}))
+    mesh = sharding.make_mesh(ml_collections.ConfigDict({"data": 8, "fsdp": 1}))
     state = jax.device_put(state_of(model), sharding.replicated(mesh))
     spread, sums = step_of(model, accumulate=2)(state, sharding.to_devices(batch_of(), mesh))
     assert_close(jax.device_get(spread.params), jax.device_get(whole[0].params))

@@ -2,14 +2,12 @@
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import optax
 import pytest
 from flax import nnx
 
 import polaformer_jax as pf
-from polaformer_jax.training import sharding
 from polaformer_jax.training.step import TrainState, make_eval_step, make_train_step, purpose_key
 from polaformer_jax.training.tasks import ImageClassification
 from tests.golden_models import QUICK
@@ -50,15 +48,6 @@ def batch_of(seed=0, size=16):
         "label": rng.integers(10, size=size, dtype=np.int32),
         "mask": np.ones(size, bool),
     }
-
-
-def test_any_number_of_devices_gives_the_same_training(model, step):
-    mesh = sharding.make_mesh(ml_collections.ConfigDict({"data": 8}))
-    one, eight = state_of(model[1]), jax.device_put(state_of(model[1]), sharding.replicated(mesh))
-    for number in range(6):
-        one, of_one = step(one, batch_of(number))
-        eight, of_eight = step(eight, sharding.to_devices(batch_of(number), mesh))
-        assert float(of_eight["loss"][0]) == pytest.approx(float(of_one["loss"][0]), rel=2e-5)
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_its_number(model, step):
@@ -130,14 +119,3 @@ def test_evaluation_is_not_random(model):
     assert sums == again
     assert set(outputs) == {"prediction", "probability", "label", "mask"}
     assert outputs["prediction"].shape == (16,)
-
-
-def test_a_batch_must_divide_over_the_devices():
-    mesh = sharding.make_mesh(ml_collections.ConfigDict({"data": 8}))
-    with pytest.raises(ValueError, match="train.batch_size=12 cannot be split evenly over 8 devices: take 8 or 16"):
-        sharding.check_batch(12, mesh, "train.batch_size")
-
-
-def test_more_devices_than_there_are():
-    with pytest.raises(ValueError, match="mesh.data=9, but there are 8 devices"):
-        sharding.make_mesh(ml_collections.ConfigDict({"data": 9}))

@@ -180,12 +180,13 @@ def evaluate(
     _check_request(config, workdir, checkpoint, (json_path, predictions_path, weights_path))
     if workdir is not None:
         stored = read_config(workdir)
-        config = stored if config is None else config.copy_and_resolve_references()
+        if config is None:
+            config = stored
+            config.mesh.data, config.mesh.fsdp = -1, 1  # the machine need not be the one that trained
         changed = [line for line in differences(stored, config) if line.startswith("model.")]
         if changed:
             listed = "\n".join(f"  {line}" for line in changed)
             raise UserError(f"the config's model is not the one that was trained in {workdir}:\n{listed}")
-        config.mesh.data = -1  # the machine need not be the one that trained
     if data_dir is not None:
         config = config.copy_and_resolve_references()
         config.data.data_dir = data_dir

@@ -1,7 +1,7 @@
 """From a config to the pieces of a run: data, model, optimizer, and the compiled steps."""
 
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from polaformer_jax import creation, weights
 from polaformer_jax.data import pipeline, sources, transforms
 from polaformer_jax.errors import UserError
+from polaformer_jax.layers import Keys
 from polaformer_jax.training import debugging, sharding
 from polaformer_jax.training.checks import check_config
 from polaformer_jax.training.optimizer import head_only, make_optimizer
@@ -27,7 +28,7 @@ from polaformer_jax.training.tasks import ImageClassification, Task
 ARCHITECTURE = ("attn_type", "window_size", "softmax_window_size", "alpha", "kernel_size")
 
 
-def build_model(config: ml_collections.ConfigDict, rngs: nnx.Rngs) -> nnx.Module:
+def build_model(config: ml_collections.ConfigDict, rngs: nnx.Rngs | Keys) -> nnx.Module:
     """The model of the config's `model` part.
 
     Raises:
@@ -59,21 +60,40 @@ class Experiment:
       abstract_params: nested dict of the parameters' shapes, dtypes and shardings.
       arguments: of the model's constructor.
 
+    Args:
+      config: the config.
+      devices: on which it runs; None: on those that there are.
+      num_examples: size of the training set, given where the steps are only compiled and no data set need be there.
+
     Raises:
       UserError: the config cannot work: its values, its model, or its data set.
     """
 
-    def __init__(self, config: ml_collections.ConfigDict):
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        *,
+        devices: Sequence[jax.Device] | None = None,
+        num_examples: int | None = None,
+    ):
         check_config(config)
+        self._devices = devices
+        self._num_examples = num_examples
         self.config = config = config.copy_and_resolve_references()
         if config.model.num_classes is None:
+            if num_examples is not None:
+                raise UserError("model.num_classes=None: there is no data set here to take it from, give a number")
             config.model.num_classes = self.eval_source.num_classes
         model = nnx.eval_shape(lambda: build_model(config.model, nnx.Rngs(0)))
         self.arguments: dict[str, Any] = dict(model.arguments)
         graphdef, params = nnx.split(model)
         self.graphdef: nnx.GraphDef = graphdef
-        self.abstract_params: Any = with_shardings(nnx.to_pure_dict(params), sharding.replicated(self.mesh))
-        classes = self.eval_source.num_classes
+        self.abstract_params: Any = self._placed(nnx.to_pure_dict(params))
+        if num_examples is None:
+            self._check_classes()
+
+    def _check_classes(self) -> None:
+        config, classes = self.config, self.eval_source.num_classes
         if config.model.num_classes != classes:
             raise UserError(
                 f"model.num_classes={config.model.num_classes}, but {config.data.name} has {classes} classes:"
@@ -82,6 +102,16 @@ class Experiment:
 
     def check_training(self) -> None:
         """Raises a UserError if this cannot be trained, though it may well be evaluated: data, batch, length."""
+        self.check_batch()
+        if self.train_source.num_classes != self.eval_source.num_classes:
+            raise UserError(
+                f"data.train_split={self.config.data.train_split} has {self.train_source.num_classes} classes, and"
+                f" data.eval_split={self.config.data.eval_split} {self.eval_source.num_classes}"
+            )
+        durations(self.config, num_examples=len(self.train_source))
+
+    def check_batch(self) -> None:
+        """Raises a UserError if the batch cannot be split into its parts, and these over the devices."""
         train = self.config.train
         if train.batch_size % train.accumulate:
             raise UserError(
@@ -89,12 +119,6 @@ class Experiment:
             )
         name = "train.batch_size" if train.accumulate == 1 else "train.batch_size / train.accumulate"
         sharding.check_batch(train.batch_size // train.accumulate, self.mesh, name)
-        if self.train_source.num_classes != self.eval_source.num_classes:
-            raise UserError(
-                f"data.train_split={self.config.data.train_split} has {self.train_source.num_classes} classes, and"
-                f" data.eval_split={self.config.data.eval_split} {self.eval_source.num_classes}"
-            )
-        durations(self.config, num_examples=len(self.train_source))
 
     # --- data
 
@@ -108,7 +132,7 @@ class Experiment:
 
     @functools.cached_property
     def mesh(self) -> Mesh:
-        return sharding.make_mesh(self.config.mesh)
+        return sharding.make_mesh(self.config.mesh, self._devices)
 
     def train_batches(self, start: int):
         """This process's part of each training batch from step `start` on, without end."""
@@ -182,10 +206,14 @@ class Experiment:
         """
         if self.config.init.weights is not None:
             return self.read_params(self.config.init.weights, fit=("tables", "classifier"))
-        # Eagerly: under jit, compiling the many draws takes five times as long as drawing.
-        model = build_model(self.config.model, nnx.Rngs(self.config.seed))
-        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-        return jax.device_put(params, sharding.replicated(self.mesh))
+
+        # Eagerly, one parameter after the other: under jit, compiling the many draws takes five times as long as
+        # drawing. Each goes from host memory to the devices that keep it, so that none of them ever has them all.
+        def place(array: np.ndarray) -> jax.Array:
+            return sharding.place(array, sharding.state_sharding(array.shape, self.mesh))
+
+        model = build_model(self.config.model, Keys(nnx.Rngs(self.config.seed).params(), place))
+        return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
     def read_params(self, path: str, *, fit: Collection[weights.Fit] = ("tables",)) -> Any:
         """Parameters from a file of weights of any kind that `weights.read_file` reads.
@@ -199,7 +227,7 @@ class Experiment:
         params, changes = weights.params_from(path, self.abstract_params, self.arguments, fit=fit)
         for line in weights.summary(changes):
             log.warning("%s, changed to fit the model: %s", path, line)
-        return jax.device_put(params, sharding.replicated(self.mesh))
+        return params
 
     def model(self, params: Any) -> nnx.Module:
         """The model with these parameters."""
@@ -209,7 +237,8 @@ class Experiment:
 
     @functools.cached_property
     def length(self) -> Durations:
-        return durations(self.config, num_examples=len(self.train_source))
+        examples = len(self.train_source) if self._num_examples is None else self._num_examples
+        return durations(self.config, num_examples=examples)
 
     @functools.cached_property
     def rate(self):
@@ -229,13 +258,19 @@ class Experiment:
 
     def initial_state(self) -> TrainState:
         """The state before the first step, on all devices of the mesh."""
-        create = jax.jit(self._new_state, out_shardings=sharding.replicated(self.mesh), donate_argnums=0)
+        create = jax.jit(self._new_state, out_shardings=self._state_shardings, donate_argnums=0)
         return create(self.initial_params())
 
     @functools.cached_property
     def abstract_state(self) -> TrainState:
-        state = jax.eval_shape(self._new_state, self.abstract_params)
-        return with_shardings(state, sharding.replicated(self.mesh))
+        return self._placed(jax.eval_shape(self._new_state, self.abstract_params))
+
+    @property
+    def _state_shardings(self) -> TrainState:
+        return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+
+    def _placed(self, abstract: Any) -> Any:
+        return with_shardings(abstract, sharding.state_shardings(abstract, self.mesh))
 
     def abstract_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, dtypes and shardings of a batch of this size over all hosts."""
@@ -249,6 +284,11 @@ class Experiment:
 
     def compile_train_step(self) -> jax.stages.Compiled:
         """(state, batch) -> (state, sums of metrics); the state given is used up."""
+        options = debugging.compiler_options(self.config.debug)
+        return self.trace_train_step().lower().compile(compiler_options=options)
+
+    def trace_train_step(self) -> jax.stages.Traced:
+        """The same before it is compiled, for any devices."""
         step = make_train_step(
             self.graphdef,
             self.task,
@@ -258,15 +298,15 @@ class Experiment:
             accumulate=self.config.train.accumulate,
             ema_decay=self.config.ema.decay,
             trainable=self._trainable,
+            mesh=self.mesh,
         )
-        copied = sharding.replicated(self.mesh)
-        step = jax.jit(step, donate_argnums=0, out_shardings=copied)
-        lowered = step.lower(self.abstract_state, self.abstract_batch(self.config.train.batch_size))
-        return lowered.compile(compiler_options=debugging.compiler_options(self.config.debug))
+        # The state goes out as it came in, so that its memory is reused.
+        step = jax.jit(step, donate_argnums=0, out_shardings=(self._state_shardings, sharding.replicated(self.mesh)))
+        return step.trace(self.abstract_state, self.abstract_batch(self.config.train.batch_size))
 
     def compile_eval_step(self, batch_size: int) -> jax.stages.Compiled:
         """(params, batch) -> (sums of metrics, outputs of each example)."""
-        step = make_eval_step(self.graphdef, self.task)
+        step = make_eval_step(self.graphdef, self.task, mesh=self.mesh)
         # Outputs are copied to all devices, so that every process can read those of the whole batch.
         step = jax.jit(step, out_shardings=sharding.replicated(self.mesh))
         return step.lower(self.abstract_params, self.abstract_batch(batch_size)).compile()

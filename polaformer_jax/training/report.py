@@ -59,7 +59,7 @@ def describe_dry(experiment: Experiment) -> str:
         f"steps: {length.total:,} of {config.train.batch_size} examples, {length.warmup:,} of them warm-up;"
         f" {len(experiment.train_source):,} examples to train on, {len(experiment.eval_source):,} to evaluate",
         *(f"batch[{name!r}]: {leaf.dtype} {leaf.shape}, {leaf.sharding.spec}" for name, leaf in batch.items()),
-        f"devices: {experiment.mesh.size} x {jax.devices()[0].device_kind}",
+        f"devices: {experiment.mesh.size} x {jax.devices()[0].device_kind}, as mesh {dict(experiment.mesh.shape)}",
         f"memory of the training step on each device: arguments {memory.argument_size_in_bytes / MEBIBYTE:.1f} MiB"
         f" (reused for outputs: {memory.alias_size_in_bytes / MEBIBYTE:.1f} MiB),"
         f" temporary {memory.temp_size_in_bytes / MEBIBYTE:.1f} MiB",

@@ -1,5 +1,12 @@
-"""Where arrays live: one mesh over all devices, the batch split along it, the state copied to each."""
+"""Where arrays live: one mesh of devices with two axes, and one rule for each kind of array.
 
+A batch is split over both axes, `data` and `fsdp`. Parameters, and what has their shapes (the optimizer's moments, the
+moving average), are copied along `data` and split along `fsdp` (Zhao et al., "PyTorch FSDP", arXiv 2304.11277): the
+step gathers the parameters that it multiplies with, and each device updates the part that it keeps.
+"""
+
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,19 +15,36 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from polaformer_jax.errors import UserError
 
+# Smaller arrays are not worth a message of their own: every device keeps them whole.
+LEAST_SPLIT = 2**14  # elements
 
-def make_mesh(config) -> Mesh:
-    """The mesh of the config's `mesh` part, with the one axis `data`.
+
+def make_mesh(config, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of the config's `mesh` part: `data` rows of `fsdp` devices.
+
+    Args:
+      devices: those to choose from; None: all that there are.
 
     Raises:
-      UserError: more devices are asked for than there are.
+      UserError: other devices are asked for than there are.
     """
-    available = jax.device_count()
-    size = available if config.data == -1 else config.data
-    if not 1 <= size <= available:
-        raise UserError(f"mesh.data={config.data}, but there are {available} devices: give 1 to that, or -1 for all")
+    given = None if devices is None else list(devices)
+    available = jax.device_count() if given is None else len(given)
+    fsdp, data = config.fsdp, config.data
+    if not 1 <= fsdp <= available:
+        raise UserError(f"mesh.fsdp={fsdp}, but there are {available} devices: give 1 to {available}")
+    if data == -1:
+        if available % fsdp:
+            raise UserError(f"mesh.fsdp={fsdp} does not divide the {available} devices: set mesh.data, or another fsdp")
+        data = available // fsdp
+    if not 1 <= data * fsdp <= available:
+        raise UserError(
+            f"mesh.data={data}, mesh.fsdp={fsdp}, but there are {available} devices:"
+            f" give mesh.data 1 to {available // fsdp}, or -1 for all"
+        )
+    chosen = (jax.devices() if given is None else given)[: data * fsdp]
     # Auto: the compiler places intermediate results. (The default, Explicit, refuses gathers along a sharded axis.)
-    return jax.make_mesh((size,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:size])
+    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=chosen)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -28,18 +52,48 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The leading axis of every array of a batch is split over the devices."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    """The leading axis of every array of a batch is split over all devices."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def state_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """Of an array of the training state: over `fsdp` along its largest axis that this divides, if it is large at all.
+
+    The rule knows the shape alone, so that a parameter, its moments and its average lie together.
+    """
+    parts = mesh.shape["fsdp"]
+    divisible = [axis for axis, size in enumerate(shape) if size % parts == 0]
+    if parts == 1 or math.prod(shape) < LEAST_SPLIT or not divisible:
+        return replicated(mesh)
+    largest = max(divisible, key=lambda axis: shape[axis])  # the first of equals
+    return NamedSharding(mesh, PartitionSpec(*(None,) * largest, "fsdp"))
+
+
+def state_shardings(tree: Any, mesh: Mesh) -> Any:
+    """The shardings of a training state, or of a part of one."""
+    return jax.tree.map(lambda leaf: state_sharding(leaf.shape, mesh), tree)
+
+
+def with_shardings(abstract: Any, shardings: Any) -> Any:
+    """The tree of shapes and dtypes, every leaf to be placed by the sharding that `shardings` has for it (or by it)."""
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda _: shardings, abstract)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+
+
+def place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """A host array that every process has, on the devices; each is given its own part and no more."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def check_batch(batch_size: int, mesh: Mesh, name: str) -> None:
-    """Raises a UserError unless the batch divides evenly over the devices."""
+    """Raises a UserError unless the batch divides evenly over the devices of both axes."""
     if batch_size % mesh.size:
         nearest = batch_size // mesh.size * mesh.size
         choices = [str(b) for b in (nearest, nearest + mesh.size) if b]
         raise UserError(
             f"{name}={batch_size} cannot be split evenly over {mesh.size} devices:"
-            f" take {' or '.join(choices)}, or another number of devices (mesh.data)"
+            f" take {' or '.join(choices)}, or another number of devices (mesh.data, mesh.fsdp)"
         )
 
 
@@ -49,6 +103,25 @@ def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
 
 
-def with_shardings(abstract: Any, sharding: jax.sharding.Sharding) -> Any:
-    """The tree of shapes and dtypes, every leaf to be placed by `sharding`."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract)
+class Constraints:
+    """What the compiler is told inside a step, where left alone it might move activations rather than parameters.
+
+    Without a mesh nothing is told.
+    """
+
+    def __init__(self, mesh: Mesh | None):
+        self._mesh = mesh
+
+    def whole(self, tree: Any) -> Any:
+        """Parameters as they are multiplied with: a copy on every device."""
+        return tree if self._mesh is None else jax.lax.with_sharding_constraint(tree, replicated(self._mesh))
+
+    def split(self, tree: Any) -> Any:
+        """Gradients as they are applied: each device has the part that it keeps of the parameters."""
+        if self._mesh is None:
+            return tree
+        return jax.lax.with_sharding_constraint(tree, state_shardings(tree, self._mesh))
+
+    def batch(self, tree: Any) -> Any:
+        """Each device has its own examples."""
+        return tree if self._mesh is None else jax.lax.with_sharding_constraint(tree, batch_sharding(self._mesh))

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from polaformer_jax.training.metrics import Sums, masked
+from polaformer_jax.training.sharding import Constraints
 from polaformer_jax.training.tasks import Batch, Task
 
 # A key of its own for each purpose, so that a new one never changes the numbers drawn for another.
@@ -42,6 +44,7 @@ def make_train_step(
     accumulate: int = 1,
     ema_decay: float | None = None,
     trainable: Any = None,
+    mesh: Mesh | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
     """One update of the parameters.
 
@@ -54,7 +57,10 @@ def make_train_step(
             is that of the whole batch. (Stochastic depth and dropout draw for each part anew.)
         ema_decay: d of the moving average, ema = d * ema + (1 - d) * params; the state must have one if it is given.
         trainable: nested dict of bools like the parameters; None: all of them.
+        mesh: where state and batch lie; None: the compiler decides from its arguments alone.
     """
+
+    constrain = Constraints(mesh)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
         batch = task.augmented(batch, lambda purpose: purpose_key(seed, state.step, purpose))
@@ -63,6 +69,7 @@ def make_train_step(
         def loss_fn(params, part: Batch, key: jax.Array):
             if trainable is not None:
                 params = jax.tree.map(lambda p, trains: p if trains else jax.lax.stop_gradient(p), params, trainable)
+            params, part = constrain.whole(params), constrain.batch(part)
             logits = nnx.merge(graphdef, params)(part["inputs"], train=True, rngs=nnx.Rngs(dropout=key))
             # The loss is float32 at least, whatever the model computes in.
             logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
@@ -72,7 +79,7 @@ def make_train_step(
 
         def backward(part: Batch, key: jax.Array):
             (loss, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, part, key)
-            return loss, sums, grads
+            return loss, sums, constrain.split(grads)
 
         dropout_key = purpose_key(seed, state.step, "dropout")
         if accumulate == 1:
@@ -115,10 +122,15 @@ def _parts(batch: Batch, count: int) -> Batch:
     return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
-def make_eval_step(graphdef: nnx.GraphDef, task: Task) -> Callable[[Any, Batch], tuple[Sums, Batch]]:
+def make_eval_step(
+    graphdef: nnx.GraphDef, task: Task, *, mesh: Mesh | None = None
+) -> Callable[[Any, Batch], tuple[Sums, Batch]]:
     """Metrics of a batch, summed, and each example's outputs, label and mask."""
 
+    constrain = Constraints(mesh)
+
     def eval_step(params, batch: Batch) -> tuple[Sums, Batch]:
+        params, batch = constrain.whole(params), constrain.batch(batch)
         logits = nnx.merge(graphdef, params)(task.inputs(batch), train=False)
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         outputs = {**task.outputs(logits), "label": batch["label"], "mask": batch["mask"]}

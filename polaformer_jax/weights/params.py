@@ -116,7 +116,7 @@ def shapes(like: Mapping) -> dict[str, tuple[int, ...]]:
 
 
 def place(tensors: Mapping[str, np.ndarray], like: Mapping, *, give_back: bool = False) -> dict:
-    """A tree like `like`, each array in the type and on the devices of the one that it stands for.
+    """A tree like `like`, each array in the type and on the devices of the one that it stands for, be it abstract.
 
     Always copies, since jax may go on using memory that it is given, and this is the caller's or a file's.
 
@@ -133,10 +133,17 @@ def place(tensors: Mapping[str, np.ndarray], like: Mapping, *, give_back: bool =
             host = _aligned_copy(tensors[name], leaf.dtype)
         except FloatingPointError as error:
             raise WeightsError(f"{name} holds values too large for the model's type, {leaf.dtype}") from error
-        placed[name] = jax.device_put(host, leaf.sharding if isinstance(leaf, jax.Array) else None).block_until_ready()
+        placed[name] = _on_devices(host, getattr(leaf, "sharding", None)).block_until_ready()
         if give_back:
             _give_back(tensors[name])
     return unflatten(placed, like)
+
+
+def _on_devices(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    """The array on the default device, or each device's part of it on the devices of `sharding`."""
+    if sharding is None:
+        return jax.device_put(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def _aligned_copy(array: np.ndarray, dtype) -> np.ndarray:
