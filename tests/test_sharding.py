@@ -288,7 +288,7 @@ def test_a_checkpoint_restores_on_any_mesh(trained, digits_dir, data, fsdp):
     for mesh in ((config.mesh.data, config.mesh.fsdp), (data, fsdp)):
         abstract = Experiment(config_of(digits_dir, *mesh)).abstract_state
         with Checkpoints(workdir / "checkpoints", keep_last=1, best_metric="accuracy", read_only=True) as checkpoints:
-            states.append(checkpoints.restore(abstract))
+            states.append(checkpoints.restore(abstract).state)
         for leaf, expected in zip(jax.tree.leaves(states[-1]), jax.tree.leaves(abstract), strict=True):
             assert leaf.sharding.is_equivalent_to(expected.sharding, leaf.ndim)
     jax.tree.map(np.testing.assert_array_equal, *states)
