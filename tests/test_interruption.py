@@ -128,3 +128,28 @@ def test_saves_by_the_clock(digits_dir, straight, compiled_once, tmp_path):
     loop.train(config, tmp_path)
     with Checkpoints(tmp_path / "checkpoints", keep_last=100, best_metric="accuracy", read_only=True) as checkpoints:
         assert checkpoints.steps() == [*range(1, 9)]
+
+
+def test_what_a_killed_run_wrote_of_later_steps_is_taken_back(digits_dir, straight, compiled_once, tmp_path):
+    class Killed(BaseException):
+        pass
+
+    config = settings(digits_dir)
+    for killed_at in (2, 6):  # before the first checkpoint, and behind the one of step 4
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            progress = loop.Progress.report
+
+            def report(self, step, metrics, *, progress=progress, killed_at=killed_at):
+                progress(self, step, metrics)
+                if step == killed_at:
+                    raise Killed
+
+            patch.setattr(loop.Progress, "report", report)
+            loop.train(config, tmp_path)
+    assert "eval_loss" in written(tmp_path)
+    loop.train(config, tmp_path)
+    before, after = written(straight), written(tmp_path)
+    for name in before.keys() - TIMES:
+        assert after[name] == before[name], name
+    for name in TIMES:
+        assert [step for step, _ in after[name]] == [step for step, _ in before[name]], name

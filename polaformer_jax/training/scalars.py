@@ -1,12 +1,13 @@
 """Numbers over time, written for TensorBoard by clu and read back from there."""
 
 import os
-import time
 from collections import defaultdict
 
 import jax
 import numpy as np
 from etils import epath
+
+from polaformer_jax import atomic
 
 
 def make_writer(workdir: epath.PathLike, start: int):
@@ -21,19 +22,31 @@ def make_writer(workdir: epath.PathLike, start: int):
     from clu import metric_writers
 
     tf.config.set_visible_devices([], "GPU")  # it would take the memory that JAX needs
-    if jax.process_index() == 0 and any(epath.Path(workdir).glob("events.out.tfevents.*")):
-        _take_back(workdir, start + 1 if start else 0)
+    if jax.process_index() == 0:
+        for path in epath.Path(workdir).glob("events.out.tfevents.*"):
+            _take_back(path, start)
     return metric_writers.create_default_writer(workdir, just_logging=jax.process_index() > 0)
 
 
-def _take_back(workdir: epath.PathLike, step: int) -> None:
-    """Tells TensorBoard that a new session starts: readers drop what was written before of this step and later ones."""
-    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+def _take_back(path: epath.Path, step: int) -> None:
+    """Cuts an event file off before the first event that is later than `step`; all of it where `step` is 0.
 
-    writer = EventFileWriter(os.fspath(workdir))
-    writer.add_event(Event(wall_time=time.time(), step=step, session_log=SessionLog(status=SessionLog.START)))
-    writer.close()
+    TensorBoard has a mark for a new session, after which readers drop what was written before of later steps; but they
+    do so for the first version of its format alone, and clu writes the second.
+    """
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    content, end = path.read_bytes(), 0
+    while end < len(content):  # TFRecord: length, checksum, data, checksum
+        size = int.from_bytes(content[end : end + 8], "little")
+        if end + size + 16 > len(content):
+            break  # the process that wrote it was killed in the middle
+        event = Event.FromString(content[end + 12 : end + 12 + size])
+        if event.step > step or (step == 0 and event.HasField("summary")):
+            break
+        end += size + 16
+    if end < len(content):
+        atomic.write(path, content[:end])
 
 
 def read_scalars(workdir: epath.PathLike) -> dict[str, tuple[np.ndarray, np.ndarray]]:

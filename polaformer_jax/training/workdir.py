@@ -107,7 +107,8 @@ def claim(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> Iterato
 
 @contextlib.contextmanager
 def _claimed(workdir: epath.Path, config: ml_collections.ConfigDict) -> Iterator[None]:
-    workdir.mkdir(parents=True, exist_ok=True)
+    with _writable(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
     with _locked(workdir):
         # A run without a checkpoint has nothing to lose: a config that was mended after a failed start is welcome.
         checkpoints = workdir / "checkpoints"
@@ -119,8 +120,20 @@ def _claimed(workdir: epath.Path, config: ml_collections.ConfigDict) -> Iterator
                     + "\n".join(f"  {line}" for line in changed)
                     + "\ntake another --workdir, or undo these changes to go on with that run"
                 )
-        atomic.write(workdir / "config.json", json.dumps(as_json(config), indent=2) + "\n")
+        with _writable(workdir):
+            atomic.write(workdir / "config.json", json.dumps(as_json(config), indent=2) + "\n")
         yield
+
+
+@contextlib.contextmanager
+def _writable(workdir: epath.Path) -> Iterator[None]:
+    """Within, an OSError becomes a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"the work directory {workdir} cannot be written ({error}): is the disk full, or not yours to write to?"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -131,7 +144,9 @@ def _locked(workdir: epath.Path) -> Iterator[None]:
         return
     import fcntl  # not on Windows, where jax has no accelerators either
 
-    with open(workdir / ".lock", "a+") as file:
+    with _writable(workdir):
+        lock = open(workdir / ".lock", "a+")
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -140,7 +155,8 @@ def _locked(workdir: epath.Path) -> Iterator[None]:
                 f"another process ({file.read().strip() or 'unknown'}) is training in {workdir}:"
                 " wait for it or stop it, or take another --workdir"
             ) from None
-        file.truncate(0)
-        file.write(f"pid {os.getpid()}")
-        file.flush()
+        with _writable(workdir):
+            file.truncate(0)
+            file.write(f"pid {os.getpid()}")
+            file.flush()
         yield

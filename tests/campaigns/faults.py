@@ -81,9 +81,7 @@ def start(config, workdir, *, file_limit=None):
         return child
     status = 70
     try:
-        log = os.open(f"{workdir}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
+        _log_to(f"{workdir}.log")
         if file_limit is not None:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then writing fails with an OSError, as on a full disk
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
@@ -94,6 +92,21 @@ def start(config, workdir, *, file_limit=None):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def _log_to(path):
+    """Sends stdout and stderr to a file through a process of its own, which no limit on files concerns."""
+    receive, send = os.pipe()
+    if not os.fork():
+        with open(path, "ab") as file:
+            os.close(send)
+            while data := os.read(receive, 65536):
+                file.write(data)
+        os._exit(0)
+    os.close(receive)
+    os.dup2(send, 1)
+    os.dup2(send, 2)
+    os.close(send)
 
 
 def _train(config, workdir):
@@ -204,7 +217,7 @@ def free_port():
 def run(kind, args, workdir, rng, longest):
     """One start of a training, disturbed or not; the statuses of its processes."""
     port = free_port()
-    limit = rng.choice([0, 1000, 100_000]) if kind == "disk" else None
+    limit = rng.choice([0, 1000, 10_000, 100_000, 1_000_000]) if kind == "disk" else None
     group = []
     for process in range(args.processes):
         config = settings(
