@@ -46,7 +46,8 @@ def compiled_once():
 
 
 def settings(digits_dir):
-    return config_of(digits_dir, **{"log.pictures": False})
+    """On one device: eight fake ones make saving, restoring and compiling slow."""
+    return config_of(digits_dir, **{"log.pictures": False, "mesh.data": 1})
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +126,7 @@ def test_a_stop_in_an_evaluation_leaves_it_for_later(digits_dir, straight, compi
 def test_saves_by_the_clock(digits_dir, straight, compiled_once, tmp_path):
     config = settings(digits_dir)
     config.checkpoint.every_steps, config.checkpoint.every_minutes, config.checkpoint.keep_last = 1000, 1e-9, 100
+    config.eval.every = 8.0
     loop.train(config, tmp_path)
     with Checkpoints(tmp_path / "checkpoints", keep_last=100, best_metric="accuracy", read_only=True) as checkpoints:
         assert checkpoints.steps() == [*range(1, 9)]
