@@ -21,9 +21,10 @@ CONFIG = config_flags.DEFINE_config_file(
 WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of a training.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Which of its checkpoints: best, latest, or a step. [best]")
 KIND = flags.DEFINE_enum("weights", None, ["raw", "ema"], "Which of its weights. [the config's eval.weights]")
+SPLIT = flags.DEFINE_string("split", None, "Split to evaluate. [the config's data.test_split, or data.eval_split]")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Where the data is now, if not where the config says.")
 JSON = flags.DEFINE_string("json", None, "File for the result. [WORKDIR/eval.json]")
-PREDICTIONS = flags.DEFINE_string("predictions", None, "File for a CSV table with one row an image.")
+PREDICTIONS = flags.DEFINE_string("predictions", None, "File for a CSV table with one row an example.")
 SAVE_WEIGHTS = flags.DEFINE_string("save_weights", None, "File (.safetensors) for the weights that are evaluated.")
 
 
@@ -38,6 +39,7 @@ def main(argv: list[str]) -> None:
         checkpoint=CHECKPOINT.value,
         kind=KIND.value,
         data_dir=DATA_DIR.value,
+        split=SPLIT.value,
         json_path=JSON.value,
         predictions_path=PREDICTIONS.value,
         weights_path=SAVE_WEIGHTS.value,

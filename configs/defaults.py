@@ -1,7 +1,7 @@
 """The one schema of all configs: every field, its default, and what it means.
 
-A config (`digits.py`, `pola_pvt.py`, `pola_swin.py`) starts from `defaults()`, changes what differs and returns it
-locked, so that a misspelt field is an error. Any field can be overridden on the command line:
+A config (`digits.py`, `lra.py`, `pola_pvt.py`, `pola_swin.py`) starts from `defaults()`, changes what differs and
+returns it locked, so that a misspelt field is an error. Any field can be overridden on the command line:
 `--config.optimizer.lr=1e-3`. A field is here only if it acts.
 """
 
@@ -20,7 +20,11 @@ def defaults() -> ml_collections.ConfigDict:
     config.seed = 0  # initial weights, order of the data, augmentation, stochastic depth: everything random
 
     config.task = task = ml_collections.ConfigDict()
-    task.name = "image"  # what is learnt; "image": classification of images
+    # What is learnt. "image": classification of images. Sequences, of the Long Range Arena: "listops", "text",
+    # "retrieval", "pathfinder", "image_lra".
+    task.name = "image"
+    task.tokenisation = placeholder(str)  # of ListOps: "brackets", or "no_brackets" (closing ones dropped)
+    task.attention = "polarity"  # of sequences; "softmax" and plain linear "relu" are there to compare with
 
     config.model = model = ml_collections.ConfigDict()
     model.name = "pola_pvt_t"  # one of polaformer_jax.list_models()
@@ -42,11 +46,16 @@ def defaults() -> ml_collections.ConfigDict:
     init.freeze_backbone = False  # train the classifier alone
 
     config.data = data = ml_collections.ConfigDict()
-    data.source = "tfds"  # "tfds": prepared in ArrayRecord format; "folder": DATA_DIR/{train,val}/CLASS/*.jpeg
+    # "tfds": prepared in ArrayRecord format; "folder": DATA_DIR/{train,val}/CLASS/*.jpeg; "lra": the sequences' own.
+    data.source = "tfds"
     data.name = "imagenet2012"  # of a folder: what messages call it
     data.data_dir = "data"  # of a folder: where train/ and val/ lie
     data.train_split = "train"
     data.eval_split = "validation"
+    data.test_split = placeholder(str)  # on which the best checkpoint is reported at the end; None: on eval_split
+    # Sequences: batches are grouped by length and padded to one of so many lengths, each of which is compiled; 1: to
+    # the longest of all, without grouping.
+    data.buckets = 8
     # Processes that read, decode and augment, and as many again for evaluation; 0: in the training process itself.
     data.workers = 8
     data.prefetch = 1  # batches that each worker keeps ready (up to 2 * prefetch + 2 of each in memory)
@@ -79,12 +88,14 @@ def defaults() -> ml_collections.ConfigDict:
     optimizer.eps = 1e-8
     optimizer.weight_decay = 0.05
     optimizer.clip_norm = placeholder(float)  # greatest global norm of the gradient; None: no clipping
+    optimizer.clip_value = placeholder(float)  # greatest value in the gradient, before clip_norm; None: no clipping
     optimizer.layer_decay = placeholder(float)  # the rate shrinks by this factor from each layer to the one below
 
     config.schedule = schedule = ml_collections.ConfigDict()
+    # "cosine", or "one_cycle": from lr / 25 in a line to lr at the end of the warm-up, and down to lr / 250,000.
     schedule.name = "cosine"
     schedule.warmup = 5.0  # these durations count in the unit of train: epochs or steps
-    schedule.warmup_lr = 1e-6
+    schedule.warmup_lr = 1e-6  # this and min_lr are the cosine's
     schedule.min_lr = 1e-5
     schedule.cooldown = 0.0  # at min_lr, after the cosine and on top of epochs or steps
 
@@ -104,6 +115,7 @@ def defaults() -> ml_collections.ConfigDict:
     checkpoint.every_minutes = 30.0
     checkpoint.keep_last = 2
     checkpoint.best_metric = "accuracy"  # or "loss": which evaluated checkpoint is also kept
+    checkpoint.best_after = 0.0  # the best is sought after this share of the steps
 
     config.mesh = mesh = ml_collections.ConfigDict()
     mesh.data = -1  # rows of devices, each with the whole state; -1: as many as there are devices for

@@ -14,13 +14,25 @@ _HOME = {
     "create_model": "creation",
     "list_models": "zoo",
     "PolaPVT": "pola_pvt",
+    "PolaSequence": "pola_sequence",
     "PolaSwin": "pola_swin",
     "PolarityAttention": "attention",
     "polarity_attention": "attention",
     "load_weights": "weights",
     "save_weights": "weights",
 }
-_ROOMS = ("attention", "creation", "data", "layers", "pola_pvt", "pola_swin", "training", "weights", "zoo")
+_ROOMS = (
+    "attention",
+    "creation",
+    "data",
+    "layers",
+    "pola_pvt",
+    "pola_sequence",
+    "pola_swin",
+    "training",
+    "weights",
+    "zoo",
+)
 
 __all__ = sorted(_HOME)
 

@@ -33,6 +33,7 @@ def polarity_attention(
     bias: jax.Array,
     grid: tuple[int, ...],
     alpha: float = 4.0,
+    mask: jax.Array | None = None,
 ) -> jax.Array:
     """Attention of N query tokens to n key tokens in time O(N + n), with signs kept apart.
 
@@ -61,14 +62,19 @@ def polarity_attention(
             power, normaliser and accumulation are at least float32.
         kernel, bias: of the depthwise convolution, (size, size, 1, d) and (d,); one kernel serves all heads.
             A kernel with one spatial axis belongs to a grid with one axis.
-        grid: how the N tokens lie: (height, width) of an image or a window.
+        grid: how the N tokens lie: (height, width) of an image or a window, (N,) of a sequence.
         alpha: largest power minus one, >= 0. Gradients are finite at exact zeros for all of these.
+        mask: (B, N) bool, True at the tokens that are there; None: all of them. Only where N = n. The others add
+            nothing to [k+, k-]^T v or the mean, n counts without them, and the convolution sees zeros in their place,
+            so that padding an example changes nothing of its own tokens. (What stands at the others means nothing.)
 
     Returns:
         (B, N, C) in the dtype of `q`.
     """
     _, tokens, channels = q.shape
     keys = k.shape[1]
+    if mask is not None and mask.shape != k.shape[:2]:
+        raise ValueError(f"mask has shape {mask.shape}, expected one value for each key, {k.shape[:2]}")
     heads, width = power.shape[1], power.shape[3]
     half = width // 2
     narrow, full = q.dtype, wide(q.dtype)
@@ -76,8 +82,14 @@ def polarity_attention(
     q_signed, k_signed = signed_features(
         q, k, power=power, scale=scale, positional_encoding=positional_encoding, alpha=alpha
     )  # (B, N, h, 2d), (B, n, h, 2d)
+    if mask is None:
+        k_mean = jnp.mean(k_signed, axis=1, dtype=full)[..., None]  # (B, h, 2d, 1)
+    else:
+        k_signed = jnp.where(mask[:, :, None, None], k_signed, 0)
+        v = jnp.where(mask[:, :, None], v, 0)
+        keys = jnp.maximum(jnp.sum(mask, axis=1), 1).astype(full).reshape(-1, 1, 1, 1)  # (B, 1, 1, 1)
+        k_mean = jnp.sum(k_signed, axis=1, dtype=full)[..., None] / keys
     kv = product("bnhk,bnhe->bhke", k_signed, _split(v, heads)) / keys  # (B, h, 2d, d)
-    k_mean = jnp.mean(k_signed, axis=1, dtype=full)[..., None]  # (B, h, 2d, 1)
     same = jnp.concatenate([kv[..., :half], k_mean], axis=-1)
     opposite = jnp.roll(jnp.concatenate([kv[..., half:], k_mean], axis=-1), width, axis=-2)  # the halves swapped
     m = jnp.concatenate([same, opposite], axis=-1).astype(narrow)  # (B, h, 2d, d + 2)
@@ -205,7 +217,7 @@ class PolarityAttention(nnx.Module):
 
     Args:
         dim: channels C. num_heads: h; C/h must be even, for each stream takes half of a head's value channels.
-        grid: (height, width) on which the query tokens lie.
+        grid: (height, width) on which the query tokens lie; (length,) of sequences, which may be shorter.
         projections: "qkvg", one layer whose output is q, k, v, g in this order (Pola-Swin), or "qg_kv", two layers with
             outputs q, g and k, v (Pola-PVT).
         sr_ratio: spatial reduction of keys and values by `sr` and `norm`, only with "qg_kv"; 1 is none.
@@ -218,7 +230,7 @@ class PolarityAttention(nnx.Module):
         dim: int,
         num_heads: int,
         *,
-        grid: tuple[int, int],
+        grid: tuple[int, ...],
         projections: str,
         qkv_bias: bool = True,
         sr_ratio: int = 1,
@@ -236,6 +248,8 @@ class PolarityAttention(nnx.Module):
             problems.append(f"projections {projections!r}: expected 'qkvg' or 'qg_kv'")
         elif projections == "qkvg" and sr_ratio != 1:
             problems.append(f"sr_ratio {sr_ratio} with projections 'qkvg': keys can be reduced with 'qg_kv' only")
+        if len(grid) == 1 and sr_ratio != 1:
+            problems.append(f"sr_ratio {sr_ratio} with the grid {grid} of a sequence: keys of images can be reduced")
         if any(side % sr_ratio for side in grid):
             problems.append(f"sr_ratio {sr_ratio} does not divide the grid {grid}")
         if problems:
@@ -252,7 +266,7 @@ class PolarityAttention(nnx.Module):
             self.sr = PatchConv(sr_ratio, dim, dim, **types)
             self.norm = layer_norm(dim, epsilon=1e-5, **types)  # whatever the model's own epsilon
         self.proj = linear(dim, dim, **types)
-        self.dwc = ConvParams((kernel_size, kernel_size), 1, width, param_dtype=param_dtype, rngs=rngs)
+        self.dwc = ConvParams((kernel_size,) * len(grid), 1, width, param_dtype=param_dtype, rngs=rngs)
         self.power = zeros((1, num_heads, 1, width), param_dtype=param_dtype, rngs=rngs)
         self.scale = zeros((1, 1, dim), param_dtype=param_dtype, rngs=rngs)
         keys = math.prod(grid) // sr_ratio**2
@@ -260,9 +274,16 @@ class PolarityAttention(nnx.Module):
         self.grid, self.sr_ratio, self.alpha = tuple(grid), sr_ratio, alpha
         self.projections, self.drop_rate = projections, drop_rate
 
-    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """(B, N, C) -> (B, N, C); `key` draws the dropout after the output projection, None means evaluation."""
+    def __call__(self, x: jax.Array, key: jax.Array | None = None, *, mask: jax.Array | None = None) -> jax.Array:
+        """(B, N, C) -> (B, N, C); `key` draws the dropout after the output projection, None means evaluation.
+
+        `mask` (B, N): see `polarity_attention`.
+        """
         q, k, v, g = self.project(x)
+        table, grid = self.positional_encoding[...], self.grid
+        if len(grid) == 1:  # a sequence of any length up to the table's
+            grid = x.shape[1:2]
+            table = table[:, : x.shape[1]]
         y = polarity_attention(
             q,
             k,
@@ -270,11 +291,12 @@ class PolarityAttention(nnx.Module):
             g,
             power=self.power[...],
             scale=self.scale[...],
-            positional_encoding=self.positional_encoding[...],
+            positional_encoding=table,
             kernel=self.dwc.kernel[...],
             bias=self.dwc.bias[...],
-            grid=self.grid,
+            grid=grid,
             alpha=self.alpha,
+            mask=mask,
         )
         return dropout(self.proj(y), self.drop_rate, key)
 

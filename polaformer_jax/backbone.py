@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from polaformer_jax.errors import UserError
-from polaformer_jax.layers import Block, Keys, linear, wide
+from polaformer_jax.layers import Block, Keys, linear, rematerialised, wide
 
 STRIDES = (4, 8, 16, 32)
 DTYPES = ("bfloat16", "float32", "float64")
@@ -80,7 +80,7 @@ class Backbone(nnx.Module):
             x = self._enter(i, x, next_key)
             for block in self.blocks(i):
                 key = next_key()
-                x = _rematerialised(block, x, key) if self.remat else block(x, key)
+                x = rematerialised(block, x, key) if self.remat else block(x, key)
             yield x
 
     def blocks(self, stage: int) -> Sequence[Block]:
@@ -111,11 +111,6 @@ class Backbone(nnx.Module):
                 "None: pass rngs=nnx.Rngs(dropout=key)"
             )
         return Keys(rngs.dropout())
-
-
-def _rematerialised(block: Block, x: jax.Array, key: jax.Array | None) -> jax.Array:
-    graphdef, params = nnx.split(block)
-    return jax.checkpoint(lambda params, x, key: nnx.merge(graphdef, params)(x, key))(params, x, key)
 
 
 def classifier(features: int, num_classes: int, *, dtype, param_dtype, rngs: nnx.Rngs) -> nnx.Linear | None:

@@ -11,6 +11,7 @@ from polaformer_jax import weights as weights_room
 from polaformer_jax import zoo
 from polaformer_jax.errors import UserError, WeightsError
 from polaformer_jax.pola_pvt import PolaPVT
+from polaformer_jax.pola_sequence import PolaSequence
 from polaformer_jax.pola_swin import PolaSwin
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ def create_model(
     param_dtype=jnp.float32,
     rngs: nnx.Rngs | None = None,
     **overrides,
-) -> PolaPVT | PolaSwin:
+) -> PolaPVT | PolaSwin | PolaSequence:
     """A model of the zoo with fresh weights, or with those of a file.
 
     Args:
@@ -39,7 +40,7 @@ def create_model(
         dtype: of the computation; bfloat16 keeps power, normaliser, softmax and logits in float32.
         param_dtype: of the stored parameters.
         rngs: where the initial weights come from; needed without `weights`, and else not used.
-        overrides: any argument of the constructor (`PolaPVT`, `PolaSwin`), by its own name.
+        overrides: any argument of the constructor (`PolaPVT`, `PolaSwin`, `PolaSequence`), by its own name.
 
     Raises:
         ValueError: unknown name or argument, a combination that cannot be built, or neither weights nor rngs.
@@ -67,14 +68,14 @@ def create_model(
     return model
 
 
-def abstract(family: type, arguments: Mapping[str, object], **types) -> PolaPVT | PolaSwin:
+def abstract(family: type, arguments: Mapping[str, object], **types) -> PolaPVT | PolaSwin | PolaSequence:
     """A model whose parameters are shapes and types alone."""
     return nnx.eval_shape(lambda: family(**arguments, **types, rngs=nnx.Rngs(0)))
 
 
 def abstract_of(
     file: weights_room.WeightsFile, name: str | None, given: Mapping[str, object], **types
-) -> tuple[PolaPVT | PolaSwin, list[str]]:
+) -> tuple[PolaPVT | PolaSwin | PolaSequence, list[str]]:
     """The model that a file holds (or the named one, if there is a name), without values, and what was assumed.
 
     Args:

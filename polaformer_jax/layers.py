@@ -153,9 +153,10 @@ class ConvParams(nnx.Module):
     """Kernel (height, width, in, out) and bias (out,) of a convolution, with PyTorch's initial values.
 
     Both are uniform within ±1/sqrt(fan_in), fan_in = height * width * in. How they are applied is up to the owner.
+    A convolution along a sequence has one size, (width,).
     """
 
-    def __init__(self, size: tuple[int, int], features_in: int, features_out: int, *, param_dtype, rngs: nnx.Rngs):
+    def __init__(self, size: tuple[int, ...], features_in: int, features_out: int, *, param_dtype, rngs: nnx.Rngs):
         bound = float(np.prod(size) * features_in) ** -0.5
         shape = (*size, features_in, features_out)
         uniform = placed(uniform_init, rngs)
@@ -227,14 +228,25 @@ class Block(nnx.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop_rate=drop_rate, **types)
         self.drop_path = drop_path
 
-    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, key: jax.Array | None = None, **context) -> jax.Array:
+        """(B, N, C) -> (B, N, C); `context` is what the attention takes besides, such as a mask."""
         key_attn, key_path1, key_mlp, key_path2 = split_key(key, 4)
-        x = x + stochastic_depth(self.mix(self.norm1(x), key_attn), self.drop_path, key_path1)
+        x = x + stochastic_depth(self.mix(self.norm1(x), key_attn, **context), self.drop_path, key_path1)
         return x + stochastic_depth(self.mlp(self.norm2(x), key_mlp), self.drop_path, key_path2)
 
-    def mix(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+    def mix(self, x: jax.Array, key: jax.Array | None, **context) -> jax.Array:
         """Tokens exchange information, (B, N, C) -> (B, N, C); Pola-Swin does it within windows."""
-        return self.attn(x, key)
+        return self.attn(x, key, **context)
+
+
+def rematerialised(block: Block, x: jax.Array, key: jax.Array | None, **context) -> jax.Array:
+    """`block(x, key, **context)`, whose activations are computed anew in the backward pass rather than kept."""
+    graphdef, params = nnx.split(block)
+
+    def apply(params, x, key, context):
+        return nnx.merge(graphdef, params)(x, key, **context)
+
+    return jax.checkpoint(apply)(params, x, key, context)
 
 
 def split_key(key: jax.Array | None, count: int) -> list:

@@ -18,6 +18,7 @@ from flax import nnx
 
 from polaformer_jax.attention import NORMALISER_EPS, PolarityAttention, signed_features
 from polaformer_jax.backbone import STRIDES, Backbone
+from polaformer_jax.errors import UserError
 from polaformer_jax.layers import Block, product, wide
 from polaformer_jax.pola_swin import SwinBlock
 
@@ -85,6 +86,8 @@ def attention_maps(
     Raises:
         ValueError: there is no such stage, block or token, or the images do not fit the model.
     """
+    if not isinstance(model, Backbone):
+        raise UserError(f"the model is a {type(model).__name__}, and maps are drawn over images")
     stage, block = resolve_block(model, stage, block)
     side = model.img_size // STRIDES[stage]
     members = _members(model.blocks(stage)[block], side)  # (windows, tokens of a window)

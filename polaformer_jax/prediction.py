@@ -109,6 +109,8 @@ def evaluation_transform(model: Backbone, metadata: Mapping[str, str]) -> EvalIm
     Raises:
         WeightsError: `preprocess` cannot be understood, or does not fit the model's image size.
     """
+    if not isinstance(model, Backbone):
+        raise UserError(f"the weights are of a {type(model).__name__}, which classifies no images")
     if model.head is None:
         raise UserError("the model has no classifier (num_classes=0), so that there is nothing to predict")
     size = model.img_size

@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 from polaformer_jax.errors import UserError
 from polaformer_jax.pola_pvt import PolaPVT
+from polaformer_jax.pola_sequence import PolaSequence
 from polaformer_jax.pola_swin import PolaSwin, softmax_window
 
 
@@ -82,7 +83,9 @@ _NANO = {
         },
     ),
 }
-_MODELS = {**_OFFICIAL, **_NANO}
+# Of the Long Range Arena; classes, vocabulary and length are the task's.
+_SEQUENCE = {"pola_sequence": (PolaSequence, {})}
+_MODELS = {**_OFFICIAL, **_NANO, **_SEQUENCE}
 
 
 def list_models() -> list[str]:
@@ -90,7 +93,7 @@ def list_models() -> list[str]:
     return sorted(_MODELS)
 
 
-FAMILIES = {"PolaPVT": PolaPVT, "PolaSwin": PolaSwin}
+FAMILIES = {"PolaPVT": PolaPVT, "PolaSwin": PolaSwin, "PolaSequence": PolaSequence}
 
 
 def lookup(name: str) -> tuple[type, dict[str, object]]:
@@ -145,7 +148,10 @@ def resolve(
     if drop_path is not None and "drop_path_rate" in overrides:
         raise UserError("drop_path and drop_path_rate are two names for one rate: give one of them")
     given = {"num_classes": num_classes, "img_size": img_size, "drop_path_rate": drop_path}
-    return {**known, **settings, **{key: value for key, value in given.items() if value is not None}, **overrides}
+    given = {key: value for key, value in given.items() if value is not None}
+    if unknown := sorted(set(given) - set(known)):
+        raise UserError(f"{family.__name__} has no argument {', '.join(unknown)}; its arguments are {', '.join(known)}")
+    return {**known, **settings, **given, **overrides}
 
 
 def name_of(family: str, given: Mapping[str, object]) -> str | None:
@@ -177,6 +183,8 @@ def _size(given: Mapping[str, object]) -> dict[str, object]:
 def _architecture(family: type, given: Mapping[str, object]) -> dict[str, object]:
     """What makes two models of one family the same function of their weights, in one way of writing it."""
     full = {**_defaults(family), **given}
+    if family is PolaSequence:
+        return {name: full[name] for name in ("dim", "depth", "num_heads", "mlp_dim", "head_dim", "kernel_size")}
     for free in ("num_classes", "img_size", "drop_rate", "drop_path_rate"):
         del full[free]
     letters = full["attn_type"]

@@ -18,6 +18,7 @@ GOLDEN = Path(__file__).parent / "golden/configs"
 CONFIGS = {
     "digits": ("pvt", "swin"),
     "finetune": ("pola_swin_t", "pola_pvt_b"),
+    "lra": ("listops", "text", "retrieval", "pathfinder", "image_lra"),
     "pola_pvt": ("t", "s", "m", "b"),
     "pola_swin": ("t", "s", "b", "b_384"),
 }
@@ -42,8 +43,8 @@ def test_config_can_work_and_names_a_model(file, model):
     config = resolve(file, model)
     check_config(config)
     assert config.is_locked
-    model = nnx.eval_shape(lambda: build_model(config.model, nnx.Rngs(0)))
-    assert model.img_size == config.model.img_size
+    model = nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0)))
+    assert dict(model.arguments)["num_classes"] == config.model.num_classes
 
 
 def test_architecture_can_be_overridden():
@@ -52,7 +53,7 @@ def test_architecture_can_be_overridden():
     config.model.attn_type = "LLLL"
     config.model.window_size = 28
     config.model.kernel_size = 3
-    params = nnx.to_pure_dict(nnx.split(nnx.eval_shape(lambda: build_model(config.model, nnx.Rngs(0))))[1])
+    params = nnx.to_pure_dict(nnx.split(nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0))))[1])
     names = weights.flatten(params)
     assert names["layers.0.blocks.0.attn.positional_encoding"].shape == (1, 28 * 28, 96)
     assert names["layers.3.blocks.0.attn.dwc.kernel"].shape[:2] == (3, 3)
@@ -76,6 +77,19 @@ def test_options_follow_the_model():
     assert resolve("digits", "pvt,recipe=full").augment.cutmix == 1.0
     with pytest.raises(UserError, match="recipe=rich: it is plain or full"):
         resolve("digits", "pvt,recipe=rich")
+
+
+def test_options_of_the_long_range_arena():
+    config = resolve("lra", "listops,alpha=5,seed=2,steps=5000,tokenisation=brackets")
+    assert (config.model.alpha, config.seed, config.train.steps) == (5.0, 2, 5000)
+    assert (config.task.tokenisation, config.task.attention) == ("brackets", "polarity")
+    config = resolve("lra", "text,attention=softmax,steps=40")
+    assert (config.task.attention, config.model.alpha, config.task.tokenisation) == ("softmax", None, None)
+    assert config.schedule.warmup == 40.0  # no more warm-up than run
+    with pytest.raises(UserError, match="alpha=3: attention=relu has none"):
+        resolve("lra", "listops,attention=relu,alpha=3")
+    with pytest.raises(UserError, match="tokenisation=brackets: text has one only"):
+        resolve("lra", "text,tokenisation=brackets")
 
 
 @pytest.mark.parametrize(

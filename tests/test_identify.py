@@ -47,7 +47,7 @@ def test_every_kind_of_block_is_recognised(name):
     assert arguments["drop_path_rate"] == 0.3
 
 
-@pytest.mark.parametrize("name", zoo.list_models())
+@pytest.mark.parametrize("name", [name for name in zoo.list_models() if name != "pola_sequence"])
 def test_every_model_of_the_zoo_is_recognised(name):
     model = nnx.eval_shape(lambda: pf.create_model(name, rngs=nnx.Rngs(0)))
     flat = weights.flatten(nnx.to_pure_dict(nnx.state(model, nnx.Param)))

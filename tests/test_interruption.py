@@ -9,11 +9,12 @@ from tensorboard.util import tensor_util
 from polaformer_jax.errors import Interrupted
 from polaformer_jax.training import loop
 from polaformer_jax.training.checkpoints import Checkpoints
+from polaformer_jax.training.compiled import CompiledByShape
 from polaformer_jax.training.experiment import Experiment
 from polaformer_jax.training.stopping import StopRequests
 from tests.test_training import config_of
 
-TIMES = {"images_per_second", "steps_per_second", "input_wait_share"}
+TIMES = {"seconds", "images_per_second", "steps_per_second", "input_wait_share"}
 
 
 class StopAtLook(StopRequests):
@@ -31,18 +32,17 @@ class StopAtLook(StopRequests):
 @pytest.fixture(scope="module")
 def compiled_once():
     """Every run here has the same programs: they are compiled once."""
-    programs, patch = {}, pytest.MonkeyPatch()
-    for name in ("compile_train_step", "compile_eval_step"):
-        compile_now = getattr(Experiment, name)
+    programs, compile_now = {}, CompiledByShape.program
 
-        def cached(self, *args, name=name, compile_now=compile_now):
-            if (name, args) not in programs:
-                programs[name, args] = compile_now(self, *args)
-            return programs[name, args]
+    def program(step, batch):
+        key = step.name, *((name, leaf.shape) for name, leaf in batch.items())
+        if key not in programs:
+            programs[key] = compile_now(step, batch)
+        return programs[key]
 
-        patch.setattr(Experiment, name, cached)
-    yield
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CompiledByShape, "program", program)
+        yield
 
 
 def settings(digits_dir):

@@ -78,6 +78,7 @@ def test_names_of_models():
     assert pf.list_models() == sorted(
         [f"pola_pvt_{size}" for size in ("t", "s", "m", "b", "nano")]
         + [f"pola_swin_{size}" for size in ("t", "s", "b", "b_384", "nano")]
+        + ["pola_sequence"]
     )
     with pytest.raises(ValueError, match="unknown model 'pola_swin_tiny'. Did you mean .*pola_swin_t"):
         pf.create_model("pola_swin_tiny", rngs=nnx.Rngs(0))

@@ -91,3 +91,16 @@ def test_clipping(scale, factor, x64):
     clipped, _ = clip_by_global_norm(5.0).update(gradients, optax.EmptyState())
     for name, value in clipped.items():
         np.testing.assert_allclose(value, gradients[name] * factor, rtol=1e-14)
+
+
+def test_clipping_by_value_comes_before_the_norm():
+    config = defaults().optimizer
+    config.clip_value, config.clip_norm = 1.0, 5.0
+    config.weight_decay = 0.0
+    grads = {"w": jnp.asarray([3.0, -0.5, -20.0])}
+    optimizer = make_optimizer(config, lambda step: jnp.asarray(1e-3))
+    _, state = optimizer.update(grads, optimizer.init(grads), grads)
+    first_moment = next(
+        part.mu for part in jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(part, "mu")
+    )
+    np.testing.assert_allclose(first_moment["w"], 0.1 * np.array([1.0, -0.5, -1.0]), rtol=1e-5)

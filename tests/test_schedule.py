@@ -8,7 +8,7 @@ import pytest
 
 from configs.defaults import defaults
 from polaformer_jax.errors import UserError
-from polaformer_jax.training.schedule import durations, learning_rate
+from polaformer_jax.training.schedule import durations, learning_rate, one_cycle
 
 GOLDEN = json.loads((Path(__file__).parent / "golden/lr_schedule.json").read_text())
 
@@ -68,3 +68,44 @@ def test_more_warmup_than_run_is_refused():
     config.train.steps = 3
     with pytest.raises(UserError, match="3 steps and 5 steps of warm-up"):
         durations(config, num_examples=1000)
+
+
+def by_phases(peak, warmup, steps):
+    """PyTorch's `OneCycleLR(max_lr=peak, pct_start=warmup / steps, total_steps=steps, anneal_strategy="linear")`: two
+    phases, each with its first and last rate and the step at which it ends."""
+    initial = peak / 25
+    phases = [(0, warmup - 1, initial, peak), (warmup - 1, steps - 1, peak, initial / 1e4)]
+    rates = []
+    for step in range(steps):
+        begin, end, first, last = next(phase for phase in phases if step <= phase[1])
+        rates.append(first + (last - first) * (step - begin) / (end - begin))
+    return rates
+
+
+@pytest.mark.parametrize("warmup, steps", [(10, 50), (2, 3), (1000, 5000), (50, 50)])
+def test_one_cycle_is_that_of_pytorch(warmup, steps, x64):
+    rate = one_cycle(2e-4, warmup=warmup, steps=steps)
+    assert rate(jnp.arange(steps)).tolist() == pytest.approx(by_phases(2e-4, warmup, steps), rel=1e-12)
+
+
+def test_one_cycle_at_known_steps(x64):
+    """With 1,000 of 5,000 steps of warm-up to 1e-4: 4e-6 at first, the peak at step 999, 4e-10 at the last."""
+    rate = one_cycle(1e-4, warmup=1000, steps=5000)
+    assert [float(rate(step)) for step in (0, 999, 4999)] == pytest.approx([4e-6, 1e-4, 4e-10], rel=1e-12)
+    assert float(rate(10_000)) == pytest.approx(4e-10)  # and no less in a cooldown
+
+
+@pytest.mark.parametrize("warmup", [0, 1])
+def test_one_cycle_without_a_warm_up_begins_at_the_peak(warmup, x64):
+    assert float(one_cycle(1e-4, warmup=warmup, steps=100)(0)) == pytest.approx(1e-4, rel=0.011)
+
+
+def test_a_config_chooses_one_cycle():
+    config = defaults()
+    config.train.steps = 5
+    config.train.batch_size = config.optimizer.lr_base_batch = 32
+    config.optimizer.lr = 1e-4
+    config.schedule.name = "one_cycle"
+    config.schedule.warmup = 3.0
+    rate = learning_rate(config, durations(config, num_examples=100))
+    assert rate(jnp.arange(5)).tolist() == pytest.approx(by_phases(1e-4, 3, 5), rel=1e-5)

@@ -19,6 +19,7 @@ from polaformer_jax.aot.collectives import collectives
 from polaformer_jax.errors import UserError
 from polaformer_jax.training import evaluation, loop, sharding
 from polaformer_jax.training.checkpoints import Checkpoints
+from polaformer_jax.training.compiled import CompiledByShape
 from polaformer_jax.training.experiment import Experiment
 from polaformer_jax.training.step import TrainState, make_train_step
 from polaformer_jax.training.tasks import ImageClassification
@@ -226,15 +227,16 @@ def test_weights_of_a_file_go_straight_to_their_shards(tmp_path):
 def trained(digits_dir, tmp_path_factory):
     """A whole run with fsdp: its config, work directory and result, and the text of its compiled step."""
     workdir, texts = tmp_path_factory.mktemp("run"), []
-    config, compile_it = config_of(digits_dir), Experiment.compile_train_step
+    config, compile_it = config_of(digits_dir), CompiledByShape.program
 
-    def compiled(experiment):
-        step = compile_it(experiment)
-        texts.append(step.as_text())
-        return step
+    def compiled(step, batch):
+        program = compile_it(step, batch)
+        if step.name == "training step":
+            texts.append(program.as_text())
+        return program
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Experiment, "compile_train_step", compiled)
+        patch.setattr(CompiledByShape, "program", compiled)
         return config, workdir, loop.train(config, workdir), texts[0]
 
 
@@ -275,7 +277,7 @@ def test_the_compiled_step_sends_parameters_and_gradients_and_no_activations(tra
 @pytest.mark.parametrize("data, fsdp", [(8, 1), (1, 8)])
 def test_the_same_on_other_meshes(data, fsdp):
     experiment = Experiment(config_of(data=data, fsdp=fsdp), num_examples=1437)
-    check_program(experiment, experiment.compile_train_step().as_text())
+    check_program(experiment, experiment.trace_train_step().lower().compile().as_text())
 
 
 # --- checkpoints

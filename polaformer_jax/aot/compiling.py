@@ -128,7 +128,7 @@ def compile_step(
     experiment.check_batch()
     began = time.monotonic()
     try:
-        compiled = experiment.compile_train_step()
+        compiled = experiment.train_step.program(experiment.abstract_batch(config.train.batch_size))
     except jax.errors.JaxRuntimeError as error:
         if (explained := out_of_memory(error, config)) is None:
             raise

@@ -54,7 +54,7 @@ def train_batches(
         corrupt record or a label outside the classes, naming the record.
       RuntimeError: from `next`, any other failure with a record, naming it, or a worker that died.
     """
-    local = _local_batch(source, batch_size, process_index, process_count)
+    local = local_batch(source, batch_size, process_index, process_count)
     if start < 0:
         raise UserError(f"start is {start}, expected a batch number from 0 on")
     indices, transform_seed = _shuffled(len(source), seed)
@@ -81,36 +81,32 @@ def _shuffled(length: int, seed: int) -> tuple[grain.MapDataset, int]:
     return grain.MapDataset.range(length).shuffle(seed=shuffle_seed).repeat(), transform_seed
 
 
-class EvalBatches:
-    """All examples of a source in order, each exactly once over all processes; every `iter()` is one pass.
+class Passes:
+    """Batches of a dataset, from the first to the last, any number of times; every `iter()` is one pass.
 
-    The last batch is filled up with blank examples (`mask` False), so that every process has the same number of batches
-    of the same size. Workers stay alive between passes and begin the next one while they wait. One pass at a time:
-    beginning another before the last has ended starts over, at the cost of new workers.
+    Workers stay alive between passes and begin the next one while they wait. One pass at a time: beginning another
+    before the last has ended starts over, at the cost of new workers.
 
-    Arguments and errors as in `train_batches`. `len()` is the number of batches in a pass.
+    Args:
+      dataset: its elements are whole batches.
+      order: (n,) which example of the split stands at each place of the pass; None: as in the split.
+      workers, prefetch, timeout_s: see `workers.Stream`.
+
+    `len()` is the number of batches in a pass.
     """
 
     def __init__(
         self,
-        source: Source,
-        transform: Transform,
+        dataset: grain.MapDataset,
         *,
-        batch_size: int,
-        process_index: int = 0,
-        process_count: int = 1,
+        order: np.ndarray | None = None,
         workers: int = 0,
         prefetch: int = 2,
         timeout_s: float | None = None,
     ):
-        local = _local_batch(source, batch_size, process_index, process_count)
-        self._length = -(-len(source) // batch_size)
-        self._dataset = (
-            grain.MapDataset.range(self._length * batch_size)
-            .map(_LoadOrPad(source, transform))
-            .batch(local, drop_remainder=True)[process_index::process_count]
-            .repeat()
-        )
+        self.order = order
+        self._length = len(dataset)
+        self._dataset = dataset.repeat()
         self._options = {"workers": workers, "prefetch": prefetch, "timeout_s": timeout_s}
         self._stream: Stream | None = None
         self._taken = 0  # batches of the present pass
@@ -134,6 +130,32 @@ class EvalBatches:
         if self._stream is not None:
             self._stream.close()
         self._stream, self._taken = None, 0
+
+
+class EvalBatches(Passes):
+    """All examples of a source in order, each exactly once over all processes.
+
+    The last batch is filled up with blank examples (`mask` False), so that every process has the same number of batches
+    of the same size. Arguments and errors as in `train_batches`.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        transform: Transform,
+        *,
+        batch_size: int,
+        process_index: int = 0,
+        process_count: int = 1,
+        **options,
+    ):
+        local = local_batch(source, batch_size, process_index, process_count)
+        dataset = (
+            grain.MapDataset.range(-(-len(source) // batch_size) * batch_size)
+            .map(LoadOrPad(source, transform))
+            .batch(local, drop_remainder=True)[process_index::process_count]
+        )
+        super().__init__(dataset, **options)
 
 
 class _Load:
@@ -161,14 +183,15 @@ class _Load:
             raise RuntimeError(f"{name}: {type(error).__name__}: {error}") from error
 
 
-class _LoadOrPad(_Load):
+class LoadOrPad(_Load):
     """As `_Load`, without a generator; indices past the end give blank examples."""
 
     def __call__(self, index: int) -> Example:
         return super().__call__(index, None) if index < len(self._source) else self._transform.blank()
 
 
-def _local_batch(source: Source, batch_size: int, process_index: int, process_count: int) -> int:
+def local_batch(source: Source, batch_size: int, process_index: int, process_count: int) -> int:
+    """The examples of a batch that each process takes; raises a UserError where it cannot be shared out."""
     if batch_size < 1 or batch_size % process_count:
         raise UserError(f"batch size {batch_size} cannot be shared evenly by {process_count} processes")
     if not 0 <= process_index < process_count:

@@ -1,9 +1,10 @@
-"""Prepares a tfds image-classification data set as ArrayRecord, once.
+"""Prepares a data set as ArrayRecord, once: one of tfds for image classification, or one of the Long Range Arena.
 
     python -m polaformer_jax.data.prepare sklearn_digits --data-dir data
     python -m polaformer_jax.data.prepare cifar10 --data-dir data                 # downloads
     python -m polaformer_jax.data.prepare imagenet2012 --data-dir data --manual-dir DIR_WITH_THE_TARS
     python -m polaformer_jax.data.prepare to-arrayrecord imagenet2012 --data-dir WITH_TFRECORDS --out-dir data
+    python -m polaformer_jax.data.prepare lra_listops --data-dir data             # and others: see lra/prepare.py
 
 Training and evaluation only ever read; this is the one place that writes data sets or uses the network. What is
 prepared already is left alone. An interrupted run leaves nothing that counts as prepared: run the command again.
@@ -57,7 +58,8 @@ def _build(name: str, data_dir: epath.Path, manual_dir: epath.PathLike | None) -
         raise UserError(f"tfds has no data set {name!r}: {error}") from error
     except (ValueError, AssertionError) as error:  # an unknown config or version
         raise UserError(f"tfds refuses {name!r}: {error}") from error
-    tfds_source.check_features(builder.info.features, name)  # before hours of downloading
+    if not name.startswith("imdb_reviews"):  # of which `lra_text` is made
+        tfds_source.check_features(builder.info.features, name)  # before hours of downloading
     manual = getattr(builder, "MANUAL_DOWNLOAD_INSTRUCTIONS", None)
     if manual and manual_dir is None:
         raise UserError(f"{name!r} needs files that you must fetch yourself, and --manual-dir:\n{manual.strip()}")
@@ -79,10 +81,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         from polaformer_jax.data import to_arrayrecord
 
         return to_arrayrecord.main(argv[1:])
+    if argv and argv[0].startswith("lra_"):
+        from polaformer_jax.data.lra import prepare as lra_prepare
+
+        return lra_prepare.main(argv)
     parser = argparse.ArgumentParser(
         prog="python -m polaformer_jax.data.prepare",
         description="Prepares a tfds image-classification data set.",
-        epilog="'to-arrayrecord NAME --data-dir D [--out-dir O]' converts one that is prepared as TFRecord.",
+        epilog="'to-arrayrecord NAME --data-dir D [--out-dir O]' converts one that is prepared as TFRecord; "
+        "lra_listops, lra_pathfinder, lra_text, lra_image and lra_retrieval have a --help of their own.",
     )
     parser.add_argument("name", metavar="NAME", help="sklearn_digits, or a tfds data set: NAME[/CONFIG][:VERSION]")
     parser.add_argument("--data-dir", required=True, help="where prepared data sets live, e.g. data or gs://...")

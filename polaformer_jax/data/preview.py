@@ -56,6 +56,8 @@ def preview(config: ml_collections.ConfigDict, *, examples: int = EXAMPLES) -> F
     Raises:
         UserError: the config cannot work, or a record cannot be read.
     """
+    if config.task.name != "image":
+        raise UserError(f"task.name={config.task.name!r}: the preview draws the augmentation of images")
     experiment = Experiment(config)
     rows, left_out = augmentations(experiment, examples)
     notes = [f"{config.data.name}, {config.data.train_split}: the first {examples} examples, seed {config.seed}"]

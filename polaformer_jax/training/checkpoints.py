@@ -25,6 +25,7 @@ from polaformer_jax.training.step import TrainState
 
 GREATER_IS_BETTER = {"accuracy": True, "loss": False}
 Kind = Literal["raw", "ema"]
+COUNTS = "counts_for_best"  # among a checkpoint's metrics: 0 for one that may not be the best, whatever they are
 _ITEMS = ("params", "optimizer", "ema", "record")
 
 
@@ -81,7 +82,7 @@ class Checkpoints:
 
     def _score(self, metrics: dict[str, float]) -> float:
         score = self._sign * metrics[self._metric]
-        return score if math.isfinite(score) else -math.inf
+        return score if math.isfinite(score) and metrics.get(COUNTS, 1.0) else -math.inf
 
     def __enter__(self) -> "Checkpoints":
         return self

@@ -4,16 +4,20 @@ import math
 
 import jax
 
+from polaformer_jax.data.lra import facts as lra
 from polaformer_jax.errors import UserError
+from polaformer_jax.pola_sequence import ATTENTIONS
 from polaformer_jax.training.checkpoints import GREATER_IS_BETTER
 
+SEQUENCES = tuple(lra.TASKS)
 CHOICES = {
-    "task.name": ("image",),
+    "task.name": ("image", *SEQUENCES),
+    "task.attention": ATTENTIONS,
     "data.on_error": ("stop", "skip"),
     "model.dtype": ("bfloat16", "float32", "float64"),
     "model.param_dtype": ("float32", "float64"),
     "train.on_nonfinite": ("stop", "skip"),
-    "schedule.name": ("cosine",),
+    "schedule.name": ("cosine", "one_cycle"),
     "debug.transfer_guard": (None, "log", "disallow"),
     "eval.weights": ("raw", "ema"),
     "checkpoint.best_metric": tuple(GREATER_IS_BETTER),
@@ -29,6 +33,7 @@ POSITIVE = (
     "checkpoint.every_steps",
     "checkpoint.keep_last",
     "data.prefetch",
+    "data.buckets",
     "log.every",
     "distributed.heartbeat_s",
 )
@@ -65,8 +70,11 @@ def check_config(config) -> None:
         (("optimizer.b1", "optimizer.b2"), lambda number: 0 <= number < 1, "it must be in [0, 1)"),
     ):
         problems += [f"{field}={value(field)}: {text}" for field in fields if not fits(value(field))]
-    if config.optimizer.clip_norm is not None and not config.optimizer.clip_norm > 0:
-        problems.append(f"optimizer.clip_norm={config.optimizer.clip_norm}: it must be positive, or None")
+    for field in ("clip_norm", "clip_value"):
+        if config.optimizer[field] is not None and not config.optimizer[field] > 0:
+            problems.append(f"optimizer.{field}={config.optimizer[field]}: it must be positive, or None")
+    if not 0 <= config.checkpoint.best_after < 1:
+        problems.append(f"checkpoint.best_after={config.checkpoint.best_after}: it must be in [0, 1)")
 
     for field in ("checkpoint.every_minutes", "watchdog.step_s", "watchdog.input_s"):
         if value(field) is not None and not 0 < value(field) < math.inf:
@@ -98,6 +106,18 @@ def check_config(config) -> None:
         problems.append(
             "init.freeze_backbone with optimizer.layer_decay: only the head is trained, whose rate is whole"
         )
+    problems += _sequence_problems(config) if config.task.name in SEQUENCES else _image_problems(config)
+    if problems:
+        raise UserError("the config cannot work:\n" + "\n".join(f"  {problem}" for problem in problems))
+
+
+def _image_problems(config) -> list[str]:
+    problems = []
+    if config.data.source == "lra" or config.model.name == "pola_sequence":
+        problems.append(
+            f"task.name={config.task.name!r} with data.source={config.data.source!r}, model.name={config.model.name!r}:"
+            " the model and the data of sequences belong to their tasks, see configs/lra.py"
+        )
     for field in ("crop_area", "crop_aspect"):
         low_high = tuple(config.augment[field])
         if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1]:
@@ -108,6 +128,23 @@ def check_config(config) -> None:
         problems.append(f"eval.crop={config.eval.crop}: it must equal model.img_size={config.model.img_size}")
     if config.eval.resize < config.eval.crop:
         problems.append(f"eval.resize={config.eval.resize}: it must be at least eval.crop={config.eval.crop}")
+    return problems
 
-    if problems:
-        raise UserError("the config cannot work:\n" + "\n".join(f"  {problem}" for problem in problems))
+
+def _sequence_problems(config) -> list[str]:
+    name, tokenisation = config.task.name, config.task.tokenisation
+    problems = [
+        f"{field}={value!r}: with task.name={name!r} it is {expected!r}"
+        for field, value, expected in (
+            ("data.source", config.data.source, "lra"),
+            ("model.name", config.model.name, "pola_sequence"),
+        )
+        if value != expected
+    ]
+    allowed = lra.TOKENISATIONS if name == "listops" else (None,)
+    if tokenisation not in allowed:
+        listed = ", ".join(map(str, allowed))
+        problems.append(f"task.tokenisation={tokenisation!r}: with task.name={name!r} it is {listed}")
+    if config.optimizer.layer_decay is not None:
+        problems.append(f"optimizer.layer_decay={config.optimizer.layer_decay}: it is for the models of images")
+    return problems

@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from polaformer_jax import atomic, weights
-from polaformer_jax.data.pipeline import EvalBatches
+from polaformer_jax.data.pipeline import Passes
 from polaformer_jax.data.sources import Source
 from polaformer_jax.errors import UserError
 from polaformer_jax.training import checkpoints
@@ -33,19 +33,21 @@ IN_FLIGHT = 2  # batches given to the device before the first one's result is aw
 class Evaluation:
     """Result of one pass over a split."""
 
-    metrics: dict[str, float]  # loss, accuracy, accuracy_top5
+    metrics: dict[str, float]  # loss, accuracy; of images also accuracy_top5
     counted: int  # examples that the metrics are means of
     skipped: int  # examples that could not be decoded (data.on_error="skip")
-    images_per_second: float  # from the first batch's arrival on: without compilation and the start of workers
+    split: str
+    examples: str  # what they are called: images, sequences
+    examples_per_second: float  # from the first batch's arrival on: without compilation and the start of workers
     outputs: dict[str, np.ndarray]  # (n,) each, in the order of the split: prediction, label (int), probability, mask
 
     def summary(self) -> dict[str, float | int]:
         """What is reported: a flat dict that JSON takes."""
         return {
             **self.metrics,
-            "images": self.counted,
+            self.examples: self.counted,
             "skipped": self.skipped,
-            "images_per_second": round(self.images_per_second, 1),
+            f"{self.examples}_per_second": round(self.examples_per_second, 1),
         }
 
 
@@ -54,16 +56,22 @@ class Stopped(Exception):
 
 
 class Evaluator:
-    """Evaluates parameters on a config's evaluation split, any number of times. Use as a context manager.
+    """Evaluates parameters on a split, any number of times. Use as a context manager.
 
     The step is compiled once, and the processes that read the data stay alive between passes.
+
+    Args:
+      split: None: the config's `data.eval_split`.
     """
 
-    def __init__(self, experiment: Experiment):
+    def __init__(self, experiment: Experiment, split: str | None = None):
+        self.split = experiment.config.data.eval_split if split is None else split
+        self._examples = experiment.modality.examples
         self._mesh = experiment.mesh
-        self._batches: EvalBatches = experiment.eval_batches()
-        self._num_examples = len(experiment.eval_source)
-        self._step: Callable = experiment.compile_eval_step(experiment.eval_batch_size)
+        self._batches: Passes = experiment.eval_batches(self.split)
+        self._num_examples = len(experiment.source(self.split))
+        self._step: Callable = experiment.eval_step
+        experiment.eval_step.program(experiment.abstract_batch(experiment.eval_batch_size))
 
     def __enter__(self) -> "Evaluator":
         return self
@@ -101,6 +109,8 @@ class Evaluator:
         seconds = time.monotonic() - began
 
         joined = {name: np.concatenate([o[name] for o in outputs])[: self._num_examples] for name in outputs[0]}
+        if self._batches.order is not None:  # back into the order of the split
+            joined = {name: values[np.argsort(self._batches.order)] for name, values in joined.items()}
         counted = mean.count("loss")
         if not counted:
             raise UserError(f"none of the {self._num_examples} examples to evaluate could be decoded: see the warnings")
@@ -108,14 +118,16 @@ class Evaluator:
             metrics=mean.result(),
             counted=counted,
             skipped=self._num_examples - counted,
-            images_per_second=counted / seconds,
+            split=self.split,
+            examples=self._examples,
+            examples_per_second=counted / seconds,
             outputs=joined,
         )
 
 
 def report(config: ml_collections.ConfigDict, evaluation: Evaluation, evaluated: dict[str, Any]) -> dict[str, Any]:
     """What `eval.json` holds: the model, the data, what was evaluated (weights or checkpoint), and the result."""
-    data = {"model": config.model.name, "data": config.data.name, "split": config.data.eval_split}
+    data = {"model": config.model.name, "data": config.data.name, "split": evaluation.split}
     return {**data, **evaluated, **evaluation.summary()}
 
 
@@ -124,7 +136,7 @@ def write_json(path: epath.PathLike, content: dict[str, Any]) -> None:
 
 
 def write_predictions(path: epath.PathLike, evaluation: Evaluation, source: Source) -> None:
-    """Writes a CSV file: record, label, prediction, probability of the prediction, correct; one row an image.
+    """Writes a CSV file: record, label, prediction, probability of the prediction, correct; one row an example.
 
     A record that could not be decoded has empty fields after its label, one that could not be read no label either.
     """
@@ -153,6 +165,7 @@ def evaluate(
     checkpoint: str | None = None,
     kind: checkpoints.Kind | None = None,
     data_dir: str | None = None,
+    split: str | None = None,
     json_path: epath.PathLike | None = None,
     predictions_path: epath.PathLike | None = None,
     weights_path: epath.PathLike | None = None,
@@ -167,12 +180,13 @@ def evaluate(
       checkpoint: "best" (the default), "latest" or a step.
       kind: which weights of it, "raw" or "ema"; None: those that the config's `eval.weights` names.
       data_dir: where the data is now, if not where the config says.
+      split: None: the config's `data.test_split`, or `data.eval_split` where that is None.
       json_path: file for the result; None: `eval.json` in `workdir`, if that is given.
-      predictions_path: file for one row an image; None: not written.
+      predictions_path: file for one row an example; None: not written.
       weights_path: `.safetensors` file for the weights that were evaluated; None: not written.
 
     Returns:
-      What the JSON file holds: the metrics, images counted and skipped, images/s, and what was evaluated.
+      What the JSON file holds: the metrics, examples counted and skipped, examples/s, and what was evaluated.
 
     Raises:
       UserError: there is nothing to evaluate, or it does not fit the model or the data.
@@ -202,8 +216,9 @@ def evaluate(
         directory = epath.Path(workdir) / "checkpoints"
         evaluated = {"checkpoint": os.fspath(directory / str(step)), "step": step, "kind": kind}
 
-    with Evaluator(experiment) as evaluator:
+    with Evaluator(experiment, experiment.report_split if split is None else split) as evaluator:
         result = evaluator(params)
+        source = experiment.source(evaluator.split)
     content = report(config, result, evaluated)
     if jax.process_index() == 0:
         if json_path is None and workdir is not None:
@@ -211,11 +226,11 @@ def evaluate(
         if json_path is not None:
             write_json(json_path, content)
         if predictions_path is not None:
-            write_predictions(predictions_path, result, experiment.eval_source)
+            write_predictions(predictions_path, result, source)
         if weights_path is not None:
             metadata = about(
                 config,
-                experiment.eval_source.class_names,
+                source.class_names,
                 {**({} if workdir is None else {"step": step}), **result.metrics},
             )
             weights.save_weights(experiment.model(params), weights_path, metadata=metadata)

@@ -1,7 +1,7 @@
 """From a config to the pieces of a run: data, model, optimizer, and the compiled steps."""
 
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,51 +11,41 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from polaformer_jax import creation, weights
-from polaformer_jax.data import pipeline, sources, transforms
+from polaformer_jax import weights
+from polaformer_jax.data import sources
+from polaformer_jax.data.pipeline import Passes
+from polaformer_jax.data.workers import Stream
 from polaformer_jax.errors import UserError
 from polaformer_jax.layers import Keys
-from polaformer_jax.training import debugging, sharding
+from polaformer_jax.training import debugging, modality, sharding
 from polaformer_jax.training.checks import check_config
+from polaformer_jax.training.compiled import CompiledByShape
 from polaformer_jax.training.optimizer import head_only, make_optimizer
 from polaformer_jax.training.progress import log
 from polaformer_jax.training.schedule import Durations, durations, learning_rate
 from polaformer_jax.training.sharding import with_shardings
 from polaformer_jax.training.step import TrainState, make_eval_step, make_train_step
-from polaformer_jax.training.tasks import ImageClassification, Task
-
-# Fields of `config.model` that are passed on to the model's constructor where they are not None.
-ARCHITECTURE = ("attn_type", "window_size", "softmax_window_size", "alpha", "kernel_size")
+from polaformer_jax.training.tasks import Task
 
 
 def build_model(config: ml_collections.ConfigDict, rngs: nnx.Rngs | Keys) -> nnx.Module:
-    """The model of the config's `model` part.
+    """The model that a whole config describes.
 
     Raises:
       UserError: the model's constructor refuses a value.
     """
     try:
-        model = creation.create_model(
-            config.name,
-            num_classes=config.num_classes,
-            img_size=config.img_size,
-            drop_path=config.drop_path,
-            dtype=jnp.dtype(config.dtype),
-            param_dtype=jnp.dtype(config.param_dtype),
-            rngs=rngs,
-            **{name: config[name] for name in ARCHITECTURE if config[name] is not None},
-        )
+        return modality.of(config).build_model(rngs)
     except ValueError as error:
         raise UserError(f"config.model: {error}") from error
-    model.remat = config.remat
-    return model
 
 
 class Experiment:
-    """What a config describes. Making one reads no weights and no images, and compiles nothing.
+    """What a config describes. Making one reads no weights and no examples, and compiles nothing.
 
     Attributes:
       config: the config; `model.num_classes`, where it was None, is the data set's number.
+      modality: what differs between images and sequences.
       graphdef: the model's static part; with parameters it makes the model.
       abstract_params: nested dict of the parameters' shapes, dtypes and shardings.
       arguments: of the model's constructor.
@@ -80,11 +70,13 @@ class Experiment:
         self._devices = devices
         self._num_examples = num_examples
         self.config = config = config.copy_and_resolve_references()
+        self.modality = modality.of(config)
         if config.model.num_classes is None:
             if num_examples is not None:
                 raise UserError("model.num_classes=None: there is no data set here to take it from, give a number")
             config.model.num_classes = self.eval_source.num_classes
-        model = nnx.eval_shape(lambda: build_model(config.model, nnx.Rngs(0)))
+            self.modality = modality.of(config)
+        model = nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0)))
         self.arguments: dict[str, Any] = dict(model.arguments)
         graphdef, params = nnx.split(model)
         self.graphdef: nnx.GraphDef = graphdef
@@ -122,55 +114,50 @@ class Experiment:
 
     # --- data
 
-    @functools.cached_property
-    def train_source(self) -> sources.Source:
-        return sources.open_source(self.config.data, self.config.data.train_split)
+    def source(self, split: str) -> sources.Source:
+        """The records of a split, opened once."""
+        if split not in self._sources:
+            self._sources[split] = self.modality.open_source(split)
+        return self._sources[split]
 
     @functools.cached_property
+    def _sources(self) -> dict[str, sources.Source]:
+        return {}
+
+    @property
+    def train_source(self) -> sources.Source:
+        return self.source(self.config.data.train_split)
+
+    @property
     def eval_source(self) -> sources.Source:
-        return sources.open_source(self.config.data, self.config.data.eval_split)
+        return self.source(self.config.data.eval_split)
+
+    @property
+    def report_split(self) -> str:
+        """The split that the best checkpoint is reported on, which need not be that by which it was chosen."""
+        return self.config.data.test_split or self.config.data.eval_split
 
     @functools.cached_property
     def mesh(self) -> Mesh:
         return sharding.make_mesh(self.config.mesh, self._devices)
 
-    def train_batches(self, start: int):
+    def train_batches(self, start: int) -> Stream:
         """This process's part of each training batch from step `start` on, without end."""
-        return pipeline.train_batches(
-            self.train_source,
-            transforms.train_transform(self.config),
-            batch_size=self.config.train.batch_size,
-            seed=self.config.seed,
-            start=start,
-            **self._reading,
-        )
+        return self.modality.train_batches(self.train_source, start=start, **self._reading)
 
     def describe_batch(self, step: int) -> list[str]:
         """Names of the records that the whole batch of a step is made of."""
-        indices = pipeline.batch_indices(
-            len(self.train_source), batch_size=self.config.train.batch_size, seed=self.config.seed, batch=step
-        )
-        return [self.train_source.describe(index) for index in indices]
+        source = self.train_source
+        return [source.describe(index) for index in self.modality.batch_indices(source, step)]
 
-    def eval_batches(self) -> pipeline.EvalBatches:
-        """Batches of the whole evaluation split."""
-        return pipeline.EvalBatches(
-            self.eval_source, self.eval_transform, batch_size=self.eval_batch_size, **self._reading
-        )
+    def eval_batches(self, split: str) -> Passes:
+        """Batches of a whole split, without augmentation."""
+        return self.modality.eval_batches(self.source(split), batch_size=self.eval_batch_size, **self._reading)
 
     @property
     def eval_batch_size(self) -> int:
         """`eval.batch_size`, rounded up to a multiple of the devices."""
         return self.config.eval.batch_size + -self.config.eval.batch_size % self.mesh.size
-
-    @functools.cached_property
-    def eval_transform(self) -> transforms.EvalImageTransform:
-        return transforms.EvalImageTransform(
-            self.config.eval.resize,
-            self.config.eval.crop,
-            num_classes=self.config.model.num_classes,
-            on_error=self.config.data.on_error,
-        )
 
     @property
     def _reading(self) -> dict[str, Any]:
@@ -184,19 +171,9 @@ class Experiment:
 
     # --- model
 
-    @functools.cached_property
+    @property
     def task(self) -> Task:
-        augment = self.config.augment
-        return ImageClassification(
-            self.config.model.num_classes,
-            self.config.train.label_smoothing,
-            erase_prob=augment.erase_prob,
-            mixup=augment.mixup,
-            cutmix=augment.cutmix,
-            mix_prob=augment.mix_prob,
-            switch_prob=augment.switch_prob,
-            dtype=jnp.dtype(self.config.model.dtype),
-        )
+        return self.modality.task
 
     def initial_params(self) -> Any:
         """Parameters from `init.weights` if given, else drawn from the seed: a nested dict like `abstract_params`.
@@ -205,25 +182,28 @@ class Experiment:
           UserError: the weights are not this model's.
         """
         if self.config.init.weights is not None:
-            return self.read_params(self.config.init.weights, fit=("tables", "classifier"))
+            return self.read_params(self.config.init.weights, fit=self.modality.fit)
 
         # Eagerly, one parameter after the other: under jit, compiling the many draws takes five times as long as
         # drawing. Each goes from host memory to the devices that keep it, so that none of them ever has them all.
         def place(array: np.ndarray) -> jax.Array:
             return sharding.place(array, sharding.state_sharding(array.shape, self.mesh))
 
-        model = build_model(self.config.model, Keys(nnx.Rngs(self.config.seed).params(), place))
+        model = build_model(self.config, Keys(nnx.Rngs(self.config.seed).params(), place))
         return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
-    def read_params(self, path: str, *, fit: Collection[weights.Fit] = ("tables",)) -> Any:
+    def read_params(self, path: str, *, fit: Collection[weights.Fit] | None = None) -> Any:
         """Parameters from a file of weights of any kind that `weights.read_file` reads.
 
         Args:
-          fit: what may be changed to fit, see `weights.load_weights`. Each change is logged.
+          fit: what may be changed to fit, see `weights.load_weights`; None: as much of what the modality allows as
+            leaves the classifier alone. Each change is logged.
 
         Raises:
           UserError: they are not this model's.
         """
+        if fit is None:
+            fit = [kind for kind in self.modality.fit if kind != "classifier"]
         params, changes = weights.params_from(path, self.abstract_params, self.arguments, fit=fit)
         for line in weights.summary(changes):
             log.warning("%s, changed to fit the model: %s", path, line)
@@ -272,23 +252,27 @@ class Experiment:
     def _placed(self, abstract: Any) -> Any:
         return with_shardings(abstract, sharding.state_shardings(abstract, self.mesh))
 
-    def abstract_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes, dtypes and shardings of a batch of this size over all hosts."""
-        size = self.config.model.img_size
-        shapes = {"image": ((size, size, 3), np.uint8), "label": ((), np.int32), "mask": ((), np.bool_)}
+    def abstract_batch(self, batch_size: int) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """Shapes, dtypes and shardings of a batch of this size over all hosts; the largest, where they differ."""
         placed = sharding.batch_sharding(self.mesh)
         return {
             name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=placed)
-            for name, (shape, dtype) in shapes.items()
+            for name, (shape, dtype) in self.modality.batch_shapes().items()
         }
 
-    def compile_train_step(self) -> jax.stages.Compiled:
+    @functools.cached_property
+    def train_step(self) -> CompiledByShape:
         """(state, batch) -> (state, sums of metrics); the state given is used up."""
         options = debugging.compiler_options(self.config.debug)
-        return self.trace_train_step().lower().compile(compiler_options=options)
+        return CompiledByShape(self._jitted_train_step, self.abstract_state, "training step", options)
 
     def trace_train_step(self) -> jax.stages.Traced:
-        """The same before it is compiled, for any devices."""
+        """The same for the largest batch before it is compiled, for any devices."""
+        batch = self.abstract_batch(self.config.train.batch_size)
+        return self._jitted_train_step.trace(self.abstract_state, batch)
+
+    @functools.cached_property
+    def _jitted_train_step(self):
         step = make_train_step(
             self.graphdef,
             self.task,
@@ -301,12 +285,12 @@ class Experiment:
             mesh=self.mesh,
         )
         # The state goes out as it came in, so that its memory is reused.
-        step = jax.jit(step, donate_argnums=0, out_shardings=(self._state_shardings, sharding.replicated(self.mesh)))
-        return step.trace(self.abstract_state, self.abstract_batch(self.config.train.batch_size))
+        return jax.jit(step, donate_argnums=0, out_shardings=(self._state_shardings, sharding.replicated(self.mesh)))
 
-    def compile_eval_step(self, batch_size: int) -> jax.stages.Compiled:
+    @functools.cached_property
+    def eval_step(self) -> CompiledByShape:
         """(params, batch) -> (sums of metrics, outputs of each example)."""
         step = make_eval_step(self.graphdef, self.task, mesh=self.mesh)
         # Outputs are copied to all devices, so that every process can read those of the whole batch.
         step = jax.jit(step, out_shardings=sharding.replicated(self.mesh))
-        return step.lower(self.abstract_params, self.abstract_batch(batch_size)).compile()
+        return CompiledByShape(step, self.abstract_params, "evaluation step")

@@ -13,9 +13,8 @@ from etils import epath
 from flax import nnx
 
 from polaformer_jax import weights
-from polaformer_jax.data import sources
 from polaformer_jax.errors import UserError
-from polaformer_jax.training import checkpoints, sharding
+from polaformer_jax.training import checkpoints, modality, sharding
 from polaformer_jax.training.experiment import build_model
 from polaformer_jax.training.progress import log
 from polaformer_jax.training.workdir import read_config
@@ -24,12 +23,9 @@ from polaformer_jax.training.workdir import read_config
 def about(
     config: ml_collections.ConfigDict, class_names: tuple[str, ...] | None, facts: Mapping[str, Any]
 ) -> dict[str, str]:
-    """What a file of weights says beside its model: how images are prepared, the names of the classes, and facts."""
-    preprocess = {"resize": config.eval.resize, "crop": config.eval.crop}
-    metadata = {
-        "preprocess": json.dumps(preprocess),
-        "facts": json.dumps({"data": config.data.name, **facts}),
-    }
+    """What a file of weights says beside its model: how inputs are prepared, the names of the classes, and facts."""
+    metadata = {name: json.dumps(value) for name, value in modality.of(config).about().items()}
+    metadata["facts"] = json.dumps({"data": config.data.name, **facts})
     return metadata if class_names is None else {**metadata, "classes": json.dumps(class_names)}
 
 
@@ -58,7 +54,7 @@ def export(
     weights.check_suffix(path)
     config = read_config(workdir)
     checkpoints.check_choice(workdir, checkpoint)
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: build_model(config.model, nnx.Rngs(0))))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0))))
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = sharding.with_shardings(nnx.to_pure_dict(state), place)
     kind = config.eval.weights if kind is None else kind
@@ -66,7 +62,7 @@ def export(
         workdir, abstract, checkpoint, best_metric=checkpoints.metric_name(config), kind=kind
     )
     try:
-        class_names = sources.open_source(config.data, config.data.eval_split).class_names
+        class_names = modality.of(config).open_source(config.data.eval_split).class_names
     except UserError as error:
         log.warning("the file will have no class names, for the data is not here: %s", error)
         class_names = None

@@ -17,9 +17,9 @@ from clu import parameter_overview
 from etils import epath
 
 from polaformer_jax.errors import Interrupted, UserError
-from polaformer_jax.training import debugging, pictures
+from polaformer_jax.training import debugging, pictures, record
 from polaformer_jax.training.agreement import Agreement
-from polaformer_jax.training.checkpoints import Checkpoints, metric_name
+from polaformer_jax.training.checkpoints import COUNTS, Checkpoints, metric_name
 from polaformer_jax.training.evaluation import Evaluation, Evaluator, Stopped, report, write_json
 from polaformer_jax.training.experiment import Experiment
 from polaformer_jax.training.progress import Progress, log
@@ -78,6 +78,8 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, *, stop: S
             log.info("going on from the checkpoint of step %d of %d", step, experiment.length.total)
             if step < experiment.length.total or not restored.evaluated:
                 run.to_the_end(restored.state, counted=restored.counted, evaluated=restored.evaluated)
+        if not (workdir / record.FILE).exists():
+            record.write(workdir, experiment)
         del restored
         return _conclude(experiment, workdir, checkpoints, evaluator)
 
@@ -102,7 +104,7 @@ class _Run:
         self.total = experiment.length.total
         self.eval_every = max(1, round(self.config.eval.every * experiment.length.unit))
         self.agree = Agreement(experiment.mesh)
-        self.window = Window(self.config.train.batch_size)
+        self.window = Window(self.config.train.batch_size, experiment.modality.examples)
         self.watchdog = Watchdog(self.config.watchdog.step_s)
         self.saved_at = time.monotonic()
 
@@ -123,9 +125,7 @@ class _Run:
             if start == 0:
                 overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
                 self.writer.write_texts(0, {"parameters": f"```\n{overview}\n```"})
-            began = time.monotonic()
-            train_step = self.experiment.compile_train_step()
-            log.info("compiled the training step in %.1f s", time.monotonic() - began)
+            self.experiment.train_step.program(self.experiment.abstract_batch(self.config.train.batch_size))
             if self.agree.now(self._wish()) == STOP:
                 self._interrupt(state, saved=counted is not None)
             stack.enter_context(self.watchdog)
@@ -135,23 +135,31 @@ class _Run:
                 if metrics is None:
                     self._interrupt(state, saved=True)
                 self.checkpoints.add_metrics(start, metrics)
-            self._steps(train_step, state, start)
+            self._steps(state, start)
             if self.agree.now(self._wish()) == STOP:
                 raise Interrupted(f"all {self.total} steps are taken and saved; the same command evaluates them")
 
-    def _steps(self, train_step, state: TrainState, start: int) -> None:
+    def _steps(self, state: TrainState, start: int) -> None:
+        train_step, examples = self.experiment.train_step, self.experiment.modality.examples
         every, log_every = self.config.checkpoint.every_steps, self.config.log.every
         batches = self.experiment.train_batches(start)
         in_flight: tuple[int, Any] | None = None
         profile = debugging.Profile(self.config.log, self.workdir)
-        with contextlib.closing(batches), contextlib.closing(profile), Progress(self.total, start) as progress:
+        with (
+            contextlib.closing(batches),
+            contextlib.closing(profile),
+            Progress(self.total, start, examples) as progress,
+        ):
             for step in range(start, self.total):
                 profile.before(step)
                 self.watchdog.alive(f"waiting for the batch of step {step}")
                 with self.window.waiting():
                     batch = next(batches)
                 self.watchdog.alive(f"step {step}")
-                state, sums = train_step(state, to_devices(batch, self.experiment.mesh))
+                batch = to_devices(batch, self.experiment.mesh)
+                with self.window.paused():
+                    train_step.program(batch)  # compiled now if sequences of this length are met for the first time
+                state, sums = train_step(state, batch)
                 taken = step + 1
                 # Numbers are looked at one step late, so that the device always has the next step to work on.
                 if in_flight is not None:
@@ -219,7 +227,8 @@ class _Run:
         except Stopped:
             return None
         self.writer.write_scalars(step, {f"eval_{name}": value for name, value in metrics.items()})
-        return metrics
+        # An early step may not be the best: its metrics are kept, but do not count.
+        return metrics | {COUNTS: float(step > self.config.checkpoint.best_after * self.total)}
 
     def _may_go_on(self) -> bool:
         self.watchdog.alive("evaluation")
@@ -251,20 +260,25 @@ class _Run:
 
 
 def _conclude(experiment: Experiment, workdir: epath.Path, checkpoints: Checkpoints, evaluator: Evaluator) -> Result:
-    """Evaluates the best checkpoint, writes `eval.json` and the pictures."""
-    kind = experiment.config.eval.weights
+    """Evaluates the best checkpoint on the split that is reported, writes `eval.json` and the pictures."""
+    kind, split = experiment.config.eval.weights, experiment.report_split
     params, step = checkpoints.restore_params(experiment.abstract_params, "best", kind=kind)
-    evaluation = evaluator(params)
+    if split == evaluator.split:
+        evaluation = evaluator(params)
+    else:
+        with Evaluator(experiment, split) as another:
+            evaluation = another(params)
     drawn = []
     if jax.process_index() == 0:
         evaluated = {"checkpoint": os.fspath(checkpoints.directory / str(step)), "step": step, "kind": kind}
         write_json(workdir / "eval.json", report(experiment.config, evaluation, evaluated))
         if experiment.config.log.pictures:
-            drawn = pictures.draw_all(workdir, evaluation, experiment.eval_source, experiment.eval_transform)
+            source = experiment.source(split)
+            drawn = pictures.draw_all(workdir, evaluation, source, experiment.modality.picture_of(source))
     return Result(evaluation, step, checkpoints.directory / str(step), drawn)
 
 
 def _sentence(evaluation: Evaluation) -> str:
     metrics = evaluation.metrics
-    text = f"accuracy {metrics['accuracy']:.4f}, loss {metrics['loss']:.4f}, {evaluation.counted} images"
+    text = f"accuracy {metrics['accuracy']:.4f}, loss {metrics['loss']:.4f}, {evaluation.counted} {evaluation.examples}"
     return text + (f" ({evaluation.skipped} could not be decoded)" if evaluation.skipped else "")

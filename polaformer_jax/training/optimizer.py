@@ -13,7 +13,7 @@ UNDECAYED = ("relative_position_bias_table", "absolute_pos_embed")
 
 
 def make_optimizer(config, rate: Callable[[jax.Array], jax.Array], *, trainable=None) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW with decoupled weight decay.
+    """Clipping by value, then by the global norm, where asked for; then AdamW with decoupled weight decay.
 
     Args:
       config: the config's `optimizer` part.
@@ -28,7 +28,8 @@ def make_optimizer(config, rate: Callable[[jax.Array], jax.Array], *, trainable=
         weight_decay=config.weight_decay,
         mask=decay_mask,
     )
-    parts = [] if config.clip_norm is None else [clip_by_global_norm(config.clip_norm)]
+    parts = [] if config.clip_value is None else [optax.clip(config.clip_value)]
+    parts += [] if config.clip_norm is None else [clip_by_global_norm(config.clip_norm)]
     parts.append(adamw)
     if config.layer_decay is not None:
         parts.append(scale_by_depth(config.layer_decay))

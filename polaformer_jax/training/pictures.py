@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections.abc import Callable
 
 import numpy as np
 from etils import epath
@@ -19,13 +20,15 @@ NAMED_CLASSES = 25  # with more, a confusion matrix has no room for names and nu
 GRID = (6, 10)  # rows and columns of test images
 
 
-def draw_all(workdir: epath.Path, evaluation: Evaluation, source: Source, transform) -> list[epath.Path]:
+def draw_all(
+    workdir: epath.Path, evaluation: Evaluation, source: Source, picture_of: Callable[[int], np.ndarray] | None
+) -> list[epath.Path]:
     """Draws everything into `workdir/pictures`.
 
     Args:
       evaluation: of the checkpoint that the pictures show.
       source: the split that was evaluated.
-      transform: gives the image that the model saw from a record of the source.
+      picture_of: gives the image (S, S, 3) uint8 that the model saw of an example; None: there are none to draw.
 
     Returns:
       The files.
@@ -36,8 +39,9 @@ def draw_all(workdir: epath.Path, evaluation: Evaluation, source: Source, transf
     figures = {
         "curves.png": curves(read_scalars(workdir)),
         "confusion.png": confusion(evaluation, names),
-        "predictions.png": predictions(evaluation, names, lambda index: transform(source[index], None)["image"]),
     }
+    if picture_of is not None:
+        figures["predictions.png"] = predictions(evaluation, names, picture_of)
     paths = []
     for name, figure in figures.items():
         paths.append(folder / name)
@@ -107,7 +111,9 @@ def confusion(evaluation: Evaluation, names: tuple[str, ...]) -> Figure:
     axes = figure.subplots()
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     right = counts.trace() / max(counts.sum(), 1)
-    axes.set_title(f"{100 * right:.2f} % of {counts.sum():,} images", loc="left", color=INK, fontweight="bold")
+    axes.set_title(
+        f"{100 * right:.2f} % of {counts.sum():,} {evaluation.examples}", loc="left", color=INK, fontweight="bold"
+    )
     axes.set_xlabel("predicted class", color=INK)
     axes.set_ylabel("true class", color=INK)
     axes.spines[:].set_color(FAINT)

@@ -50,9 +50,11 @@ class Progress:
     Args:
       total: steps of the whole run.
       start: steps taken before, by an earlier process.
+      examples: what examples are called, in the plural.
     """
 
-    def __init__(self, total: int, start: int):
+    def __init__(self, total: int, start: int, examples: str = "images"):
+        self._examples = examples
         self._total = total
         self._start = start
         self._began = time.monotonic()
@@ -71,19 +73,19 @@ class Progress:
         """Shows the metrics of the last steps, at step number `step` (steps taken so far)."""
         if metrics["skipped"]:
             log.warning("step %d: %d records could not be decoded since the last report", step, metrics["skipped"])
+        rate = f"{metrics[f'{self._examples}_per_second']:.0f} {self._examples}/s"
         if not self._bar.disable:
-            rate = f"{metrics['images_per_second']:.0f} images/s"
             self._bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {rate}", refresh=False)
             return
         left = (time.monotonic() - self._began) / max(step - self._start, 1) * (self._total - step)
         log.info(
-            "step %d/%d  loss %.4f  accuracy %.3f  lr %.2e  %.0f images/s  waiting for data %.0f%%  left %s",
+            "step %d/%d  loss %.4f  accuracy %.3f  lr %.2e  %s  waiting for data %.0f%%  left %s",
             step,
             self._total,
             metrics["loss"],
             metrics["accuracy"],
             metrics["learning_rate"],
-            metrics["images_per_second"],
+            rate,
             100 * metrics["input_wait_share"],
             tqdm.tqdm.format_interval(left),
         )

@@ -29,15 +29,15 @@ class Result:
 def describe(result: Result, workdir: epath.PathLike) -> str:
     """What a training ends with, for people."""
     metrics = result.evaluation.metrics
+    top5 = f"top-5 {100 * metrics['accuracy_top5']:.2f} %, " if "accuracy_top5" in metrics else ""
     lines = [
-        f"test accuracy  {100 * metrics['accuracy']:.2f} %  (top-5 {100 * metrics['accuracy_top5']:.2f} %,"
-        f" loss {metrics['loss']:.4f})",
-        f"images         {result.evaluation.counted}",
+        f"test accuracy  {100 * metrics['accuracy']:.2f} %  ({top5}loss {metrics['loss']:.4f})",
+        f"{result.evaluation.examples:<14} {result.evaluation.counted}",
         f"checkpoint     {os.fspath(result.checkpoint)}  (step {result.step}, the best)",
         f"TensorBoard    tensorboard --logdir {os.fspath(workdir)}",
     ]
     if result.evaluation.skipped:
-        lines.insert(2, f"skipped        {result.evaluation.skipped} images could not be decoded")
+        lines.insert(2, f"skipped        {result.evaluation.skipped} {result.evaluation.examples} could not be decoded")
     lines += [f"picture        {os.fspath(path)}" for path in result.pictures]
     return "\n".join(lines)
 
@@ -51,8 +51,8 @@ def describe_dry(experiment: Experiment) -> str:
     experiment.check_training()
     config, length = experiment.config, experiment.length
     params = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), experiment.abstract_params)
-    memory = experiment.compile_train_step().memory_analysis()
     batch = experiment.abstract_batch(config.train.batch_size)
+    memory = experiment.train_step.program(batch).memory_analysis()
     lines = [
         json.dumps(as_json(config), indent=2),
         parameter_overview.get_parameter_overview(params, include_stats=False),

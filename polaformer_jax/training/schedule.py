@@ -1,8 +1,12 @@
-"""The learning rate as a function of the step: linear warm-up, cosine, then a constant cooldown.
+"""The learning rate as a function of the step: `cosine`, the images' recipe, or `one_cycle`, the sequences'.
 
-Source: the official trainer (timm's cosine scheduler, stepped after every update), hence two of its habits: step t is
-taken with the rate f(max(t - 1, 0)), so the first two steps share the warm-up rate; and the cosine counts from step 0,
-so the rate drops a little where the warm-up ends.
+Cosine: linear warm-up, cosine, then a constant cooldown. Source: the official trainer (timm's cosine scheduler, stepped
+after every update), hence two of its habits: step t is taken with the rate f(max(t - 1, 0)), so the first two steps
+share the warm-up rate; and the cosine counts from step 0, so the rate drops a little where the warm-up ends.
+
+One cycle: linear up, then linear down. Source: PyTorch's `OneCycleLR` with `anneal_strategy="linear"`, as the code of
+Nyströmformer and Skyformer calls it for the Long Range Arena: step t is taken with the rate f(t), the peak comes at
+step `warmup` - 1 and the least rate at the last step.
 """
 
 import dataclasses
@@ -12,6 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from polaformer_jax.errors import UserError
+
+# PyTorch's defaults, which that code keeps: the first rate is the peak's 25th part, the last the first's 10,000th.
+FIRST_PART, LAST_PART = 25.0, 1e4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +69,8 @@ def learning_rate(config, length: Durations) -> Callable[[jax.Array], jax.Array]
     """
     scale = config.train.batch_size / config.optimizer.lr_base_batch
     peak = config.optimizer.lr * scale
+    if config.schedule.name == "one_cycle":
+        return one_cycle(peak, warmup=length.warmup, steps=length.main)
     start = config.schedule.warmup_lr * scale
     least = config.schedule.min_lr * scale
 
@@ -70,5 +79,20 @@ def learning_rate(config, length: Durations) -> Callable[[jax.Array], jax.Array]
         warmup = start + u * ((peak - start) / max(length.warmup, 1))
         cosine = least + 0.5 * (peak - least) * (1 + jnp.cos(jnp.pi * u / length.main))
         return jnp.where(u < length.warmup, warmup, jnp.where(u < length.main, cosine, least))
+
+    return rate
+
+
+def one_cycle(peak: float, *, warmup: int, steps: int) -> Callable[[jax.Array], jax.Array]:
+    """In straight lines from peak / 25 to the peak at step `warmup` - 1, and to peak / 250,000 at step `steps` - 1."""
+    first = peak / FIRST_PART
+    last = first / LAST_PART
+    top = warmup - 1
+
+    def rate(step: jax.Array) -> jax.Array:
+        t = jnp.asarray(step).astype(jnp.result_type(float))
+        up = first + (peak - first) * t / max(top, 1)
+        down = peak + (last - peak) * (t - top) / max(steps - 1 - top, 1)
+        return jnp.where(t <= top, jnp.where(top > 0, up, peak), jnp.maximum(down, last))
 
     return rate

@@ -13,10 +13,14 @@ class Window:
 
     The sums can be saved and taken up again by another process, so that a report does not depend on where a run was
     interrupted. The times cannot: they are those of this process's steps.
+
+    Args:
+        batch_size: examples in a step.
+        examples: what they are called, in the plural.
     """
 
-    def __init__(self, batch_size: int):
-        self._batch_size = batch_size
+    def __init__(self, batch_size: int, examples: str):
+        self._batch_size, self._examples = batch_size, examples
         self._restart()
 
     def _restart(self) -> None:
@@ -48,7 +52,8 @@ class Window:
             "skipped": means.get("skipped", 0.0) * (self._steps - self._nonfinite),  # records, not a mean
             "nonfinite_steps": float(self._nonfinite),
             "steps_per_second": self._timed / seconds,
-            "images_per_second": self._timed * self._batch_size / seconds,
+            "seconds": seconds,
+            f"{self._examples}_per_second": self._timed * self._batch_size / seconds,
             "input_wait_share": self._waited / seconds,
         }
         self._restart()

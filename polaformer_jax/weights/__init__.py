@@ -75,7 +75,7 @@ def load_weights(
             trained with another alpha; or there is no such file, it is of another kind, or it is damaged.
     """
     if not hasattr(model, "arguments"):
-        raise TypeError(f"model is a {type(model).__name__}, expected a PolaPVT or PolaSwin")
+        raise TypeError(f"model is a {type(model).__name__}, expected a PolaPVT, PolaSwin or PolaSequence")
     params, changes = params_from(source, nnx.to_pure_dict(nnx.state(model, nnx.Param)), dict(model.arguments), fit=fit)
     nnx.update(model, params)
     return changes
@@ -94,13 +94,13 @@ def params_from(
         return place(checked.tensors, like), checked.changes
     file = source if isinstance(source, WeightsFile) else read_file(source)
     known = stored_arguments(file)
-    if wrong := [name for name in ("alpha", "num_heads") if name in known and _differ(known[name], arguments[name])]:
-        listed = ", ".join(f"{name}={known[name]}, and the model has {arguments[name]}" for name in wrong)
+    if wrong := [name for name in known if _differ(known[name], arguments.get(name))]:
+        listed = ", ".join(f"{name}={known[name]}, and the model has {arguments.get(name)}" for name in wrong)
         raise WeightsError(
             f"{file.path} was trained with {listed}: no shape shows it, and it makes another function. Give the model "
-            "what the file has (config.model.alpha)"
+            "what the file has (config.model.alpha, config.task.attention)"
         )
-    if "alpha" not in known:
+    if "alpha" not in known and "attention" not in known:
         log.warning("%s does not say its alpha; the model's, %s, is taken", file.path, arguments["alpha"])
     try:
         checked = check(file.tensors, shapes(like), layout=file.layout, fit=fit)
@@ -110,7 +110,9 @@ def params_from(
 
 
 def _differ(one: object, other: object) -> bool:
-    return tuple(one) != tuple(other) if isinstance(one, Sequence) else one != other
+    if isinstance(one, str) or not (isinstance(one, Sequence) and isinstance(other, Sequence)):
+        return one != other
+    return tuple(one) != tuple(other)
 
 
 def save_weights(

