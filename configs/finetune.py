@@ -8,8 +8,8 @@ named: `--config configs/finetune.py:pola_swin_t,source=tfds --config.data.name=
 --config.data.eval_split=validation`. A start to be tuned: nothing published compares with it. The augmentation is the
 official one, the learning rate a tenth of it and smaller from each layer to the one below, for 30 epochs.
 
-Models: every name that `polaformer_jax.list_models()` gives. Options: `source=` folder or tfds; `img_size=`, 0 for the
-model's own.
+Models: those of images in `polaformer_jax.list_models()`. Options: `source=` folder or tfds; `img_size=`, 0 for that of
+the model.
 """
 
 from configs.defaults import defaults, parse_arg
@@ -18,7 +18,8 @@ from polaformer_jax.errors import UserError
 
 
 def get_config(arg=None):
-    models = sorted(list_models(), key=lambda name: name != "pola_swin_t")  # the default comes first
+    images = [name for name in list_models() if name != "pola_sequence"]
+    models = sorted(images, key=lambda name: name != "pola_swin_t")  # the default comes first
     arg = parse_arg(arg, models=models, source="folder", img_size=0)
     if arg.source not in ("folder", "tfds"):
         raise UserError(f"config option source={arg.source}: it is folder or tfds")

