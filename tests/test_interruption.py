@@ -112,6 +112,7 @@ def test_a_stop_before_the_first_step_saves_the_initial_state(digits_dir, straig
     assert final_state(settings(digits_dir), tmp_path)[0].state.step == 0
 
 
+@pytest.mark.slow
 def test_a_stop_in_an_evaluation_leaves_it_for_later(digits_dir, straight, compiled_once, tmp_path):
     with pytest.raises(Interrupted, match="checkpoint of step 4"):
         loop.train(settings(digits_dir), tmp_path, stop=StopAtLook(7))  # start, 4 steps, 2 batches of evaluation
@@ -123,6 +124,7 @@ def test_a_stop_in_an_evaluation_leaves_it_for_later(digits_dir, straight, compi
     assert final_state(settings(digits_dir), tmp_path)[1] == 4
 
 
+@pytest.mark.slow
 def test_saves_by_the_clock(digits_dir, straight, compiled_once, tmp_path):
     config = settings(digits_dir)
     config.checkpoint.every_steps, config.checkpoint.every_minutes, config.checkpoint.keep_last = 1000, 1e-9, 100

@@ -267,6 +267,7 @@ def check_program(experiment, text):
     assert text.splitlines()[0].count("-alias)") == len(state)
 
 
+@pytest.mark.slow
 def test_the_compiled_step_sends_parameters_and_gradients_and_no_activations(trained):
     config, *_, text = trained
     check_program(Experiment(config), text)
@@ -283,7 +284,8 @@ def test_the_same_on_other_meshes(data, fsdp):
 # --- checkpoints
 
 
-@pytest.mark.parametrize("data, fsdp", [(2, 2), (1, 1), *slow((4, 1), (1, 4), (2, 1), (1, 2))])
+@pytest.mark.slow
+@pytest.mark.parametrize("data, fsdp", [(2, 2), (1, 1), (4, 1), (1, 4), (2, 1), (1, 2)])
 def test_a_checkpoint_restores_on_any_mesh(trained, digits_dir, data, fsdp):
     config, workdir, *_ = trained
     states = []
@@ -296,7 +298,8 @@ def test_a_checkpoint_restores_on_any_mesh(trained, digits_dir, data, fsdp):
     jax.tree.map(np.testing.assert_array_equal, *states)
 
 
-@pytest.mark.parametrize("data", [1, pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("data", [1, None])
 def test_a_checkpoint_is_evaluated_on_one_device_and_on_all(trained, digits_dir, tmp_path, data):
     _, workdir, result, _ = trained
     config = None if data is None else config_of(digits_dir, data=data, fsdp=1)

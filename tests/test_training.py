@@ -210,6 +210,7 @@ class Unreadable:
         return self._source.describe(index)
 
 
+@pytest.mark.slow
 def test_images_that_cannot_be_decoded_are_skipped_and_counted(digits_dir, tmp_path, monkeypatch):
     opened, bad = sources.open_source, range(0, 1437, 5)
     monkeypatch.setattr(sources, "open_source", lambda data, split: Unreadable(opened(data, split), bad))
@@ -262,6 +263,7 @@ def stopped(finished, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_same_end(finished, stopped, tmp_path):
     config, straight, _ = finished
     shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
