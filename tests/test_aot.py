@@ -252,8 +252,9 @@ def test_the_command(tmp_path):
     done = subprocess.run([sys.executable, "-m", "polaformer_jax.aot", *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "batch 64 on 4 chips: mesh.data=2, mesh.fsdp=2" in done.stdout
-    assert (tmp_path / "a.csv").read_text().startswith("model,topology")
-    assert np.isfinite(float(list(csv.DictReader((tmp_path / "a.csv").open()))[0]["memory_gib"]))
+    lines = (tmp_path / "a.csv").read_text().splitlines()
+    assert lines[0].startswith("model,topology")
+    assert np.isfinite(float(next(csv.DictReader(lines))["memory_gib"]))
 
 
 def test_the_command_without_a_topology():
