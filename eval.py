@@ -30,21 +30,27 @@ SAVE_WEIGHTS = flags.DEFINE_string("save_weights", None, "File (.safetensors) fo
 
 def main(argv: list[str]) -> None:
     # Imported here, since processes that read data import this file again.
-    from polaformer_jax.training import evaluation, progress
+    import jax
+
+    from configs.defaults import defaults
+    from polaformer_jax.training import distributed, evaluation, progress
 
     progress.set_up_logging()
-    result = evaluation.evaluate(
-        CONFIG.value,
-        WORKDIR.value,
-        checkpoint=CHECKPOINT.value,
-        kind=KIND.value,
-        data_dir=DATA_DIR.value,
-        split=SPLIT.value,
-        json_path=JSON.value,
-        predictions_path=PREDICTIONS.value,
-        weights_path=SAVE_WEIGHTS.value,
-    )
-    print(json.dumps(result, indent=2))
+    # Without --config, the hosts are those that the environment names: those of the training may be others.
+    with distributed.session((CONFIG.value or defaults()).distributed):
+        result = evaluation.evaluate(
+            CONFIG.value,
+            WORKDIR.value,
+            checkpoint=CHECKPOINT.value,
+            kind=KIND.value,
+            data_dir=DATA_DIR.value,
+            split=SPLIT.value,
+            json_path=JSON.value,
+            predictions_path=PREDICTIONS.value,
+            weights_path=SAVE_WEIGHTS.value,
+        )
+        if jax.process_index() == 0:
+            print(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":

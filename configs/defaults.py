@@ -147,6 +147,14 @@ def defaults() -> ml_collections.ConfigDict:
     return config
 
 
+def augment_officially(config: ml_collections.ConfigDict) -> None:
+    """Turns on what the official recipe does to training images, beyond crop and flip."""
+    config.augment.rand_augment = "rand-m9-mstd0.5-inc1"
+    config.augment.erase_prob = 0.25
+    config.augment.mixup = 0.8
+    config.augment.cutmix = 1.0
+
+
 def parse_arg(arg: str | None, *, models: Sequence[str], **options):
     """Reads what follows the colon of `--config file.py:MODEL,key=value,...`.
 

@@ -10,7 +10,7 @@ Expected: at least 97.5 % of the test digits (there is no published figure). Opt
 what the ImageNet recipe adds: RandAugment, random erasing, mixup, CutMix, and a moving average of the weights.
 """
 
-from configs.defaults import defaults, parse_arg
+from configs.defaults import augment_officially, defaults, parse_arg
 from polaformer_jax.errors import UserError
 
 
@@ -31,10 +31,7 @@ def get_config(arg=None):
     config.augment.crop_area = (0.6, 1.0)
     config.augment.flip = 0.0  # a mirrored digit is no digit
     if arg.recipe == "full":
-        config.augment.rand_augment = "rand-m9-mstd0.5-inc1"
-        config.augment.erase_prob = 0.25
-        config.augment.mixup = 0.8
-        config.augment.cutmix = 1.0
+        augment_officially(config)
         config.ema.decay = 0.99
 
     config.train.epochs = arg.epochs

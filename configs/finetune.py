@@ -12,7 +12,7 @@ Models: those of images in `polaformer_jax.list_models()`. Options: `source=` fo
 the model.
 """
 
-from configs.defaults import defaults, parse_arg
+from configs.defaults import augment_officially, defaults, parse_arg
 from polaformer_jax import list_models, zoo
 from polaformer_jax.errors import UserError
 
@@ -34,10 +34,7 @@ def get_config(arg=None):
         config.data.name = "folder"
         config.data.eval_split = "val"
 
-    config.augment.rand_augment = "rand-m9-mstd0.5-inc1"
-    config.augment.erase_prob = 0.25
-    config.augment.mixup = 0.8
-    config.augment.cutmix = 1.0
+    augment_officially(config)
     config.train.epochs = 30.0
     config.train.batch_size = 128
     config.optimizer.lr = 5e-5

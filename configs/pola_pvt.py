@@ -8,7 +8,7 @@ launch on 8 devices: t 1024, s 512, m 512, b 256. Options: `img_size=`, a multip
 proportion).
 """
 
-from configs.defaults import defaults, parse_arg
+from configs.defaults import augment_officially, defaults, parse_arg
 
 
 def get_config(arg=None):
@@ -18,10 +18,7 @@ def get_config(arg=None):
     config.model.img_size = config.eval.crop = arg.img_size
     config.eval.resize = round(arg.img_size * 256 / 224)
 
-    config.augment.rand_augment = "rand-m9-mstd0.5-inc1"
-    config.augment.erase_prob = 0.25
-    config.augment.mixup = 0.8
-    config.augment.cutmix = 1.0
+    augment_officially(config)
     config.train.epochs = 300.0
     config.train.batch_size = {"t": 1024, "s": 512, "m": 512, "b": 256}[arg.model]
     config.optimizer.lr = 5e-4

@@ -8,7 +8,7 @@ official launch on 8 devices: t and s 1024, b 512, b_384 256. b_384 is meant to 
 (`--config.init.weights`). No options.
 """
 
-from configs.defaults import defaults, parse_arg
+from configs.defaults import augment_officially, defaults, parse_arg
 
 
 def get_config(arg=None):
@@ -17,10 +17,7 @@ def get_config(arg=None):
     config = defaults()
     config.model.name = f"pola_swin_{arg.model}"
 
-    config.augment.rand_augment = "rand-m9-mstd0.5-inc1"
-    config.augment.erase_prob = 0.25
-    config.augment.mixup = 0.8
-    config.augment.cutmix = 1.0
+    augment_officially(config)
     config.train.epochs = 30.0 if fine_tune else 300.0
     config.train.batch_size = {"t": 1024, "s": 1024, "b": 512, "b_384": 256}[arg.model]
     config.optimizer.lr = 5e-4

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files and folders that are there whole or not at all."""
 
 import contextlib
 import uuid
@@ -31,3 +31,20 @@ def writing(path: epath.PathLike) -> Iterator[BinaryIO]:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def making(target: epath.PathLike) -> Iterator[epath.Path]:
+    """A folder to fill. It takes its place when the context ends without an error, and else leaves no trace.
+
+    Until then it is called `incomplete.XXXXXX_NAME`, as tensorflow-datasets calls what it is writing.
+    """
+    target = epath.Path(target)
+    aside = target.parent / f"incomplete.{uuid.uuid4().hex[:6].upper()}_{target.name}"
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        aside.rename(target)
+    finally:  # after an interruption from the keyboard too
+        if aside.exists():
+            aside.rmtree()

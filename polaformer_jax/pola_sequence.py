@@ -20,6 +20,7 @@ from polaformer_jax.layers import (
     dropout,
     layer_norm,
     linear,
+    placed,
     product,
     rematerialised,
     table,
@@ -280,4 +281,4 @@ def _draw_as_pytorch(model: nnx.Module, rngs: Keys) -> None:
         if isinstance(layer, nnx.Linear):
             bound = layer.in_features**-0.5
             for param in (layer.kernel, layer.bias):
-                param[...] = uniform_init(rngs(), param.shape, param.dtype, bound=bound)
+                param[...] = placed(uniform_init, rngs)(rngs(), param.shape, param.dtype, bound=bound)

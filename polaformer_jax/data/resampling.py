@@ -201,13 +201,7 @@ def _affine(image: np.ndarray, matrix: np.ndarray, fill: np.ndarray) -> np.ndarr
             for channel in range(3):
                 # With no fraction on one axis (shearing, translating) the other's four pixels give the same value.
                 if dy == 0:
-                    v = _cubic(
-                        float(image[y2, x1, channel]),
-                        float(image[y2, x2, channel]),
-                        float(image[y2, x3, channel]),
-                        float(image[y2, x4, channel]),
-                        dx,
-                    )
+                    v = _across(image, y2, x1, x2, x3, x4, channel, dx)
                 elif dx == 0:
                     v = _cubic(
                         float(image[y1, x2, channel]),

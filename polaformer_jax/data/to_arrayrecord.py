@@ -11,12 +11,12 @@ import json
 import re
 import sys
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 
 from etils import epath
 from tqdm import tqdm
 
+from polaformer_jax import atomic
 from polaformer_jax.data import tfds_source
 from polaformer_jax.errors import UserError
 
@@ -47,16 +47,11 @@ def to_arrayrecord(name: str, data_dir: epath.PathLike, out_dir: epath.PathLike 
     target = out_dir / prepared.directory.relative_to(data_dir)
     if target.exists():
         raise UserError(f"{target} exists already; name another directory with --out-dir, or remove it")
-    aside = target.parent / f"incomplete.{uuid.uuid4().hex[:6].upper()}_{target.name}"
     try:
-        aside.mkdir(parents=True)
-        _copy(prepared.directory, aside)
-        aside.rename(target)
+        with atomic.making(target) as aside:
+            _copy(prepared.directory, aside)
     except OSError as error:
         raise UserError(f"converting {prepared.directory} to {target} failed: {error}") from error
-    finally:  # after an interruption from the keyboard too
-        if aside.exists():
-            aside.rmtree()
     return tfds_source.find_prepared(name, out_dir)
 
 

@@ -11,9 +11,9 @@ from polaformer_jax.training import sharding
 class Agreement:
     """The greatest of all processes' wishes.
 
-    `ask` and `answer` are called in turns, by all processes alike. Of several processes, the wishes go through the
-    devices, behind the work that is under way there; so that nobody waits for them, the answer is that to the question
-    before the last. One process agrees with itself at once.
+    Called by all processes alike, at each step. Of several processes, the wishes go through the devices, behind the
+    work that is under way there; so that nobody waits for them, the answer is that to the question before. One process
+    agrees with itself at once.
     """
 
     def __init__(self, mesh: Mesh):
@@ -22,7 +22,7 @@ class Agreement:
         self._asked: list[jax.Array] = []
 
     def __call__(self, wish: int) -> int:
-        """Asks, and gives the answer to the question before, 0 at first."""
+        """Asks; of several processes, gives the answer to the question before, 0 at first."""
         if jax.process_count() == 1:
             return wish
         self._asked.append(self._send(wish))

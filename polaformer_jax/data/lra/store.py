@@ -14,13 +14,13 @@ import hashlib
 import io
 import json
 import struct
-import uuid
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 from etils import epath
 
+from polaformer_jax import atomic
 from polaformer_jax.data.lra.facts import SPLITS
 from polaformer_jax.errors import UserError
 
@@ -139,27 +139,22 @@ def writing(data_set: str, data_dir: epath.PathLike, *, origin: str, settings: d
       UserError: a split got no example, or the files cannot be written.
     """
     target = directory_of(data_set, data_dir)
-    aside = target.parent / f"incomplete.{uuid.uuid4().hex[:6].upper()}_{target.name}"
     try:
-        aside.mkdir(parents=True)
-        writer = Writer(aside)
-        try:
-            yield writer
-        except BaseException:
-            writer.abandon()
-            raise
-        splits = writer.close()
-        empty = [split for split, found in splits.items() if not found["examples"]]
-        if empty:
-            raise UserError(f"{data_set} would have no examples in {', '.join(empty)}: more data is needed")
-        index = {"origin": origin, "settings": settings, "splits": splits}
-        (aside / "index.json").write_text(json.dumps(index, indent=2))  # last: without it there is no data set
-        aside.rename(target)
+        with atomic.making(target) as aside:
+            writer = Writer(aside)
+            try:
+                yield writer
+            except BaseException:
+                writer.abandon()
+                raise
+            splits = writer.close()
+            empty = [split for split, found in splits.items() if not found["examples"]]
+            if empty:
+                raise UserError(f"{data_set} would have no examples in {', '.join(empty)}: more data is needed")
+            index = {"origin": origin, "settings": settings, "splits": splits}
+            (aside / "index.json").write_text(json.dumps(index, indent=2))  # last: without it there is no data set
     except OSError as error:
         raise UserError(f"writing {data_set} to {target} failed: {error}") from error
-    finally:  # after an interruption from the keyboard too
-        if aside.exists():
-            aside.rmtree()
 
 
 def leftovers(data_set: str, data_dir: epath.PathLike) -> list[epath.Path]:
