@@ -140,7 +140,7 @@ def defaults() -> ml_collections.ConfigDict:
     watchdog.input_s = 900.0
 
     config.debug = debug = ml_collections.ConfigDict()
-    debug.nans = False  # look for NaN in all results, and stop at the first: slow
+    debug.nans = False  # run a step that gave NaN again, operation by operation, and stop at the first NaN
     debug.deterministic = False  # on GPUs, only operations that give the same bits each time: slower
     debug.transfer_guard = placeholder(str)  # "log" or "disallow" transfers that are not asked for explicitly
 

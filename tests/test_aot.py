@@ -13,12 +13,13 @@ import pytest
 
 from configs.digits import get_config
 from polaformer_jax.aot import __main__ as command
-from polaformer_jax.aot.chips import CHIPS, chip_of
 from polaformer_jax.aot.collectives import collectives, totals
 from polaformer_jax.aot.compiling import OutOfMemoryError, compile_step, out_of_memory, topology_devices
 from polaformer_jax.aot.largest import largest
-from polaformer_jax.aot.roofline import estimate, product_flops
+from polaformer_jax.aot.roofline import estimate
+from polaformer_jax.chips import CHIPS, chip_of
 from polaformer_jax.errors import UserError
+from polaformer_jax.flops import product_flops
 
 # --- collectives, as XLA writes them for CPUs and TPUs
 
@@ -132,8 +133,8 @@ def test_a_step_takes_as_long_as_the_slowest_of_three():
 
 
 def test_chips():
-    assert [chip.name for chip in CHIPS] == ["v4", "v5e", "v5p", "v6e"]
-    assert len({chip.kind for chip in CHIPS}) == 4
+    assert [chip.name for chip in CHIPS if chip.kind.startswith("TPU")] == ["v4", "v5e", "v5p", "v6e"]
+    assert len({chip.kind for chip in CHIPS}) == len(CHIPS)
     assert chip_of("TPU v5 lite").flops == 197e12
     assert chip_of("cpu") is None  # no guess
     for chip in CHIPS:

@@ -278,7 +278,8 @@ def test_the_compiled_step_sends_parameters_and_gradients_and_no_activations(tra
 @pytest.mark.parametrize("data, fsdp", [(8, 1), (1, 8)])
 def test_the_same_on_other_meshes(data, fsdp):
     experiment = Experiment(config_of(data=data, fsdp=fsdp), num_examples=1437)
-    check_program(experiment, experiment.trace_train_step().lower().compile().as_text())
+    batch = experiment.abstract_batch(experiment.config.train.batch_size)
+    check_program(experiment, experiment.trace_train_step(batch).lower().compile().as_text())
 
 
 # --- checkpoints

@@ -91,3 +91,17 @@ def test_a_killed_training_leaves_no_lock(tmp_path):
 def test_a_folder_that_is_no_work_directory(tmp_path):
     with pytest.raises(UserError, match="config.json does not exist"):
         read_config(tmp_path)
+
+
+def test_a_full_disk_is_an_error_of_one_sentence(tmp_path):
+    program = (
+        "import resource, signal, sys; from configs.digits import get_config\n"
+        "from polaformer_jax.errors import UserError; from polaformer_jax.training.workdir import claim\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then writing fails as on a full disk\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+        "try:\n    with claim(sys.argv[1], get_config()): pass\n"
+        "except UserError as error: sys.exit(f'error: {error}')"
+    )
+    ended = subprocess.run([sys.executable, "-c", program, tmp_path], check=False, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith(f"error: the work directory {tmp_path} cannot be written")

@@ -18,9 +18,9 @@ from ml_collections import config_flags
 
 from polaformer_jax import atomic, command_line
 from polaformer_jax.aot import collectives
-from polaformer_jax.aot.chips import chip_of
 from polaformer_jax.aot.compiling import OutOfMemoryError, Program, compile_step, topology_devices
 from polaformer_jax.aot.largest import largest
+from polaformer_jax.chips import chip_of
 from polaformer_jax.errors import UserError
 from polaformer_jax.training import progress, sharding
 from polaformer_jax.training.progress import log

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import jax
 import ml_collections
 
-from polaformer_jax.aot.chips import Chip, chip_of
 from polaformer_jax.aot.collectives import Collective, collectives
-from polaformer_jax.aot.roofline import Estimate, estimate, product_flops
+from polaformer_jax.aot.roofline import Estimate, estimate
+from polaformer_jax.chips import Chip, chip_of
 from polaformer_jax.errors import UserError
 from polaformer_jax.training.experiment import Experiment
 
@@ -126,9 +126,10 @@ def compile_step(
         config.train.batch_size = batch_size
     experiment = Experiment(config, devices=devices, num_examples=num_examples)
     experiment.check_batch()
+    batch = experiment.abstract_batch(config.train.batch_size)
     began = time.monotonic()
     try:
-        compiled = experiment.train_step.program(experiment.abstract_batch(config.train.batch_size))
+        compiled = experiment.train_step.program(batch)
     except jax.errors.JaxRuntimeError as error:
         if (explained := out_of_memory(error, config)) is None:
             raise
@@ -146,20 +147,13 @@ def compile_step(
         memory=arguments + outputs + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
         state=arguments,
         temporary=memory.temp_size_in_bytes,
-        products=_products(config, devices, num_examples),
+        products=experiment.step_flops(batch),
         xla_flops=cost.get("flops", float("nan")),
         xla_bytes=cost.get("bytes accessed", float("nan")),
         collectives=tuple(collectives(compiled.as_text())),
         seconds=seconds,
         total_steps=experiment.length.total,
     )
-
-
-def _products(config: ml_collections.ConfigDict, devices: Sequence[jax.Device], num_examples: int) -> float:
-    """Of the step as it is without recomputation, which is no progress."""
-    config = config.copy_and_resolve_references()
-    config.model.remat = False
-    return product_flops(Experiment(config, devices=devices, num_examples=num_examples).trace_train_step().jaxpr.jaxpr)
 
 
 def out_of_memory(error: Exception, config: ml_collections.ConfigDict) -> OutOfMemoryError | None:

@@ -1,7 +1,6 @@
 """What helps to find out why: checks for NaN, transfers that nobody asked for, profiles."""
 
 import contextlib
-from collections.abc import Iterator
 
 import jax
 from etils import epath
@@ -9,15 +8,14 @@ from etils import epath
 from polaformer_jax.training.progress import log
 
 
-@contextlib.contextmanager
-def modes(config) -> Iterator[None]:
-    """What the config's `debug` part asks for: `nans` and `transfer_guard`, as long as the context lasts."""
-    with contextlib.ExitStack() as stack:
-        if config.nans:
-            stack.enter_context(jax.debug_nans(True))
-        if config.transfer_guard is not None:
-            stack.enter_context(jax.transfer_guard(config.transfer_guard))
-        yield
+def checked(config) -> contextlib.AbstractContextManager:
+    """A training step under `debug.nans` and `debug.transfer_guard`: data that nobody sent may not be in it."""
+    stack = contextlib.ExitStack()
+    if config.nans:
+        stack.enter_context(jax.debug_nans(True))
+    if config.transfer_guard is not None:
+        stack.enter_context(jax.transfer_guard(config.transfer_guard))
+    return stack
 
 
 def compiler_options(config) -> dict[str, bool]:

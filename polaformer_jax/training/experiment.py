@@ -16,10 +16,11 @@ from polaformer_jax.data import sources
 from polaformer_jax.data.pipeline import Passes
 from polaformer_jax.data.workers import Stream
 from polaformer_jax.errors import UserError
+from polaformer_jax.flops import product_flops
 from polaformer_jax.layers import Keys
 from polaformer_jax.training import debugging, modality, sharding
 from polaformer_jax.training.checks import check_config
-from polaformer_jax.training.compiled import CompiledByShape
+from polaformer_jax.training.compiled import CompiledByShape, abstract
 from polaformer_jax.training.optimizer import head_only, make_optimizer
 from polaformer_jax.training.progress import log
 from polaformer_jax.training.schedule import Durations, durations, learning_rate
@@ -263,13 +264,31 @@ class Experiment:
     @functools.cached_property
     def train_step(self) -> CompiledByShape:
         """(state, batch) -> (state, sums of metrics); the state given is used up."""
-        options = debugging.compiler_options(self.config.debug)
-        return CompiledByShape(self._jitted_train_step, self.abstract_state, "training step", options)
+        debug = self.config.debug
+        options = debugging.compiler_options(debug)
+        return CompiledByShape(
+            self._jitted_train_step, self.abstract_state, "training step", options, compiled=not debug.nans
+        )
 
-    def trace_train_step(self) -> jax.stages.Traced:
-        """The same for the largest batch before it is compiled, for any devices."""
-        batch = self.abstract_batch(self.config.train.batch_size)
-        return self._jitted_train_step.trace(self.abstract_state, batch)
+    def trace_train_step(self, batch: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> jax.stages.Traced:
+        """The same for a batch like this one before it is compiled, for any devices."""
+        return self._jitted_train_step.trace(self.abstract_state, abstract(batch))
+
+    def step_flops(self, batch: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> float:
+        """Operations of the matrix products and convolutions of a step on a batch like this, on all devices together.
+
+        Of the step as it is without recomputation (`model.remat`), which is no progress.
+        """
+        if not self.config.model.remat:
+            return product_flops(self.trace_train_step(batch).jaxpr.jaxpr)
+        return self._without_remat.step_flops(batch)
+
+    @functools.cached_property
+    def _without_remat(self) -> "Experiment":
+        config = self.config.copy_and_resolve_references()
+        config.model.remat = False
+        examples = len(self.train_source) if self._num_examples is None else self._num_examples
+        return Experiment(config, devices=self._devices, num_examples=examples)
 
     @functools.cached_property
     def _jitted_train_step(self):
@@ -284,8 +303,11 @@ class Experiment:
             trainable=self._trainable,
             mesh=self.mesh,
         )
-        # The state goes out as it came in, so that its memory is reused.
-        return jax.jit(step, donate_argnums=0, out_shardings=(self._state_shardings, sharding.replicated(self.mesh)))
+        # The state goes out as it came in, so that its memory is reused; but not if a step may have to be looked into.
+        donate = () if self.config.debug.nans else 0
+        return jax.jit(
+            step, donate_argnums=donate, out_shardings=(self._state_shardings, sharding.replicated(self.mesh))
+        )
 
     @functools.cached_property
     def eval_step(self) -> CompiledByShape:

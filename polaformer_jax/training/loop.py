@@ -28,9 +28,10 @@ from polaformer_jax.training.scalars import make_writer
 from polaformer_jax.training.sharding import to_devices
 from polaformer_jax.training.step import TrainState
 from polaformer_jax.training.stopping import StopRequests
+from polaformer_jax.training.utilisation import Utilisation
 from polaformer_jax.training.watchdog import Watchdog
 from polaformer_jax.training.window import Window
-from polaformer_jax.training.workdir import claim
+from polaformer_jax.training.workdir import claim, writable
 
 SAVE, STOP = 1, 2  # what a process may wish for at a step; the greater one includes the other
 
@@ -67,7 +68,6 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, *, stop: S
             best_metric=metric_name(config),
         ) as checkpoints,
         Evaluator(experiment) as evaluator,
-        debugging.modes(config.debug),
     ):
         restored = checkpoints.restore(experiment.abstract_state)
         run = _Run(experiment, workdir, checkpoints, evaluator, stop)
@@ -105,6 +105,7 @@ class _Run:
         self.eval_every = max(1, round(self.config.eval.every * experiment.length.unit))
         self.agree = Agreement(experiment.mesh)
         self.window = Window(self.config.train.batch_size, experiment.modality.examples)
+        self.utilisation = Utilisation(experiment)
         self.watchdog = Watchdog(self.config.watchdog.step_s)
         self.saved_at = time.monotonic()
 
@@ -120,7 +121,8 @@ class _Run:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.stop.deferred())  # from here on there is something to save
             stack.callback(self.checkpoints.wait)
-            self.writer = make_writer(self.workdir, start)
+            with writable(self.workdir):
+                self.writer = make_writer(self.workdir, start)
             stack.callback(self.writer.close)
             if start == 0:
                 overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
@@ -159,7 +161,9 @@ class _Run:
                 batch = to_devices(batch, self.experiment.mesh)
                 with self.window.paused():
                     train_step.program(batch)  # compiled now if sequences of this length are met for the first time
-                state, sums = train_step(state, batch)
+                    self.utilisation.step(batch)
+                with debugging.checked(self.config.debug):
+                    state, sums = train_step(state, batch)
                 taken = step + 1
                 # Numbers are looked at one step late, so that the device always has the next step to work on.
                 if in_flight is not None:
@@ -175,6 +179,7 @@ class _Run:
                 progress.step()
                 if taken % log_every == 0 or taken == self.total:
                     metrics = self.window.close()
+                    metrics |= self.utilisation.close(metrics["seconds"])
                     self.writer.write_scalars(taken, metrics)
                     progress.report(taken, metrics)
                 if save:

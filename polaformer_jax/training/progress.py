@@ -1,6 +1,7 @@
 """How a long run shows itself: a progress bar on a terminal, plain log lines elsewhere."""
 
 import logging as std_logging
+import math
 import sys
 import time
 
@@ -73,19 +74,26 @@ class Progress:
         """Shows the metrics of the last steps, at step number `step` (steps taken so far)."""
         if metrics["skipped"]:
             log.warning("step %d: %d records could not be decoded since the last report", step, metrics["skipped"])
+        seen = {"loss": math.nan, "accuracy": math.nan, "learning_rate": math.nan, **metrics}  # if all were left out
         rate = f"{metrics[f'{self._examples}_per_second']:.0f} {self._examples}/s"
+        used = [
+            f"{title} {100 * metrics[name]:.0f}%"
+            for name, title in (("mfu", "MFU"), ("device_memory_share", "device memory"))
+            if name in metrics
+        ]
         if not self._bar.disable:
-            self._bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {rate}", refresh=False)
+            self._bar.set_postfix_str(", ".join([f"loss {seen['loss']:.3f}", rate, *used]), refresh=False)
             return
         left = (time.monotonic() - self._began) / max(step - self._start, 1) * (self._total - step)
         log.info(
-            "step %d/%d  loss %.4f  accuracy %.3f  lr %.2e  %s  waiting for data %.0f%%  left %s",
+            "step %d/%d  loss %.4f  accuracy %.3f  lr %.2e  %s  waiting for data %.0f%%%s  left %s",
             step,
             self._total,
-            metrics["loss"],
-            metrics["accuracy"],
-            metrics["learning_rate"],
+            seen["loss"],
+            seen["accuracy"],
+            seen["learning_rate"],
             rate,
             100 * metrics["input_wait_share"],
+            "".join(f"  {each}" for each in used),
             tqdm.tqdm.format_interval(left),
         )

@@ -107,7 +107,7 @@ def claim(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> Iterato
 
 @contextlib.contextmanager
 def _claimed(workdir: epath.Path, config: ml_collections.ConfigDict) -> Iterator[None]:
-    with _writable(workdir):
+    with writable(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
     with _locked(workdir):
         # A run without a checkpoint has nothing to lose: a config that was mended after a failed start is welcome.
@@ -120,13 +120,13 @@ def _claimed(workdir: epath.Path, config: ml_collections.ConfigDict) -> Iterator
                     + "\n".join(f"  {line}" for line in changed)
                     + "\ntake another --workdir, or undo these changes to go on with that run"
                 )
-        with _writable(workdir):
+        with writable(workdir):
             atomic.write(workdir / "config.json", json.dumps(as_json(config), indent=2) + "\n")
         yield
 
 
 @contextlib.contextmanager
-def _writable(workdir: epath.Path) -> Iterator[None]:
+def writable(workdir: epath.Path) -> Iterator[None]:
     """Within, an OSError becomes a UserError."""
     try:
         yield
@@ -144,19 +144,18 @@ def _locked(workdir: epath.Path) -> Iterator[None]:
         return
     import fcntl  # not on Windows, where jax has no accelerators either
 
-    with _writable(workdir):
-        lock = open(workdir / ".lock", "a+")
+    with writable(workdir):
+        lock = open(workdir / ".lock", "ab+", buffering=0)  # closing it has nothing left to write
     with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             raise UserError(
-                f"another process ({file.read().strip() or 'unknown'}) is training in {workdir}:"
+                f"another process ({file.read().decode().strip() or 'unknown'}) is training in {workdir}:"
                 " wait for it or stop it, or take another --workdir"
             ) from None
-        with _writable(workdir):
+        with writable(workdir):
             file.truncate(0)
-            file.write(f"pid {os.getpid()}")
-            file.flush()
+            file.write(b"pid %d" % os.getpid())
         yield
