@@ -1,6 +1,7 @@
 """Files and folders that are there whole or not at all."""
 
 import contextlib
+import os
 import uuid
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -23,7 +24,7 @@ def write(path: epath.PathLike, content: bytes | str) -> None:
 def writing(path: epath.PathLike) -> Iterator[BinaryIO]:
     """A file to write in parts. It takes its place when the context ends without an error, and else leaves no trace."""
     path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     aside = path.parent / f".{path.name}.{uuid.uuid4().hex}"
     try:
         with aside.open("wb") as file:
@@ -31,6 +32,20 @@ def writing(path: epath.PathLike) -> Iterator[BinaryIO]:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def make_folder(path: epath.Path) -> None:
+    """Makes a folder, and those above it, where it lacks.
+
+    Raises:
+      FileNotFoundError: in a bucket that there is not (TensorFlow would go on looking for it for ever).
+    """
+    name = os.fspath(path)
+    if "://" in name:
+        bucket = epath.Path("/".join(name.split("/")[:3]))
+        if not bucket.exists():
+            raise FileNotFoundError(f"there is no bucket {bucket}")
+    path.mkdir(parents=True, exist_ok=True)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,10 @@ _TIME = "2026-01-01T00:00:00.000Z"
 class Bucket:
     """Objects by name, each with a generation that every write raises, and a log of the requests."""
 
+    name = "bucket"  # there is no other
+
     def __init__(self):
+        self.read_only = False
         self.objects: dict[str, tuple[bytes, int]] = {}
         self.requests: list[tuple[str, str]] = []  # client, method and what of
         self.lock = threading.Lock()
@@ -111,6 +114,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         with contextlib.suppress(ConnectionError, ssl.SSLError):  # a client that went away
             super().handle()
 
+    def finish(self):
+        super().finish()
+        self.connection.close()  # after a CONNECT it is not the one that the server closes
+
     def do_CONNECT(self):
         self.send_response(200)
         self.end_headers()
@@ -130,11 +137,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         body = self._body()
         client = self.headers.get("User-Agent", "")
         self.bucket.requests.append((client.split("/")[0], f"{self.command} {self.path}"))
+        name = re.match(r"/(?:(?:upload/|download/)?storage/v1/b/)?([^/]+)", url.path)
+        if name is None or name[1] not in (self.bucket.name, "resumable"):
+            return self._error(404)
+        if self.bucket.read_only and self.command != "GET":
+            return self._error(403)
         with self.bucket.lock:
             self._dispatch(url.path, query, body)
 
     def _dispatch(self, path: str, query: dict[str, str], body: bytes):
-        if match := re.fullmatch(r"/upload/storage/v1/b/[^/]+/o", path):
+        if re.fullmatch(r"/upload/storage/v1/b/[^/]+/o", path):
             return self._upload(query, body)
         if path == "/resumable":
             return self._part(query["id"], body)
@@ -143,18 +155,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             if source not in self.bucket.objects:
                 return self._error(404)
             self.bucket.put(target, self.bucket.get(source))
-            size = len(self.bucket.get(target))
-            return self._json(
-                {"done": True, "objectSize": str(size), "totalBytesRewritten": str(size), "resource": self._facts(target)}
-            )
+            facts = self._facts(target)
+            progress = {"objectSize": facts["size"], "totalBytesRewritten": facts["size"]}
+            return self._json({"done": True, **progress, "resource": facts})
         if match := re.fullmatch(r"/(?:download/)?storage/v1/b/[^/]+/o/(.+)", path):
             return self._object(urllib.parse.unquote(match[1]), query)
         if re.fullmatch(r"/storage/v1/b/[^/]+/o/?", path):
             return self._list(query)
         if re.fullmatch(r"/storage/v1/b/[^/]+/storageLayout", path):
             return self._json({"kind": "storage#storageLayout", "hierarchicalNamespace": {"enabled": False}})
-        if match := re.fullmatch(r"/storage/v1/b/([^/]+)", path):
-            return self._json({"kind": "storage#bucket", "name": match[1], "location": "US"})
+        if re.fullmatch(r"/storage/v1/b/[^/]+", path):
+            return self._json({"kind": "storage#bucket", "name": self.bucket.name, "location": "US"})
         if match := re.fullmatch(r"/[^/]+/(.+)", path):  # the XML API
             return self._object(urllib.parse.unquote(match[1]), {"alt": "media"})
         return self._error(400)
@@ -254,7 +265,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _facts(self, name: str) -> dict[str, str]:
         content, generation = self.bucket.objects[name]
-        facts = {"name": name, "bucket": "bucket", "size": str(len(content)), "generation": str(generation)}
+        facts = {"name": name, "bucket": self.bucket.name, "size": str(len(content)), "generation": str(generation)}
         return {**facts, "kind": "storage#object", "metageneration": "1", "updated": _TIME, "timeCreated": _TIME}
 
     def _error(self, status: int):

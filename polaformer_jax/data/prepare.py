@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from etils import epath
 
 from polaformer_jax.data import tfds_source
+from polaformer_jax.data.local_only import check_local
 from polaformer_jax.errors import UserError
 
 
@@ -26,15 +27,16 @@ def prepare(name: str, data_dir: epath.PathLike, *, manual_dir: epath.PathLike |
 
     Args:
       name: `sklearn_digits`, or any tfds data set with the features image and label: `NAME[/CONFIG][:VERSION]`.
-      data_dir: the directory that holds all prepared data sets.
+      data_dir: the directory that holds all prepared data sets; local, where something is to be written.
       manual_dir: where the user put files that tfds cannot download by itself (ImageNet's tars).
 
     Raises:
-      UserError: malformed name, unknown data set, not image classification, prepared already in another format, or a
-        failure on the way (download, disk, missing manual files).
+      UserError: malformed name, unknown data set, not image classification, prepared already in another format, a
+        bucket to write to, or a failure on the way (download, disk, missing manual files).
     """
     found = tfds_source.find_prepared(name, data_dir)
     if found is None:
+        check_local(data_dir, name)
         _build(name, epath.Path(data_dir).expanduser(), manual_dir)
         found = tfds_source.find_prepared(name, data_dir)
         if found is None:
@@ -92,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "lra_listops, lra_pathfinder, lra_text, lra_image and lra_retrieval have a --help of their own.",
     )
     parser.add_argument("name", metavar="NAME", help="sklearn_digits, or a tfds data set: NAME[/CONFIG][:VERSION]")
-    parser.add_argument("--data-dir", required=True, help="where prepared data sets live, e.g. data or gs://...")
+    parser.add_argument("--data-dir", required=True, help="where prepared data sets live, e.g. data")
     parser.add_argument("--manual-dir", help="directory with files fetched by hand, e.g. ImageNet's tars")
     args = parser.parse_args(argv)
     begin = time.monotonic()

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from polaformer_jax import atomic
 from polaformer_jax.data import tfds_source
+from polaformer_jax.data.local_only import check_local
 from polaformer_jax.errors import UserError
 
 
@@ -34,7 +35,8 @@ def to_arrayrecord(name: str, data_dir: epath.PathLike, out_dir: epath.PathLike 
 
     Raises:
       UserError: not prepared below `data_dir`, in another format than TFRecord, there already below `out_dir`, damaged
-        or missing files, another number of records than the data set's own description says, or a failed write.
+        or missing files, another number of records than the data set's own description says, a bucket to write to,
+        or a failed write.
     """
     data_dir = epath.Path(data_dir).expanduser()
     out_dir = tfds_source.arrayrecord_dir(data_dir) if out_dir is None else epath.Path(out_dir).expanduser()
@@ -44,6 +46,7 @@ def to_arrayrecord(name: str, data_dir: epath.PathLike, out_dir: epath.PathLike 
     if prepared.file_format != "tfrecord":
         needless = ": it needs no conversion" if prepared.file_format == "array_record" else ", expected tfrecord"
         raise UserError(f"data set {name!r} at {prepared.directory} is prepared as {prepared.file_format}{needless}")
+    check_local(out_dir, name)
     target = out_dir / prepared.directory.relative_to(data_dir)
     if target.exists():
         raise UserError(f"{target} exists already; name another directory with --out-dir, or remove it")

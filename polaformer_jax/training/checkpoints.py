@@ -8,6 +8,7 @@ it last wrote its metrics. Orbax would give back a tensor with a flipped bit as 
 import dataclasses
 import json
 import math
+import os
 import time
 import zlib
 from typing import Any, Literal
@@ -61,10 +62,13 @@ class Checkpoints:
       keep_last: how many of the latest steps are kept.
       best_metric: name of the evaluation metric by which one more step, the best, is kept.
       read_only: never writes or deletes, as evaluation beside a running training wants.
+
+    Raises:
+      UserError: `directory` is in a bucket, and google-cloud-storage is not installed.
     """
 
     def __init__(self, directory: epath.PathLike, *, keep_last: int, best_metric: str, read_only: bool = False):
-        self.directory = epath.Path(directory).resolve()  # Orbax writes to absolute paths only
+        self.directory = _absolute(epath.Path(directory))
         self._metric = best_metric
         self._sign = 1.0 if GREATER_IS_BETTER[best_metric.removeprefix("ema_")] else -1.0
         keep = checkpoint_managers.AnyPreservationPolicy(
@@ -77,6 +81,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             best_fn=self._score, preservation_policy=keep, read_only=read_only, create=not read_only
         )
+        _check_client(self.directory)
         self._set_aside_unreadable_metrics(read_only)
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=_ITEMS)
 
@@ -114,6 +119,9 @@ class Checkpoints:
         self.wait()  # for the save before, whose failure would else be taken for this one's
         try:
             self._try_to_write()
+        except Exception as error:  # buckets have exceptions of their own
+            raise self._failed(error) from error
+        try:
             # force: the loop decides when to save. Orbax answers False, silently, to a step that is not the newest.
             saved = self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
         except OSError as error:
@@ -122,7 +130,7 @@ class Checkpoints:
             raise RuntimeError(f"the checkpoint of step {step} was not saved: {self.directory} holds {self.steps()}")
 
     def _try_to_write(self) -> None:
-        """Raises an OSError where nothing can be written now. (Orbax would notice after five minutes of waiting.)"""
+        """Raises where nothing can be written now. (Orbax would notice after five minutes of waiting.)"""
         if jax.process_index() == 0:
             if not self.directory.is_dir():
                 raise FileNotFoundError(f"{self.directory} is no folder any more")
@@ -282,6 +290,23 @@ class Checkpoints:
                 f"the checkpoint of step {step} in {self.directory} has no moving average (ema.decay was None)"
             )
         return self._read(step, {item: abstract})[0][item], step
+
+
+def _absolute(path: epath.Path) -> epath.Path:
+    """Orbax writes to absolute paths only. One in a bucket is, and `resolve` would make a local one of it."""
+    return path if "://" in os.fspath(path) else path.resolve()
+
+
+def _check_client(directory: epath.Path) -> None:
+    """Raises a UserError where the client lacks by which Orbax asks what kind of bucket it has before it."""
+    if os.fspath(directory).startswith("gs://"):
+        try:
+            from google.cloud import storage  # noqa: F401
+        except ImportError as error:
+            raise UserError(
+                f"{directory}: checkpoints in a bucket need google-cloud-storage ({error}):"
+                ' python -m pip install -e ".[gcs]"'
+            ) from error
 
 
 def _sealed(record: dict[str, Any]) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def claim(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> Iterato
 @contextlib.contextmanager
 def _claimed(workdir: epath.Path, config: ml_collections.ConfigDict) -> Iterator[None]:
     with writable(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
+        atomic.make_folder(workdir)
     with _locked(workdir):
         # A run without a checkpoint has nothing to lose: a config that was mended after a failed start is welcome.
         checkpoints = workdir / "checkpoints"
@@ -127,10 +127,10 @@ def _claimed(workdir: epath.Path, config: ml_collections.ConfigDict) -> Iterator
 
 @contextlib.contextmanager
 def writable(workdir: epath.Path) -> Iterator[None]:
-    """Within, an OSError becomes a UserError."""
+    """Within, an error becomes a UserError."""
     try:
         yield
-    except OSError as error:
+    except Exception as error:  # buckets have exceptions of their own
         raise UserError(
             f"the work directory {workdir} cannot be written ({error}): is the disk full, or not yours to write to?"
         ) from error

@@ -119,6 +119,6 @@ def _header_checksum(header: dict) -> int:
     return zlib.crc32(json.dumps({**header, "__metadata__": metadata}, sort_keys=True).encode())
 
 
-def _bytes(array) -> memoryview:
-    """The array's bytes in C order; a copy is made, and dropped, only where they lie otherwise."""
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+def _bytes(array) -> bytes:
+    """A copy of the array's bytes in C order (files in a bucket take nothing but `bytes`)."""
+    return np.asarray(array).tobytes()

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
+from polaformer_jax.data.local_only import check_local
 from polaformer_jax.data.lra import store
 from polaformer_jax.data.lra.facts import DATA_SETS
 from polaformer_jax.errors import UserError
@@ -74,6 +75,7 @@ def prepare(
                 "remove it"
             )
         return directory, index, True
+    check_local(data_dir, name)
     if name in _GENERATED:
         make = generated.prepare_listops if name == "lra_listops" else generated.prepare_pathfinder
         make(data_dir, seed=seed, examples=examples, processes=generated.cores() if processes is None else processes)
