@@ -301,7 +301,7 @@ def _check_client(directory: epath.Path) -> None:
     """Raises a UserError where the client lacks by which Orbax asks what kind of bucket it has before it."""
     if os.fspath(directory).startswith("gs://"):
         try:
-            from google.cloud import storage  # noqa: F401
+            import google.cloud.storage  # noqa: F401
         except ImportError as error:
             raise UserError(
                 f"{directory}: checkpoints in a bucket need google-cloud-storage ({error}):"
