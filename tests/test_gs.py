@@ -1,5 +1,6 @@
 """Work directories, data and weights on `gs://`: the real clients against a bucket in memory (`fake_bucket.py`)."""
 
+import io
 import json
 import shutil
 import sys
@@ -8,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from PIL import Image
 
 from configs.digits import get_config
 from polaformer_jax import atomic, weights
@@ -15,6 +17,7 @@ from polaformer_jax.data import prepare, tfds_source
 from polaformer_jax.data.lra import prepare as lra_prepare
 from polaformer_jax.data.lra.source import SequenceSource
 from polaformer_jax.errors import UserError
+from polaformer_jax.prediction import evaluation_transform, read_image
 from polaformer_jax.training import evaluation, loop, scalars
 from polaformer_jax.training.checkpoints import Checkpoints
 from polaformer_jax.training.export import export
@@ -132,6 +135,18 @@ def test_a_damaged_checkpoint_is_set_aside(bucket, google_client):
     assert bucket.names("damaged/damaged_checkpoints/5_")
 
 
+def test_a_checkpoint_that_cannot_be_written_is_named(bucket, google_client, monkeypatch):
+    """The refusal is raised here: TensorFlow repeats a refused write while no other thread of Python may run."""
+    import tensorflow as tf
+
+    def refused(checkpoints):
+        raise tf.errors.PermissionDeniedError(None, None, "HTTP response code 403")
+
+    monkeypatch.setattr(Checkpoints, "_try_to_write", refused)
+    with pytest.raises(UserError, match="not be written to gs://bucket/denied/checkpoints .*HTTP response code 403"):
+        save("gs://bucket/denied/checkpoints", 1)
+
+
 def test_the_client_that_orbax_needs_is_asked_for(monkeypatch):
     monkeypatch.setitem(sys.modules, "google.cloud.storage", None)
     with pytest.raises(UserError, match=r'pip install -e "\.\[gcs\]"'):
@@ -185,6 +200,16 @@ def test_weights_come_back(bucket):
     weights.save_weights(model, "gs://bucket/weights/ours.safetensors")
     weights.load_weights(other, "gs://bucket/weights/ours.safetensors")
     tiny_weights.assert_same(tiny_weights.pure(other), tiny_weights.pure(model))
+
+
+def test_images_to_predict_are_read_from_the_bucket(bucket):
+    picture = io.BytesIO()
+    Image.new("RGB", (40, 40), (200, 10, 60)).save(picture, "png")
+    bucket.put("images/red.png", picture.getvalue())
+    transform = evaluation_transform(tiny_weights.tiny(), {})
+    assert (read_image("gs://bucket/images/red.png", transform) == (200, 10, 60)).all()
+    with pytest.raises(UserError, match="gs://bucket/images/none.png"):
+        read_image("gs://bucket/images/none.png", transform)
 
 
 def content(path):
