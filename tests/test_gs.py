@@ -125,6 +125,7 @@ def test_a_save_that_was_cut_off_does_not_count(bucket, google_client):
     assert_state(restore("gs://bucket/cut/checkpoints")[0], 5)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_set_aside(bucket, google_client):
     save("gs://bucket/damaged/checkpoints", 3, 5)
     name = max(bucket.names("damaged/checkpoints/5/params/"), key=lambda name: len(bucket.get(name)))
