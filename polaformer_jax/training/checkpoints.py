@@ -8,7 +8,6 @@ it last wrote its metrics. Orbax would give back a tensor with a flipped bit as 
 import dataclasses
 import json
 import math
-import os
 import time
 import zlib
 from typing import Any, Literal
@@ -20,6 +19,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from polaformer_jax.errors import UserError
+from polaformer_jax.training import bucket
 from polaformer_jax.training.checksums import described, named
 from polaformer_jax.training.progress import log
 from polaformer_jax.training.step import TrainState
@@ -68,7 +68,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: epath.PathLike, *, keep_last: int, best_metric: str, read_only: bool = False):
-        self.directory = _absolute(epath.Path(directory))
+        self.directory = bucket.absolute(epath.Path(directory))  # Orbax writes to absolute paths only
         self._metric = best_metric
         self._sign = 1.0 if GREATER_IS_BETTER[best_metric.removeprefix("ema_")] else -1.0
         keep = checkpoint_managers.AnyPreservationPolicy(
@@ -81,7 +81,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             best_fn=self._score, preservation_policy=keep, read_only=read_only, create=not read_only
         )
-        _check_client(self.directory)
+        bucket.check_client(self.directory)
         self._set_aside_unreadable_metrics(read_only)
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=_ITEMS)
 
@@ -290,23 +290,6 @@ class Checkpoints:
                 f"the checkpoint of step {step} in {self.directory} has no moving average (ema.decay was None)"
             )
         return self._read(step, {item: abstract})[0][item], step
-
-
-def _absolute(path: epath.Path) -> epath.Path:
-    """Orbax writes to absolute paths only. One in a bucket is, and `resolve` would make a local one of it."""
-    return path if "://" in os.fspath(path) else path.resolve()
-
-
-def _check_client(directory: epath.Path) -> None:
-    """Raises a UserError where the client lacks by which Orbax asks what kind of bucket it has before it."""
-    if os.fspath(directory).startswith("gs://"):
-        try:
-            import google.cloud.storage  # noqa: F401
-        except ImportError as error:
-            raise UserError(
-                f"{directory}: checkpoints in a bucket need google-cloud-storage ({error}):"
-                ' python -m pip install -e ".[gcs]"'
-            ) from error
 
 
 def _sealed(record: dict[str, Any]) -> dict[str, Any]:
