@@ -27,7 +27,8 @@ def session(config) -> Iterator[None]:
     """Joins the other processes, where `distributed.*` or the environment says that there are others.
 
     To be entered before JAX looks for devices. An error in one process ends it at once, whatever the others wait for:
-    they notice within `distributed.heartbeat_s` that it is gone, say so and end too.
+    they notice within `distributed.heartbeat_s` that it is gone, say so and end too: by an error of what they do
+    together, with status 1, or by JAX, which aborts a process that waits (SIGABRT).
 
     Args:
       config: the config's `distributed` part.
@@ -64,10 +65,17 @@ def session(config) -> Iterator[None]:
         jax.distributed.shutdown()
         raise
     except BaseException as error:
+        which = f"process {jax.process_index()}"
         if isinstance(error, UserError):
-            print(f"error: process {jax.process_index()}: {error}", file=sys.stderr)
+            print(f"error: {which}: {error}", file=sys.stderr)
         else:
             traceback.print_exc()
+            print(
+                f"error: {which} of {jax.process_count()} ends by the exception above. If that is about a connection, a"
+                " barrier or a collective operation, another process is gone, and its output says why. The same command"
+                " for all processes goes on from the latest checkpoint",
+                file=sys.stderr,
+            )
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(getattr(error, "status", 1))  # an orderly end would wait for the others, who wait for this process
