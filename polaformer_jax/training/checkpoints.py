@@ -269,12 +269,12 @@ class Checkpoints:
     def _move_aside(self, step: int, error: DamagedError) -> None:
         aside = self.directory.parent / "damaged_checkpoints" / f"{step}_{time.strftime('%Y%m%d_%H%M%S')}"
         # Not by one alone: where another process is gone, what failed was the reading together, and this raises.
-        _together(f"checkpoint {step} is damaged")
+        multihost_utils.sync_global_devices(f"checkpoint {step} is damaged")
         log.error("%s; it is set aside as %s, and the checkpoint before it is used", error, aside)
         if jax.process_index() == 0:
             aside.parent.mkdir(parents=True, exist_ok=True)
             (self.directory / str(step)).rename(aside)
-        _together(f"checkpoint {step} is set aside")
+        multihost_utils.sync_global_devices(f"checkpoint {step} is set aside")
 
     def restore_params(self, abstract: Any, which: str | int = "best", *, kind: Kind = "raw") -> tuple[Any, int]:
         """Parameters alone, and the step they are of.
@@ -296,12 +296,6 @@ class Checkpoints:
                 f"the checkpoint of step {step} in {self.directory} has no moving average (ema.decay was None)"
             )
         return self._read(step, {item: abstract})[0][item], step
-
-
-def _together(name: str) -> None:
-    """All processes wait for each other."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
 
 
 def _sealed(record: dict[str, Any]) -> dict[str, Any]:
