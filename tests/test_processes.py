@@ -118,8 +118,12 @@ def assert_equal_to_rounding(found, wanted):
     for name in ("loss", "grad_norm", "eval_loss", "eval_ema_loss"):
         np.testing.assert_allclose(*(np.array(of[name])[:, 1] for of in (after, before)), rtol=1e-5, err_msg=name)
     one, other = final_arrays(found), final_arrays(wanted)
-    for name in one:
-        np.testing.assert_allclose(one[name], other[name], rtol=1e-4, atol=1e-6, err_msg=name)
+    # By whole parts of the state: Adam brings any gradient to the size of a step, rounding errors around zero included.
+    for part in ("params", "ema", ".mu", ".nu"):
+        names = [name for name in one if part in name]
+        ours, theirs = (np.concatenate([state[name].ravel() for name in names]) for state in (one, other))
+        assert 0 < np.linalg.norm(theirs), part
+        assert np.linalg.norm(ours - theirs) < 1e-4 * np.linalg.norm(theirs), part
 
 
 @SLOW
