@@ -9,7 +9,6 @@ import dataclasses
 import json
 import math
 import time
-import zlib
 from typing import Any, Literal
 
 import jax
@@ -20,7 +19,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from polaformer_jax.errors import UserError
 from polaformer_jax.training import bucket
-from polaformer_jax.training.checksums import described, named
+from polaformer_jax.training.checksums import described, named, opened, sealed
 from polaformer_jax.training.progress import log
 from polaformer_jax.training.step import TrainState
 
@@ -115,7 +114,7 @@ class Checkpoints:
             trees["ema"] = state.ema
         record = {"arrays": {name: named(tree) for name, tree in trees.items()}, "counted": counted or {}}
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-        items["record"] = ocp.args.JsonSave(_sealed(record))
+        items["record"] = ocp.args.JsonSave(sealed(record))
         self.wait()  # for the save before, whose failure would else be taken for this one's
         try:
             self._try_to_write()
@@ -245,7 +244,7 @@ class Checkpoints:
             raise UserError(f"{where} may not be read: {error}") from error
         except Exception as error:
             raise DamagedError(f"the record of {where} cannot be read ({_first_line(error)})") from error
-        record = _opened(sealed)
+        record = opened(sealed)
         if record is None:
             raise DamagedError(f"the record of {where} is not what was saved")
         return record
@@ -296,18 +295,6 @@ class Checkpoints:
                 f"the checkpoint of step {step} in {self.directory} has no moving average (ema.decay was None)"
             )
         return self._read(step, {item: abstract})[0][item], step
-
-
-def _sealed(record: dict[str, Any]) -> dict[str, Any]:
-    text = json.dumps(record)
-    return {"crc32": zlib.crc32(text.encode()), "record": text}
-
-
-def _opened(sealed: Any) -> dict[str, Any] | None:
-    """None where it is not what `_sealed` gave."""
-    if not isinstance(sealed, dict) or not isinstance(text := sealed.get("record"), str):
-        return None
-    return json.loads(text) if zlib.crc32(text.encode()) == sealed.get("crc32") else None
 
 
 def _check_same(wanted: dict[str, list], saved: dict[str, list] | None, what: str) -> None:

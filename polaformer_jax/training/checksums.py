@@ -1,6 +1,8 @@
-"""One number for the bits of an array: the same on any mesh, another one if any bit is another."""
+"""One number for the bits of an array, the same on any mesh, another one if any bit is another; and one for a record."""
 
 import functools
+import json
+import zlib
 from typing import Any
 
 import jax
@@ -50,3 +52,16 @@ def _checksum(x: jax.Array) -> jax.Array:
 
 
 _WORD = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+
+
+def sealed(record: dict[str, Any]) -> dict[str, Any]:
+    """A record with the checksum of its text, for JSON."""
+    text = json.dumps(record)
+    return {"crc32": zlib.crc32(text.encode()), "record": text}
+
+
+def opened(found: Any) -> dict[str, Any] | None:
+    """The record, or None where this is not what `sealed` gave."""
+    if not isinstance(found, dict) or not isinstance(text := found.get("record"), str):
+        return None
+    return json.loads(text) if zlib.crc32(text.encode()) == found.get("crc32") else None
