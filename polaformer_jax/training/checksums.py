@@ -1,4 +1,4 @@
-"""One number for the bits of an array, the same on any mesh, another one if any bit is another; and one for a record."""
+"""One number for the bits of an array: the same on any mesh, another one if any bit is another. And one for records."""
 
 import functools
 import json

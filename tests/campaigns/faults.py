@@ -6,8 +6,9 @@
 A trial is a training of a tiny model in a work directory of its own, disturbed one to four times, each time started
 again by the same call, and at last left alone. The faults: SIGKILL; SIGTERM; SIGTERM and a second signal; a disk that
 takes no file above some size; files of the newest checkpoint truncated, emptied, removed, or with a flipped bit, after
-a SIGKILL; a killed data worker (of one process). Each process must end with a status that the documentation allows, in time; at the end
-parameters, optimizer and average equal those of the undisturbed run, and TensorBoard shows every step once.
+a SIGKILL; a killed data worker (of one process). Each process must end with a status that the documentation allows, in
+time; at the end parameters, optimizer and average equal those of the undisturbed run, and TensorBoard shows every step
+once.
 
 Programs are compiled once (JAX's cache on disk), and each process is forked from this one, in which everything is
 imported but no device opened: so a fault costs seconds.
