@@ -39,7 +39,6 @@ classifier_and_whole = pytest.mark.parametrize(
     "trained", ["classifier", pytest.param("whole", marks=SLOW)], indirect=True, scope="module"
 )
 classifier = pytest.mark.parametrize("trained", ["classifier"], indirect=True, scope="module")
-whole = pytest.mark.parametrize("trained", [pytest.param("whole", marks=SLOW)], indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module")
