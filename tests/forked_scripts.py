@@ -102,11 +102,11 @@ def _run(argv: list[str], log: str) -> None:
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
     sys.argv = argv
-    _cache_all_programs()
+    cache_all_programs()
     runpy.run_path(str(ROOT / argv[0]), run_name="__main__")
 
 
-def _cache_all_programs() -> None:
+def cache_all_programs() -> None:
     """Without this, processes other than the first would compile anew at each start: JAX lets only that one write."""
     import jax
     from jax._src import compiler, distributed

@@ -7,7 +7,9 @@ import sys
 import time
 import traceback
 
-LIMIT_S = 180  # for any process to end
+from tests.forked_scripts import cache_all_programs
+
+LIMIT_S = 400  # for any process to end
 
 
 def start(config, workdir, *, file_limit=None):
@@ -51,6 +53,7 @@ def _train(config, workdir):
     from polaformer_jax.training import distributed, loop, progress
     from polaformer_jax.training.stopping import StopRequests
 
+    cache_all_programs()
     try:
         with StopRequests() as stop:
             progress.set_up_logging()
