@@ -44,6 +44,7 @@ ALLOWED = {
     "damage": {0, -signal.SIGKILL},
     "worker": {0, 1},
 }
+KINDS = [kind for kind in ALLOWED if kind != "undisturbed"]
 # Of several processes, those that have lost another: by an error of what they do together, or aborted by JAX.
 PEER_LOST = {1, -signal.SIGABRT}
 MAY_LOSE_A_PEER = {"kill", "damage", "term twice", "disk"}
@@ -216,7 +217,7 @@ def in_child(function, *arguments):
 
 def campaign(args):
     rng = random.Random(args.seed)
-    kinds = [kind for kind in ALLOWED if kind != "undisturbed" and not (kind == "worker" and args.processes > 1)]
+    kinds = [kind for kind in args.kinds if not (kind == "worker" and args.processes > 1)]
     root = Path(tempfile.mkdtemp(prefix="faults_"))
     jax.config.update("jax_compilation_cache_dir", str(root / "cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -283,6 +284,7 @@ if __name__ == "__main__":
     parser.add_argument("--data-dir", required=True, help="where sklearn_digits is prepared")
     parser.add_argument("--faults", type=int, default=150)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--seed", type=int, default=0)
     ARGS = parser.parse_args()
     sys.exit(1 if campaign(ARGS) else 0)
