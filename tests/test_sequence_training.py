@@ -7,10 +7,11 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 import polaformer_jax as pf
 from configs.lra import get_config
-from polaformer_jax import lra_table, weights
+from polaformer_jax import lra_table, sequence_entropy, weights
 from polaformer_jax.errors import UserError
 from polaformer_jax.training import evaluation, loop, report
 from polaformer_jax.training.checkpoints import Checkpoints
@@ -200,3 +201,16 @@ def test_missing_data_is_said_at_the_start(tmp_path):
 def test_what_cannot_work_is_refused(data_dir, change, message):
     with pytest.raises(UserError, match=message):
         Experiment(config_of(data_dir, **change))
+
+
+def test_the_entropies_of_a_run_become_a_table_and_a_picture(finished, tmp_path, capsys):
+    _, workdir, _ = finished
+    arguments = [str(workdir), "--examples", "3", "--plot", str(tmp_path / "e.png"), "--csv", str(tmp_path / "e.csv")]
+    assert sequence_entropy.main(arguments) == 0
+    table = (tmp_path / "e.csv").read_text()
+    assert capsys.readouterr().out == table
+    rows = list(csv.DictReader(table.splitlines()))
+    assert len(rows) == 2 * 4 * 2 and {row["run"] for row in rows} == {workdir.name}  # blocks, attentions, heads
+    assert all(0 < float(row["entropy"]) <= 1 and row["examples"] == "3" for row in rows)
+    with Image.open(tmp_path / "e.png") as picture:
+        assert len(picture.convert("L").getcolors()) > 20  # not blank
