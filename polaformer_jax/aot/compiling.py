@@ -99,6 +99,7 @@ def topology_devices(topology: str) -> Sequence[jax.Device]:
     from jax.experimental import topologies
 
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # a machine without a TPU has no metadata server to ask
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several may compile at once: no chip is taken
     try:
         return topologies.get_topology_desc(topology, "tpu").devices
     except Exception as error:  # of several types, by version
