@@ -11,7 +11,10 @@ from collections.abc import Sequence
 from polaformer_jax.errors import UserError
 
 # What can be measured: each is a module here with `add_arguments(parser)` and `main(args)`.
-SUBJECTS = {"input": "images/s per core of each stage of the training input, and of the whole"}
+SUBJECTS = {
+    "input": "images/s per core of each stage of the training input, and of the whole",
+    "model": "images/s of whole models: forward, with gradients, and the training step",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,283 @@
+"""Speed of whole models: forward, with gradients, and the training step; and the official code beside them.
+
+    python -m polaformer_jax.benchmark model --models pola_pvt_t pola_swin_t --batch-sizes 8 32 --csv model.csv
+    python -m polaformer_jax.benchmark model --models pola_swin_t --modes forward               # as their --throughput
+    python -m polaformer_jax.benchmark model --models pola_pvt_t --modes forward gradient --official ~/PolaFormer
+
+Images are random and lie on the device. All that is measured of one model, batch and type takes turns, in the official
+process too; compiling is timed apart.
+"""
+
+import argparse
+import contextlib
+import itertools
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+from tqdm import tqdm
+
+from polaformer_jax import zoo
+from polaformer_jax.benchmark import official, options, tables
+from polaformer_jax.benchmark.official import Official
+from polaformer_jax.benchmark.ours import MODES, Case, Subject, experiment, subject
+from polaformer_jax.benchmark.programs import GIB, is_out_of_memory
+from polaformer_jax.benchmark.timing import Timing, take_turns
+from polaformer_jax.chips import chip_of
+from polaformer_jax.errors import UserError
+
+OURS = "ours"
+
+
+class Row(NamedTuple):
+    """What was measured of one thing.
+
+    Attributes:
+        case: the model and its images.
+        mode: "forward", "gradient" or "step".
+        code: `OURS`, or which official one.
+        devices: how many there were.
+        device_kind: what JAX calls them.
+        subject: what was timed.
+        timing: seconds a batch.
+    """
+
+    case: Case
+    mode: str
+    code: str
+    devices: int
+    device_kind: str
+    subject: Subject
+    timing: Timing
+
+    @property
+    def images_per_s(self) -> float:
+        return self.case.batch / self.timing.median
+
+    @property
+    def mfu(self) -> float | None:
+        """Share of the published peak for bfloat16, whatever the type is; None where no peak or count is known."""
+        if (chip := chip_of(self.device_kind)) is None or self.subject.flops is None:
+            return None
+        return self.subject.flops / (self.timing.median * self.devices * chip.flops)
+
+    def record(self) -> dict[str, object]:
+        """The row of a CSV file; None where something is not known."""
+        subject, timing = self.subject, self.timing
+        return {
+            "model": self.case.model,
+            "img_size": self.case.img_size,
+            "batch": self.case.batch,
+            "dtype": self.case.dtype,
+            "device": self.device_kind,
+            "devices": self.devices,
+            "code": self.code,
+            "mode": self.mode,
+            "images_per_s": f"{self.images_per_s:.5g}",
+            "images_per_s_least": f"{self.case.batch / timing.greatest:.5g}",
+            "images_per_s_greatest": f"{self.case.batch / timing.least:.5g}",
+            "calls": timing.calls,
+            "compile_s": subject.compile_s and f"{subject.compile_s:.2f}",
+            "memory_gib": subject.memory and f"{subject.memory / GIB:.4f}",
+            "memory_by": subject.memory_by,
+            "gflops": subject.flops and f"{subject.flops / 1e9:.5g}",
+            "mfu": self.mfu and f"{self.mfu:.4f}",
+        }
+
+
+def measure(
+    case: Case,
+    devices: Sequence[jax.Device],
+    *,
+    modes: Sequence[str],
+    calls: int,
+    seconds: float,
+    open_official: Callable[[Case, Sequence[str]], Official] | None = None,
+    code: str = "official",
+    after_turn: Callable[[], object] = lambda: None,
+) -> list[Row]:
+    """Everything of one case, taking turns.
+
+    Args:
+        modes: of `MODES`. The official code has those of `official.MODES`.
+        calls, seconds: see `take_turns`.
+        open_official: starts the official code for a case and modes; None: ours alone.
+        code: what that one is called.
+
+    Raises:
+        UserError: the case cannot be built, does not fit into the memory, or the official code does not run.
+    """
+    made = experiment(case, devices)
+    shared = [mode for mode in modes if mode in official.MODES]
+    with contextlib.ExitStack() as stack:
+        subjects: dict[tuple[str, str], Subject] = {}
+        theirs = {}
+        if open_official is not None and shared:
+            theirs = stack.enter_context(open_official(case, shared)).subjects
+        try:
+            for mode in modes:
+                subjects[mode, OURS] = subject(made, case, mode)
+                if mode in theirs:
+                    subjects[mode, code] = theirs[mode]
+            runs = {name: each.run for name, each in subjects.items()}
+            timings = take_turns(runs, calls=calls, seconds=seconds, after_turn=after_turn)
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(f"{case} does not fit into the device's memory: take smaller --batch-sizes") from error
+    return [
+        Row(case, mode, who, len(devices), devices[0].device_kind, each, timings[mode, who])
+        for (mode, who), each in subjects.items()
+    ]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Everything in columns, then what ours reaches of the official code."""
+    head = (
+        *("model", "img", "batch", "dtype", "mode", "code", "images/s", "(least - greatest)"),
+        *("calls", "compile s", "GiB", "by", "GFLOPs", "MFU"),
+    )
+    cells = []
+    for row in rows:
+        case, batch, timing, found = row.case, row.case.batch, row.timing, row.subject
+        cells.append(
+            (
+                *(case.model, str(case.img_size), str(batch), case.dtype, row.mode, row.code),
+                f"{row.images_per_s:,.1f}",
+                f"({batch / timing.greatest:,.1f} - {batch / timing.least:,.1f})",
+                str(timing.calls),
+                tables.number(found.compile_s, ".1f"),
+                tables.number(found.memory and found.memory / GIB, ".2f"),
+                found.memory_by or "-",
+                tables.number(found.flops and found.flops / 1e9, ",.4g"),
+                tables.number(row.mfu, ".1%"),
+            )
+        )
+    return "\n".join([tables.columns(head, cells), *_ratios(rows)])
+
+
+def _ratios(rows: Sequence[Row]) -> Iterator[str]:
+    ours = {(row.case, row.mode): row for row in rows if row.code == OURS}
+    for row in rows:
+        if row.code != OURS:
+            mine = ours[row.case, row.mode]
+            yield f"{row.case}, {row.mode}: {mine.images_per_s / row.images_per_s:.2f} x {row.code}"
+
+
+def cases(args: argparse.Namespace) -> list[Case]:
+    """All combinations that were asked for.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    combinations = itertools.product(args.models, args.batch_sizes, args.dtypes)
+    return [
+        Case(model, args.img_size or zoo.arguments(model).get("img_size", 0), batch, dtype)
+        for model, batch, dtype in combinations
+    ]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = f"{parser.description}. `--modes forward` is what the official --throughput measures."
+    parser.add_argument(
+        "--models", nargs="+", metavar="NAME", default=["pola_pvt_t", "pola_swin_t"], help="[pola_pvt_t pola_swin_t]"
+    )
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        choices=tuple(MODES),
+        default=["forward", "step"],
+        help="forward: evaluation; gradient: cross-entropy of a batch and all its gradients, without an optimizer; "
+        "step: the training step, with augmentation on the device and AdamW [forward step]",
+    )
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[32], help="images, over all devices [32]")
+    parser.add_argument("--img-size", type=int, help="pixels, square [the model's own]")
+    parser.add_argument("--dtypes", nargs="+", choices=options.DTYPES, default=["float32"], help="[float32]")
+    parser.add_argument("--devices", type=int, help="how many [all that there are]")
+    options.add_timing(parser)
+    parser.add_argument(
+        "--official", metavar="PATH", help="checkout of the official code, to measure beside ours: forward and gradient"
+    )
+    parser.add_argument(
+        "--official-python", metavar="PYTHON", default=sys.executable, help="that has torch, timm and einops [this one]"
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=official.threads_here(),
+        help="of the official code on a CPU [as many as JAX takes: the cores of this process, which taskset limits for "
+        "both]",
+    )
+    parser.add_argument("--compiled", action="store_true", help="the official code by torch.compile, rather than eager")
+
+
+def main(args: argparse.Namespace) -> None:
+    options.check_timing(args)
+    options.check_positive("--batch-sizes", *args.batch_sizes)
+    options.check_positive("--img-size", args.img_size)
+    options.check_positive("--threads", args.threads)
+    wanted = cases(args)
+    if args.official is not None:
+        # Of a GPU's memory JAX would else take three quarters at once, and leave PyTorch the rest.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    devices = _devices(args.devices)
+    for case in wanted:  # whatever cannot be is found before anything is measured
+        experiment(case, devices)
+    code, open_official = _official(args, devices)
+    things = sum(len(_things(args.modes, open_official is not None)) for _ in wanted)
+    rows: list[Row] = []
+    try:
+        with tqdm(total=things * args.calls, desc="measuring", unit="turn", disable=None, leave=False) as bar:
+            for case in wanted:
+                bar.set_postfix_str(str(case))
+                rows += measure(
+                    case,
+                    devices,
+                    modes=args.modes,
+                    calls=args.calls,
+                    seconds=args.seconds,
+                    open_official=open_official,
+                    code=code,
+                    after_turn=bar.update,
+                )
+                if args.csv:
+                    tables.write_csv(args.csv, [row.record() for row in rows])
+    finally:  # what was measured before an error is shown
+        if rows:
+            print(table(rows))
+
+
+def _devices(count: int | None) -> list[jax.Device]:
+    devices = jax.devices()
+    if count is not None and not 1 <= count <= len(devices):
+        raise UserError(f"--devices is {count}, but there are {len(devices)}: give 1 to {len(devices)}")
+    return devices[:count]
+
+
+def _official(args: argparse.Namespace, devices: Sequence[jax.Device]):
+    """What the official code is called, and what starts it; None where it was not asked for."""
+    code = "official, compiled" if args.compiled else "official"
+    if args.official is None:
+        return code, None
+    python = shutil.which(os.path.expanduser(args.official_python)) or args.official_python
+    official.check(args.official, python, devices)
+
+    def start(case: Case, modes: Sequence[str]) -> Official:
+        return Official(
+            args.official,
+            case,
+            python=python,
+            device=devices[0],
+            modes=modes,
+            threads=args.threads,
+            compiled=args.compiled,
+        )
+
+    return code, start
+
+
+def _things(modes: Sequence[str], with_official: bool) -> list[str]:
+    return [*modes, *(mode for mode in modes if with_official and mode in official.MODES)]

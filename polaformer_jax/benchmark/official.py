@@ -1,0 +1,142 @@
+"""The official PyTorch code in a process of its own, as things to be timed beside ours.
+
+The checkout is the user's (https://github.com/ZacharyMeng/PolaFormer); nothing is fetched, and nothing of it is here.
+"""
+
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from polaformer_jax import zoo
+from polaformer_jax.benchmark.ours import CLASSES, Case, Subject
+from polaformer_jax.errors import UserError
+
+MODES = ("forward", "gradient")  # that both programs have
+_WORKER = Path(__file__).with_name("official_worker.py")
+_FILES = ("models/pola_pvt.py", "models/pola_swin.py")
+
+
+def threads_here() -> int:
+    """How many threads JAX computes with on a CPU: one for each core that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check(path: str, python: str, devices: Sequence[jax.Device]) -> None:
+    """Raises a UserError where there is no such checkout or Python, or the two programs could not be compared."""
+    if missing := [name for name in _FILES if not (Path(path).expanduser() / name).is_file()]:
+        raise UserError(f"--official {path}: there is no {missing[0]} in it; expected a checkout of the official code")
+    if not os.access(Path(python).expanduser(), os.X_OK):
+        raise UserError(f"--official-python {python}: there is no such program; expected a Python that has PyTorch")
+    if len(devices) > 1:
+        raise UserError(f"--official runs on one device, but there are {len(devices)}: add --devices 1")
+    if devices[0].platform not in ("cpu", "gpu"):
+        raise UserError(f"--official runs on a CPU or by CUDA, but JAX is on a {devices[0].platform}: leave it out")
+
+
+class Official:
+    """One official model, built and warm in a process that lives until `close`. Use it with `with`.
+
+    Attributes:
+        subjects: by mode.
+        version: of PyTorch.
+
+    Args:
+        path: of the checkout. What it imports is run: only name one that you trust.
+        python: that has PyTorch, timm and einops.
+        device: JAX's, on which the model runs there too.
+        threads: of PyTorch, on a CPU.
+        compiled: by `torch.compile`, rather than eager.
+
+    Raises:
+        UserError: it does not import, build or run there.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        case: Case,
+        *,
+        python: str,
+        device: jax.Device,
+        modes: Sequence[str],
+        threads: int,
+        compiled: bool,
+    ):
+        self._path, self._case = path, case
+        # In a file, for a full pipe would stop the process; whole, for it may say much before it fails.
+        self._messages = tempfile.TemporaryFile("w+", prefix="benchmark_official_")
+        self._process = subprocess.Popen(
+            [os.fspath(Path(python).expanduser()), os.fspath(_WORKER), os.fspath(Path(path).expanduser().resolve())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._messages,
+            text=True,
+        )
+        family, _ = zoo.lookup(case.model)
+        try:
+            answer = self._ask(
+                {
+                    "family": family.__name__,
+                    "arguments": dict(zoo.arguments(case.model, num_classes=CLASSES, img_size=case.img_size)),
+                    "batch": case.batch,
+                    "dtype": case.dtype,
+                    "device": "cuda" if device.platform == "gpu" else "cpu",
+                    "modes": list(modes),
+                    "threads": threads,
+                    "compiled": compiled,
+                }
+            )
+        except BaseException:
+            self.close()
+            raise
+        self.version: str = answer["version"]
+        self.subjects = {
+            mode: Subject(
+                run=lambda mode=mode: self._ask(mode)["seconds"],
+                compile_s=answer["compile_s"][mode],
+                memory=answer["memory"][mode],
+                memory_by="" if answer["memory"][mode] is None else "device",
+                flops=None,
+            )
+            for mode in modes
+        }
+
+    def _ask(self, question: object) -> dict:
+        try:
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        answer = json.loads(line) if line else {"error": self._last_words()}
+        if "error" in answer:
+            raise UserError(
+                f"--official {self._path}: {self._case} does not run in its process: {answer['error']}. It needs "
+                "torch, timm and einops as its README says: name a Python that has them by --official-python"
+            )
+        return answer
+
+    def _last_words(self) -> str:
+        status = self._process.wait()
+        self._messages.seek(0)
+        lines = self._messages.read().strip().splitlines()
+        return f"it ended with status {status}" + (f", saying {lines[-1]!r}" if lines else "")
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.kill()
+        self._process.wait()
+        self._messages.close()
+
+    def __enter__(self) -> "Official":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()

@@ -1,0 +1,160 @@
+"""The models of this package, compiled for the devices that are here, as things to be timed."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from configs.defaults import augment_officially, defaults
+from polaformer_jax import zoo
+from polaformer_jax.benchmark import programs
+from polaformer_jax.benchmark.timing import seconds_of
+from polaformer_jax.errors import UserError
+from polaformer_jax.pola_sequence import PolaSequence
+from polaformer_jax.training.experiment import Experiment
+from polaformer_jax.training.sharding import Constraints, batch_sharding, replicated
+
+IMAGENET = 1_281_167
+CLASSES = 1000
+_SEED = 0
+
+
+class Case(NamedTuple):
+    """A model, and what it is measured on.
+
+    Attributes:
+        model: name of a model of images.
+        img_size: pixels, square.
+        batch: images, over all devices.
+        dtype: of the computation, "float32" or "bfloat16"; parameters are float32.
+    """
+
+    model: str
+    img_size: int
+    batch: int
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.img_size} x {self.img_size}, batch {self.batch}, {self.dtype}"
+
+
+class Subject(NamedTuple):
+    """Something to be timed, warm already.
+
+    Attributes:
+        run: does it once and returns the seconds.
+        compile_s: seconds that compiling took; None where nothing is compiled.
+        memory: bytes that one device needs; None where that is not known.
+        memory_by: whose account of the memory it is.
+        flops: operations of matrix products and convolutions, on all devices; None where nobody counted.
+    """
+
+    run: Callable[[], float]
+    compile_s: float | None
+    memory: float | None
+    memory_by: str
+    flops: float | None
+
+
+def experiment(case: Case, devices: Sequence[jax.Device]) -> Experiment:
+    """The training of a case: the recipe of `configs/` with all that it does on the device, on a mesh of the devices.
+
+    Raises:
+        UserError: there is no such model, or it cannot be built so, or the batch does not divide over the devices.
+    """
+    family, _ = zoo.lookup(case.model)
+    if family is PolaSequence:
+        raise UserError(f"{case.model} is a model of sequences, expected one of images; see `benchmark length`")
+    config = defaults()
+    augment_officially(config)
+    config.model.name, config.model.num_classes, config.model.dtype = case.model, CLASSES, case.dtype
+    config.model.img_size = config.eval.crop = config.eval.resize = case.img_size
+    config.optimizer.clip_norm = 5.0
+    config.train.epochs, config.train.batch_size = 300.0, case.batch
+    made = Experiment(config, devices=devices, num_examples=IMAGENET)
+    made.check_batch()
+    return made
+
+
+def subject(made: Experiment, case: Case, mode: str) -> Subject:
+    """Compiles one of `MODES` and calls it twice, before it is timed."""
+    program, call = MODES[mode](made, case)
+    peak = programs.device_peak(program, call, made.mesh.local_devices)
+    jax.block_until_ready(call())
+    return Subject(
+        run=lambda: seconds_of(call),
+        compile_s=program.seconds,
+        memory=program.memory if peak is None else peak,
+        memory_by="compiler" if peak is None else "device",
+        flops=program.flops,
+    )
+
+
+def _forward(made: Experiment, case: Case):
+    """Logits of a batch of images, in evaluation."""
+    constrain, graphdef = Constraints(made.mesh), made.graphdef
+
+    def forward(params, images):
+        params, images = constrain.whole(params), constrain.batch(images)
+        return nnx.merge(graphdef, params)(images, train=False)
+
+    params, images = made.initial_params(), _images(made, case)
+    program = programs.compiled(lambda: jax.jit(forward).trace(params, images))
+    return program, lambda: program.run(params, images)
+
+
+def _gradient(made: Experiment, case: Case):
+    """The mean cross-entropy of a batch and the gradients of all parameters, with stochastic depth."""
+    constrain, graphdef = Constraints(made.mesh), made.graphdef
+
+    def loss(params, images, labels, key):
+        params, images = constrain.whole(params), constrain.batch(images)
+        logits = nnx.merge(graphdef, params)(images, train=True, rngs=nnx.Rngs(dropout=key))
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels))
+
+    given = (made.initial_params(), _images(made, case), _batch(made, case)["label"])
+    given = (*given, jax.device_put(jax.random.key(_SEED), replicated(made.mesh)))
+    program = programs.compiled(lambda: jax.jit(jax.value_and_grad(loss)).trace(*given))
+    return program, lambda: program.run(*given)
+
+
+def _step(made: Experiment, case: Case):
+    """The training's own step, augmentation on the device and AdamW included."""
+    batch, state = _batch(made, case), made.initial_state()
+    program = programs.compiled(lambda: made.trace_train_step(batch))
+
+    def call():
+        nonlocal state  # what a step is given is used up
+        state, sums = program.run(state, batch)
+        return state, sums
+
+    return program, call
+
+
+# What can be measured of a model: each makes the program, and a function that calls it once.
+MODES = {"forward": _forward, "gradient": _gradient, "step": _step}
+
+
+def _images(made: Experiment, case: Case) -> jax.Array:
+    """(B, S, S, 3) float32, of about zero mean and unit variance."""
+    shape = (case.batch, case.img_size, case.img_size, 3)
+    images = np.random.default_rng(_SEED).standard_normal(shape, np.float32)
+    return jax.device_put(images, batch_sharding(made.mesh))
+
+
+def _batch(made: Experiment, case: Case) -> dict[str, jax.Array]:
+    """A training batch: bytes, labels, and a mask that leaves none out."""
+    rng = np.random.default_rng(_SEED)
+    values = {"image": functools.partial(rng.integers, 0, 256), "label": functools.partial(rng.integers, 0, CLASSES)}
+    return {
+        name: jax.device_put(
+            values[name](size=leaf.shape, dtype=leaf.dtype) if name in values else np.ones(leaf.shape, leaf.dtype),
+            leaf.sharding,
+        )
+        for name, leaf in made.abstract_batch(case.batch).items()
+    }

@@ -1,0 +1,95 @@
+"""Compiled programs to be measured: what compiling takes, what they compute, and the memory that they need."""
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+
+from polaformer_jax.flops import product_flops
+
+GIB = 2**30
+CPU_SHARE, DEVICE_SHARE = 0.5, 0.9  # of the memory there is, that programs may have unless told otherwise
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled program.
+
+    Attributes:
+        run: the program.
+        seconds: that tracing and compiling took.
+        flops: operations of its matrix products and convolutions (`product_flops`), on all devices together.
+        memory: bytes on one device that it needs while it runs, by the compiler's account (`memory_analysis`):
+            arguments, results, temporary values and code.
+        arguments: bytes of that which its arguments have.
+    """
+
+    run: jax.stages.Compiled
+    seconds: float
+    flops: float
+    memory: float
+    arguments: float
+
+
+def compiled(trace: Callable[[], jax.stages.Traced]) -> Program:
+    """Traces and compiles."""
+    began = time.perf_counter()
+    traced = trace()
+    program = traced.lower().compile()
+    seconds = time.perf_counter() - began
+    memory = program.memory_analysis()
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Program(
+        run=program,
+        seconds=seconds,
+        flops=product_flops(traced.jaxpr.jaxpr),
+        memory=(
+            memory.argument_size_in_bytes + results + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+        ),
+        arguments=memory.argument_size_in_bytes,
+    )
+
+
+def compiled_within(trace: Callable[[], jax.stages.Traced], limit: float) -> Program | None:
+    """The compiled program; None where it needs more than `limit` bytes, or more than the compiler allows."""
+    try:
+        program = compiled(trace)
+    except jax.errors.JaxRuntimeError as error:
+        if is_out_of_memory(error):
+            return None
+        raise
+    return program if program.memory <= limit else None
+
+
+def is_out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:
+    return "RESOURCE_EXHAUSTED" in str(error)
+
+
+def memory_limit(gib: float | None) -> float:
+    """Bytes that a program may need: those given, or a share of what the first device has, or of a CPU's machine."""
+    if gib is not None:
+        return gib * GIB
+    if stats := jax.devices()[0].memory_stats():
+        return DEVICE_SHARE * stats["bytes_limit"]
+    return CPU_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def device_peak(program: Program, call: Callable[[], object], devices: Sequence[jax.Device]) -> float | None:
+    """Calls once; bytes on the fullest device that this took, arguments included, by the devices' own account.
+
+    None where it cannot be told: on CPUs, which keep no account, and where something before had the devices fuller,
+    for they only remember the fullest moment of the process.
+    """
+    before = [device.memory_stats() for device in devices]
+    jax.block_until_ready(call())
+    if not all(before):
+        return None
+    after = [device.memory_stats() for device in devices]
+    took = [
+        now["peak_bytes_in_use"] - then["bytes_in_use"] + program.arguments
+        for then, now in zip(before, after, strict=True)
+        if now["peak_bytes_in_use"] > then["peak_bytes_in_use"]
+    ]
+    return max(took, default=None)

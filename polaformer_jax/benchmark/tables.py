@@ -1,0 +1,42 @@
+"""What the subjects share to say what they measured: text in columns, and CSV."""
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+
+from polaformer_jax import atomic
+from polaformer_jax.errors import UserError
+
+
+def columns(head: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> str:
+    """Rows under a head, the first `left` columns aligned to the left and the others to the right."""
+    lines = [list(head), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            f"{cell:<{width}}" if index < left else f"{cell:>{width}}"
+            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def number(value: float | None, form: str) -> str:
+    """The value in this form; a dash for None."""
+    return "-" if value is None else format(value, form)
+
+
+def write_csv(path: str, rows: Sequence[Mapping[str, object]]) -> None:
+    """Writes rows that have the same keys, whole or not at all; None is an empty cell.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    try:
+        atomic.write(path, text.getvalue())
+    except OSError as error:
+        raise UserError(f"--csv {path} cannot be written: {error}") from error

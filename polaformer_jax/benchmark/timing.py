@@ -1,0 +1,61 @@
+"""Clocks for what is compared: the calls take turns, so that a slow phase of a shared machine hits all alike."""
+
+import statistics
+import time
+from collections.abc import Callable, Hashable, Mapping
+from typing import NamedTuple, TypeVar
+
+import jax
+
+Name = TypeVar("Name", bound=Hashable)
+
+
+class Timing(NamedTuple):
+    """Of many calls of one thing, in seconds a call.
+
+    Attributes:
+        median, least, greatest: seconds.
+        calls: how many there were.
+    """
+
+    median: float
+    least: float
+    greatest: float
+    calls: int
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    """Seconds of one call, until all arrays that it returns are there."""
+    began = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - began
+
+
+def take_turns(
+    runs: Mapping[Name, Callable[[], float]],
+    *,
+    calls: int,
+    seconds: float,
+    after_turn: Callable[[], object] = lambda: None,
+) -> dict[Name, Timing]:
+    """Runs everything in turn, round after round.
+
+    There are `calls` rounds. A turn is one call, or as many as take a round's share of `seconds`: so each thing is
+    called at least so often, and for at least so long, and none of them runs on when the others have ended.
+
+    Args:
+        runs: each does its work once and returns the seconds of it. They are warm already.
+        calls: least number of calls of each.
+        seconds: least time of all calls of each.
+        after_turn: called after every turn: for progress.
+    """
+    found: dict[Name, list[float]] = {name: [] for name in runs}
+    for _ in range(calls):
+        for name, run in runs.items():
+            spent = run()
+            found[name].append(spent)
+            while spent < seconds / calls:
+                found[name].append(run())
+                spent += found[name][-1]
+            after_turn()
+    return {name: Timing(statistics.median(times), min(times), max(times), len(times)) for name, times in found.items()}
