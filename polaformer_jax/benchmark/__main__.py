@@ -14,19 +14,24 @@ from polaformer_jax.errors import UserError
 SUBJECTS = {
     "input": "images/s per core of each stage of the training input, and of the whole",
     "model": "images/s of whole models: forward, with gradients, and the training step",
+    "attention": "ms of the attention core alone against the number of tokens, beside softmax attention",
+    "length": "time and memory of the sequence model against the length, with polarity, relu and softmax",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m polaformer_jax.benchmark", description=__doc__.split(":")[0] + ".")
     subparsers = parser.add_subparsers(dest="subject", required=True, metavar="WHAT")
-    modules = {}
+    module = None
     for subject, summary in SUBJECTS.items():
-        modules[subject] = importlib.import_module(f"polaformer_jax.benchmark.{subject}")
-        modules[subject].add_arguments(subparsers.add_parser(subject, help=summary, description=summary))
+        options = subparsers.add_parser(subject, help=summary, description=summary)
+        if argv and argv[0] == subject:  # the others would import much for nothing
+            module = importlib.import_module(f"polaformer_jax.benchmark.{subject}")
+            module.add_arguments(options)
     args = parser.parse_args(argv)
     try:
-        modules[args.subject].main(args)
+        module.main(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.status

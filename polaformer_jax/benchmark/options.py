@@ -13,15 +13,6 @@ def add_timing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--csv", metavar="FILE", help="file to write everything to that was measured")
 
 
-def add_memory_limit(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--max-memory-gib",
-        type=float,
-        help="what needs more memory by the compiler's account is left out, and all that is longer [0.9 of the "
-        "device's; on a CPU half of the machine's]",
-    )
-
-
 def check_timing(args: argparse.Namespace) -> None:
     """Raises a UserError for values that cannot be."""
     check_positive("--calls", args.calls)

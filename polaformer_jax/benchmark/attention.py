@@ -1,0 +1,130 @@
+"""Speed of the attention core alone against the number of tokens, beside softmax attention.
+
+    python -m polaformer_jax.benchmark attention --tokens 49 196 784 3136 --csv attention.csv
+
+Polarity is `polarity_attention` on a square grid, with its depthwise convolution and gate; softmax is
+`jax.nn.dot_product_attention`. Neither has the linear layers around it. What is compared takes turns, on one device.
+"""
+
+import argparse
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from polaformer_jax.attention import polarity_attention
+from polaformer_jax.benchmark import options, sweep, tables
+from polaformer_jax.benchmark.sweep import Job, Point
+from polaformer_jax.errors import UserError
+
+MODES = ("forward", "gradient")
+KERNEL = 5  # of the depthwise convolution
+
+Arrays = dict[str, jax.Array]
+
+
+class Sizes(NamedTuple):
+    """Of the arrays: (batch, tokens, heads * width), of a type."""
+
+    batch: int
+    heads: int
+    width: int
+    dtype: str
+
+
+def polarity(given: Arrays) -> jax.Array:
+    """(B, N, C) of everything that `arguments` makes."""
+    side = math.isqrt(given["q"].shape[1])
+    return polarity_attention(**given, grid=(side, side))
+
+
+def softmax(given: Arrays) -> jax.Array:
+    """(B, N, h, d) of q, k and v of the same shape."""
+    return jax.nn.dot_product_attention(given["q"], given["k"], given["v"])
+
+
+ATTENTIONS: dict[str, Callable[[Arrays], jax.Array]] = {"polarity": polarity, "softmax": softmax}
+
+
+def arguments(attention: str, tokens: int, sizes: Sizes) -> Arrays:
+    """Random queries, keys and values, and for polarity its gate and parameters, these in float32."""
+    batch, heads, width, dtype = sizes
+    shape = (batch, tokens, heads * width) if attention == "polarity" else (batch, tokens, heads, width)
+    keys = jax.random.split(jax.random.key(0), 5)
+    given = {name: jax.random.normal(key, shape, dtype) for name, key in zip("qkvg", keys[:4], strict=True)}
+    if attention == "softmax":
+        del given["g"]
+        return given
+    return given | {
+        "power": jnp.zeros((1, heads, 1, width)),
+        "scale": jnp.zeros((1, 1, heads * width)),
+        "positional_encoding": jnp.zeros((1, tokens, heads * width)),
+        "kernel": jax.random.normal(keys[4], (KERNEL, KERNEL, 1, width)) / KERNEL,
+        "bias": jnp.zeros(width),
+    }
+
+
+def job(tokens: int, attention: str, mode: str, *, sizes: Sizes) -> Job:
+    """The attention, or ("gradient") the sum of its result with the gradients of all its arguments."""
+    forward = ATTENTIONS[attention]
+
+    def total(given: Arrays) -> jax.Array:
+        return jnp.sum(forward(given), dtype=jnp.float32)
+
+    function = jax.jit(forward if mode == "forward" else jax.value_and_grad(total))
+    make = functools.partial(arguments, attention, tokens, sizes)
+
+    def start(program: jax.stages.Compiled) -> Callable[[], object]:
+        given = make()
+        return lambda: program(given)
+
+    return Job(lambda: function.trace(jax.eval_shape(make)), start)
+
+
+def table(points: Sequence[Point]) -> str:
+    """A line for each mode and length, and how many times as long softmax takes."""
+    by_name = {point[:3]: point for point in points}
+    head = ["mode", "tokens", *(f"{name} {cell}" for name in ATTENTIONS for cell in sweep.CELLS), "softmax/polarity"]
+    lines = []
+    for mode in MODES:
+        for tokens in sorted({point.tokens for point in points}):
+            found = {name: by_name[tokens, name, mode] for name in ATTENTIONS}
+            ours, theirs = found["polarity"].timing, found["softmax"].timing
+            ratio = theirs.median / ours.median if ours and theirs else None
+            texts = [text for point in found.values() for text in sweep.cells(point)]
+            lines.append([mode, f"{tokens:,}", *texts, tables.number(ratio, ".2f")])
+    return tables.columns(head, lines)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tokens", nargs="+", type=int, default=[49, 196, 784, 3136], help="square numbers [49 196 784 3136]"
+    )
+    parser.add_argument("--heads", type=int, default=2, help="[2]")
+    parser.add_argument("--width", type=int, default=32, help="channels of a head [32]")
+    parser.add_argument("--batch-size", type=int, default=8, help="[8]")
+    parser.add_argument("--dtype", choices=options.DTYPES, default="float32", help="[float32]")
+    sweep.add_arguments(parser)
+
+
+def main(args: argparse.Namespace) -> None:
+    sweep.check(args)
+    for flag, value in (("--heads", args.heads), ("--width", args.width), ("--batch-size", args.batch_size)):
+        options.check_positive(flag, value)
+    if wrong := [tokens for tokens in args.tokens if tokens < 1 or math.isqrt(tokens) ** 2 != tokens]:
+        raise UserError(f"--tokens has {wrong[0]}: expected square numbers, such as 49, 196, 784, 3136")
+    if args.width % 2:
+        raise UserError(f"--width is {args.width}: expected an even number, for each stream takes half of a head")
+    sizes = Sizes(args.batch_size, args.heads, args.width, args.dtype)
+    points = sweep.run(
+        args,
+        args.tokens,
+        functools.partial(job, sizes=sizes),
+        attentions=tuple(ATTENTIONS),
+        modes=MODES,
+        sizes=sizes._asdict(),
+    )
+    print(table(points))
