@@ -28,6 +28,7 @@ from polaformer_jax.benchmark.programs import GIB, is_out_of_memory
 from polaformer_jax.benchmark.timing import Timing, take_turns
 from polaformer_jax.chips import chip_of
 from polaformer_jax.errors import UserError
+from polaformer_jax.training.experiment import Experiment
 
 OURS = "ours"
 
@@ -90,7 +91,7 @@ class Row(NamedTuple):
 
 def measure(
     case: Case,
-    devices: Sequence[jax.Device],
+    made: Experiment,
     *,
     modes: Sequence[str],
     calls: int,
@@ -102,15 +103,16 @@ def measure(
     """Everything of one case, taking turns.
 
     Args:
+        made: `experiment` of the case, on whose devices it is measured.
         modes: of `MODES`. The official code has those of `official.MODES`.
         calls, seconds: see `take_turns`.
         open_official: starts the official code for a case and modes; None: ours alone.
         code: what that one is called.
 
     Raises:
-        UserError: the case cannot be built, does not fit into the memory, or the official code does not run.
+        UserError: the case does not fit into the memory, or the official code does not run.
     """
-    made = experiment(case, devices)
+    devices = list(made.mesh.devices.flat)
     shared = [mode for mode in modes if mode in official.MODES]
     with contextlib.ExitStack() as stack:
         subjects: dict[tuple[str, str], Subject] = {}
@@ -176,7 +178,7 @@ def cases(args: argparse.Namespace) -> list[Case]:
     combinations = itertools.product(args.models, args.batch_sizes, args.dtypes)
     return [
         Case(model, args.img_size or zoo.arguments(model).get("img_size", 0), batch, dtype)
-        for model, batch, dtype in combinations
+        for model, batch, dtype in dict.fromkeys(combinations)
     ]
 
 
@@ -224,10 +226,9 @@ def main(args: argparse.Namespace) -> None:
         # Of a GPU's memory JAX would else take three quarters at once, and leave PyTorch the rest.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     devices = _devices(args.devices)
-    for case in wanted:  # whatever cannot be is found before anything is measured
-        experiment(case, devices)
     code, open_official = _official(args, devices)
-    things = sum(len(_things(args.modes, open_official is not None)) for _ in wanted)
+    made = {case: experiment(case, devices) for case in wanted}  # what cannot be is found before anything is measured
+    things = len(wanted) * len(_things(args.modes, open_official is not None))
     rows: list[Row] = []
     try:
         with tqdm(total=things * args.calls, desc="measuring", unit="turn", disable=None, leave=False) as bar:
@@ -235,7 +236,7 @@ def main(args: argparse.Namespace) -> None:
                 bar.set_postfix_str(str(case))
                 rows += measure(
                     case,
-                    devices,
+                    made[case],
                     modes=args.modes,
                     calls=args.calls,
                     seconds=args.seconds,
