@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from polaformer_jax.benchmark import programs
+from polaformer_jax.benchmark import programs, tables
 from polaformer_jax.benchmark.sweep import Job, sweep
 from polaformer_jax.benchmark.timing import Timing, take_turns
+from polaformer_jax.errors import UserError
 
 
 class Runs:
@@ -118,3 +119,26 @@ def test_what_does_not_fit_is_left_out_at_all_longer_lengths():
     ]
     assert (256, "square") not in traced
     assert len(turns) == 6 * 2  # so that a progress bar reaches its end
+
+
+def test_what_does_not_fit_though_the_compiler_said_so_is_an_error():
+    def start(program):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    def job(tokens, attention, mode):
+        return Job(lambda: jax.jit(jnp.sin).trace(jnp.zeros(tokens)), start)
+
+    with pytest.raises(UserError, match="1,024 tokens, a forward: .* do not fit: lower --max-memory-gib"):
+        list(sweep([1024], job, attentions=("a",), modes=("forward",), calls=1, seconds=0, limit=1e9))
+
+
+def test_a_table_that_cannot_be_written_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--csv .*/file/table.csv cannot be written"):
+        tables.write_csv(str(tmp_path / "file" / "table.csv"), [{"a": 1}])
+
+
+def test_a_dash_and_an_empty_cell_stand_for_what_is_not_known(tmp_path):
+    assert (tables.number(None, ".1f"), tables.number(0.25, ".1%")) == ("-", "25.0%")
+    tables.write_csv(str(tmp_path / "table.csv"), [{"a": 1, "b": None}])
+    assert (tmp_path / "table.csv").read_text() == "a,b\n1,\n"

@@ -9,7 +9,6 @@ processor time, which other programs on the machine disturb less.
 """
 
 import argparse
-import csv
 import importlib.util
 import io
 import os
@@ -27,7 +26,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from polaformer_jax import atomic
+from polaformer_jax.benchmark import tables
 from polaformer_jax.errors import UserError
 
 STAGES = ("read", "decode", "crop", "augment", "batch", "transfer")
@@ -316,11 +315,14 @@ def main(args: argparse.Namespace) -> None:
     )
     print(table(rates))
     if args.csv:
-        text = io.StringIO()
-        rows = csv.writer(text, lineterminator="\n")
-        rows.writerow(("name", "images_per_s", "images_per_cpu_s"))
-        rows.writerows((r.name, f"{r.clock:.1f}", "" if r.cpu is None else f"{r.cpu:.1f}") for r in rates)
-        try:
-            atomic.write(args.csv, text.getvalue())
-        except OSError as error:
-            raise UserError(f"--csv {args.csv} cannot be written: {error}") from error
+        tables.write_csv(
+            args.csv,
+            [
+                {
+                    "name": rate.name,
+                    "images_per_s": f"{rate.clock:.1f}",
+                    "images_per_cpu_s": None if rate.cpu is None else f"{rate.cpu:.1f}",
+                }
+                for rate in rates
+            ],
+        )

@@ -66,7 +66,7 @@ def draw(
     grid[1][0].set_ylabel("GiB, by the compiler's account", color=INK)
     for axes in grid[1]:
         axes.set_xlabel("tokens", color=INK)
-    grid[0][0].legend(frameon=False, labelcolor=INK)
+    grid[0][0].legend(loc="upper left", frameon=False, labelcolor=INK)
     return figure
 
 

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from polaformer_jax.benchmark import options, programs, tables
 from polaformer_jax.benchmark.programs import GIB, Program
 from polaformer_jax.benchmark.timing import Timing, seconds_of, take_turns
+from polaformer_jax.errors import UserError
 
 
 class Job(NamedTuple):
@@ -61,6 +62,9 @@ def sweep(
         calls, seconds: see `take_turns`.
         limit: bytes of memory. What needs more is left out, and at all longer lengths it is not even compiled.
         after_turn: called after every turn, and as often for what is left out.
+
+    Raises:
+        UserError: something does not fit into the memory though the compiler said so.
     """
     left_out: set[tuple[str, str]] = set()
     for tokens in sorted(set(lengths)):
@@ -75,13 +79,21 @@ def sweep(
                 for _ in range(calls):
                     after_turn()
                 continue
-            found[name], runs[name] = program, _run(given.start(program.run))
-            runs[name]()  # warm
+            found[name], runs[name] = program, _warm(given.start, program, f"{tokens:,} tokens, {' '.join(name)}")
         timings = take_turns(runs, calls=calls, seconds=seconds, after_turn=after_turn)
         yield [Point(tokens, *name, found.get(name), timings.get(name)) for name in names]
 
 
-def _run(call: Callable[[], object]) -> Callable[[], float]:
+def _warm(start: Callable[[jax.stages.Compiled], Callable[[], object]], program: Program, what: str):
+    try:
+        call = start(program.run)
+        jax.block_until_ready(call())
+    except jax.errors.JaxRuntimeError as error:
+        if not programs.is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"{what}: {program.memory / GIB:.2f} GiB by the compiler's account do not fit: lower --max-memory-gib"
+        ) from error
     return lambda: seconds_of(call)
 
 
@@ -101,7 +113,7 @@ def run(
         sizes: further columns of the CSV file.
 
     Raises:
-        UserError: the CSV file cannot be written.
+        UserError: see `sweep`; or the CSV file cannot be written.
     """
     kind = jax.devices()[0].device_kind
     points: list[Point] = []
