@@ -85,6 +85,7 @@ def test_both_attentions_see_queries_keys_and_values_of_one_size():
 # --- length
 
 
+@pytest.mark.slow
 def test_time_memory_and_plot_of_the_sequence_model(tmp_path, capsys):
     table, plot = tmp_path / "length.csv", tmp_path / "length.svg"
     given = ["--lengths=8", "--batch-size=2", "--calls=1", "--seconds=0", f"--csv={table}", f"--plot={plot}"]

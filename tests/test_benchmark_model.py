@@ -43,6 +43,7 @@ def measured(tmp_path, *modes):
     return rows
 
 
+@pytest.mark.slow
 def test_forward_and_gradient_are_measured_and_written(tmp_path, capsys):
     forward, gradient = (float(row["gflops"]) for row in measured(tmp_path, "forward", "gradient"))
     model = pf.create_model("pola_pvt_nano", rngs=nnx.Rngs(0))

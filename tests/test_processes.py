@@ -17,6 +17,7 @@ from polaformer_jax.training.workdir import read_config
 from tests.forked_scripts import Group
 from tests.test_interruption import TIMES, written
 
+pytestmark = pytest.mark.slow  # a minute for the first two processes
 STEPS = 24
 SETTINGS = {
     "model.kernel_size": 1,
@@ -34,10 +35,7 @@ SETTINGS = {
     "ema.decay": 0.9,
     "augment.mixup": 0.8,
 }
-SLOW = pytest.mark.slow
-classifier_and_whole = pytest.mark.parametrize(
-    "trained", ["classifier", pytest.param("whole", marks=SLOW)], indirect=True, scope="module"
-)
+classifier_and_whole = pytest.mark.parametrize("trained", ["classifier", "whole"], indirect=True, scope="module")
 classifier = pytest.mark.parametrize("trained", ["classifier"], indirect=True, scope="module")
 
 
@@ -125,14 +123,12 @@ def assert_equal_to_rounding(found, wanted):
         assert np.linalg.norm(ours - theirs) < 1e-4 * np.linalg.norm(theirs), part
 
 
-@SLOW
 @classifier_and_whole
 def test_two_processes_give_the_training_of_one(trained, straight, tmp_path):
     finish(trained, tmp_path / "run", 1)
     assert_equal_to_rounding(tmp_path / "run", straight)
 
 
-@SLOW
 @classifier
 def test_four_processes_give_the_training_of_two(trained, straight, tmp_path):
     finish(trained, tmp_path / "run", 4)
@@ -154,7 +150,6 @@ def test_each_image_is_counted_once_and_only_the_first_process_speaks(trained, s
     assert "test accuracy" in (logs / "0.out").read_text() and "accuracy" not in (logs / "1.out").read_text()
 
 
-@SLOW
 @classifier_and_whole
 def test_a_signal_to_one_process_stops_both_at_the_same_step(trained, straight, tmp_path):
     workdir = tmp_path / "run"
@@ -174,7 +169,6 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(trained, straight, 
     assert_same_run(workdir, straight)
 
 
-@SLOW
 @classifier
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_other_and_the_same_command_goes_on(trained, straight, tmp_path, killed):
@@ -192,7 +186,6 @@ def test_a_killed_process_ends_the_other_and_the_same_command_goes_on(trained, s
     assert_same_run(workdir, straight)
 
 
-@SLOW
 @classifier
 @pytest.mark.parametrize("processes", [1, 4])
 def test_a_run_goes_on_with_another_number_of_processes(trained, straight, tmp_path, processes):
@@ -202,7 +195,6 @@ def test_a_run_goes_on_with_another_number_of_processes(trained, straight, tmp_p
     assert_equal_to_rounding(workdir, straight)
 
 
-@SLOW
 @classifier
 def test_processes_agree_on_a_damaged_checkpoint(trained, straight, tmp_path):
     workdir = tmp_path / "run"
@@ -225,7 +217,6 @@ def evaluated(trained, workdir, folder, processes):
         return printed, list(csv.DictReader(table))
 
 
-@SLOW
 @classifier
 def test_two_processes_evaluate_as_one(trained, straight, tmp_path):
     (one,), rows_of_one = evaluated(trained, straight, tmp_path / "one", 1)

@@ -66,6 +66,7 @@ def test_accumulated_parts_give_the_update_of_the_whole_batch(model, whole, part
         np.testing.assert_allclose(sums[name], whole[1][name], rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_any_number_of_devices_gives_the_same_recipe(model, whole):
     mesh = sharding.make_mesh(ml_collections.ConfigDict({"data": 8, "fsdp": 1}))
     state = jax.device_put(state_of(model), sharding.replicated(mesh))
