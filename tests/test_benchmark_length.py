@@ -39,6 +39,7 @@ def points(polarity, softmax, lengths=(256, 512, 1024)):
 # --- attention
 
 
+@pytest.mark.slow
 def test_the_attentions_are_measured_and_written(tmp_path, capsys):
     path = tmp_path / "attention.csv"
     given = ["--tokens", "16", "4", "--heads=2", "--width=4", "--batch-size=3", "--calls=2", "--seconds=0"]

@@ -89,7 +89,7 @@ def test_full_size_state_dicts_give_the_official_logits(name, tmp_path):
 # --- and back
 
 
-@pytest.mark.parametrize("name", ["pvt_llll", "swin_llss"])
+@pytest.mark.parametrize("name", [pytest.param("pvt_llll", marks=pytest.mark.slow), "swin_llss"])
 def test_the_way_back_is_exact(name, checkpoint, tmp_path):
     """What comes out in the official layout is what the official checkpoint held, its buffers included."""
     official = weights.read_file(checkpoint(name)).tensors

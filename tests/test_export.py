@@ -26,6 +26,7 @@ def config_of(digits_dir, **changes):
     config.data.data_dir = str(digits_dir)
     config.data.workers = 0
     config.model.kernel_size = 1
+    config.mesh.data = 1
     config.update_from_flattened_dict(changes)
     return config
 

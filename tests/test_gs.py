@@ -113,6 +113,7 @@ def test_checkpoints_are_kept_in_the_bucket(bucket, google_client):
     assert not bucket.names("kept/checkpoints/2/")
 
 
+@pytest.mark.slow
 def test_a_save_that_was_cut_off_does_not_count(bucket, google_client):
     """There is no renaming in a bucket: a checkpoint is whole when a last file says so."""
     save("gs://bucket/cut/checkpoints", 3, 5)

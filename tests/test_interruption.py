@@ -46,8 +46,11 @@ def compiled_once():
 
 
 def settings(digits_dir):
-    """On one device: eight fake ones make saving, restoring and compiling slow."""
-    return config_of(digits_dir, **{"log.pictures": False, "mesh.data": 1})
+    """On one device, and the classifier alone: it compiles in a third of the time.
+
+    (The whole model is interrupted in `test_training`, `test_processes` and `campaigns/faults`.)
+    """
+    return config_of(digits_dir, **{"log.pictures": False, "mesh.data": 1, "init.freeze_backbone": True})
 
 
 @pytest.fixture(scope="module")

@@ -86,7 +86,7 @@ def test_the_state_is_parameters_only(family):
     assert leaves and all(type(leaf) is nnx.Param for leaf in leaves)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [pytest.param("pvt", marks=pytest.mark.slow), "swin"])
 def test_a_pure_dict_is_the_whole_model(family):
     step, params = compiled(family, "float32")
     (_, (_, _, survived)), _ = step(params, noise(8, 32, 32, 3))
@@ -117,7 +117,8 @@ def test_zero_images_have_finite_logits_and_gradients(family, dtype):
     assert all_finite((value, logits, gradients))
 
 
-@pytest.mark.parametrize("family", [pytest.param("pvt", marks=pytest.mark.slow), "swin"])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_is_close_to_float32(family):
     step, params = compiled(family, "float32")
     (_, (expected, _, _)), _ = step(params, noise(8, 32, 32, 3))
