@@ -135,7 +135,7 @@ def test_four_processes_give_the_training_of_two(trained, straight, tmp_path):
     assert_equal_to_rounding(tmp_path / "run", straight)
 
 
-@classifier_and_whole
+@classifier
 def test_each_image_is_counted_once_and_only_the_first_process_speaks(trained, straight, tmp_path):
     result = json.loads((straight / "eval.json").read_text())
     assert (result["images"], result["skipped"]) == (360, 0)
@@ -150,7 +150,7 @@ def test_each_image_is_counted_once_and_only_the_first_process_speaks(trained, s
     assert "test accuracy" in (logs / "0.out").read_text() and "accuracy" not in (logs / "1.out").read_text()
 
 
-@classifier_and_whole
+@classifier
 def test_a_signal_to_one_process_stops_both_at_the_same_step(trained, straight, tmp_path):
     workdir = tmp_path / "run"
     with group(trained, workdir, 2) as running:
