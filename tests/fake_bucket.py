@@ -11,10 +11,11 @@ import http.server
 import json
 import re
 import ssl
-import subprocess
 import threading
 import urllib.parse
 from pathlib import Path
+
+import trustme
 
 HOSTS = ("www.googleapis.com", "storage.googleapis.com")
 _TIME = "2026-01-01T00:00:00.000Z"
@@ -49,19 +50,6 @@ class Bucket:
                 self.put(f"{prefix}/{path.relative_to(folder)}", path.read_bytes())
 
 
-def certificate(folder: Path) -> tuple[Path, Path]:
-    """A key and a certificate of one day for `HOSTS`."""
-    key, cert = folder / "key.pem", folder / "cert.pem"
-    names = ",".join(f"DNS:{host}" for host in HOSTS)
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "1"]
-        + ["-subj", "/CN=fake bucket", "-addext", f"subjectAltName={names}", "-keyout", key, "-out", cert],
-        check=True,
-        capture_output=True,
-    )
-    return key, cert
-
-
 def environment(port: int, cert: Path) -> dict[str, str]:
     """What leads all clients of this process, and of its children, to the server at `port`."""
     address = f"http://127.0.0.1:{port}"
@@ -82,9 +70,10 @@ def environment(port: int, cert: Path) -> dict[str, str]:
 @contextlib.contextmanager
 def serving(bucket: Bucket, folder: Path):
     """Serves the bucket, under any name, and gives the environment that its clients need."""
-    key, cert = certificate(folder)
+    authority, cert = trustme.CA(), folder / "cert.pem"
+    authority.cert_pem.write_to_path(cert)
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    tls.load_cert_chain(cert, key)
+    authority.issue_cert(*HOSTS).configure_cert(tls)
     handler = type("Handler", (_Handler,), {"bucket": bucket, "tls": tls, "sessions": {}})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True

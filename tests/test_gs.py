@@ -2,7 +2,6 @@
 
 import io
 import json
-import shutil
 import sys
 
 import jax
@@ -34,8 +33,6 @@ from tests.test_interruption import (  # noqa: F401
     written,
 )
 
-pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl, for a certificate")
-
 
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory):
@@ -52,11 +49,6 @@ def nothing_local(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     yield
     assert not (tmp_path / "gs:").exists()
-
-
-@pytest.fixture
-def google_client():
-    pytest.importorskip("google.cloud.storage", reason="needs google-cloud-storage")
 
 
 def test_a_file_is_there_whole_or_not_at_all(bucket):
@@ -105,7 +97,7 @@ def assert_state(restored, step):
     assert restored.counted == {"steps": step}
 
 
-def test_checkpoints_are_kept_in_the_bucket(bucket, google_client):
+def test_checkpoints_are_kept_in_the_bucket(bucket):
     save("gs://bucket/kept/checkpoints", 1, 2, 3, 4)
     restored, steps = restore("gs://bucket/kept/checkpoints")
     assert_state(restored, 4)
@@ -114,7 +106,7 @@ def test_checkpoints_are_kept_in_the_bucket(bucket, google_client):
 
 
 @pytest.mark.slow
-def test_a_save_that_was_cut_off_does_not_count(bucket, google_client):
+def test_a_save_that_was_cut_off_does_not_count(bucket):
     """There is no renaming in a bucket: a checkpoint is whole when a last file says so."""
     save("gs://bucket/cut/checkpoints", 3, 5)
     for name in bucket.names("cut/checkpoints/5/commit_success.txt"):
@@ -127,7 +119,7 @@ def test_a_save_that_was_cut_off_does_not_count(bucket, google_client):
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_set_aside(bucket, google_client):
+def test_a_damaged_checkpoint_is_set_aside(bucket):
     save("gs://bucket/damaged/checkpoints", 3, 5)
     name = max(bucket.names("damaged/checkpoints/5/params/"), key=lambda name: len(bucket.get(name)))
     bucket.put(name, bucket.get(name)[:-20])
@@ -137,7 +129,7 @@ def test_a_damaged_checkpoint_is_set_aside(bucket, google_client):
     assert bucket.names("damaged/damaged_checkpoints/5_")
 
 
-def test_a_checkpoint_that_cannot_be_written_is_named(bucket, google_client, monkeypatch):
+def test_a_checkpoint_that_cannot_be_written_is_named(bucket, monkeypatch):
     """The refusal is raised here: TensorFlow repeats a refused write while no other thread of Python may run."""
     import tensorflow as tf
 
@@ -221,7 +213,6 @@ def content(path):
 @pytest.mark.slow
 def test_an_interrupted_training_in_a_bucket_ends_as_a_local_one(
     bucket,
-    google_client,
     digits_dir,
     compiled_once,  # noqa: F811
     tmp_path,
