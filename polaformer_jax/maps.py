@@ -249,10 +249,22 @@ def _softmax_rows(block: Block, x: jax.Array) -> Callable:
 
 
 def _summed(weights: jax.Array) -> _Sums:
-    total = jnp.sum(weights, axis=-1, keepdims=True)  # (B', h, m, 1)
+    entropy, seen = row_entropy(weights)  # (B', h, m) each
+    return _Sums(jnp.sum(weights, axis=2), jnp.sum(entropy, axis=-1), jnp.sum(seen, axis=-1))
+
+
+def row_entropy(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Entropy, in nats, of rows of weights of at least 0, each divided by its sum.
+
+    Args:
+        weights: (..., n).
+
+    Returns:
+        (...) entropies, 0 for a row of zeros, and whether a row has a weight that is not 0.
+    """
+    total = jnp.sum(weights, axis=-1, keepdims=True)
     seen = total > 0
-    entropy = jnp.sum(jax.scipy.special.entr(weights / jnp.where(seen, total, 1)), axis=-1)  # (B', h, m)
-    return _Sums(jnp.sum(weights, axis=2), jnp.sum(entropy, axis=-1), jnp.sum(seen[..., 0], axis=-1))
+    return jnp.sum(jax.scipy.special.entr(weights / jnp.where(seen, total, 1)), axis=-1), seen[..., 0]
 
 
 def _members(block: Block, side: int) -> np.ndarray:

@@ -58,14 +58,17 @@ class PlainAttention(nnx.Module):
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None, *, mask: jax.Array) -> jax.Array:
         """(B, N, C) -> (B, N, C); `mask` (B, N) is True at the tokens that are there."""
-        q, k, v = (
-            part.reshape(*x.shape[:2], self.num_heads, -1) for part in jnp.split(self.qkv(x), 3, axis=-1)
-        )  # (B, N, h, d)
+        q, k, v = self.project(x)
         if self.kind == "softmax":
             y = softmax_attention(q, k, v, mask=mask)
         else:
             y = relu_attention(q, k, v, mask=mask)
         return dropout(self.proj(y.reshape(x.shape)), self.drop_rate, key)
+
+    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(B, N, C) -> queries, keys and values, (B, N, h, d) each."""
+        q, k, v = (part.reshape(*x.shape[:2], self.num_heads, -1) for part in jnp.split(self.qkv(x), 3, axis=-1))
+        return q, k, v
 
 
 def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, mask: jax.Array) -> jax.Array:

@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _predict(args: argparse.Namespace) -> str:
     # Imported here: JAX takes a second, which a wrong flag need not wait for.
-    from polaformer_jax import create_model, prediction, prediction_pictures, weights
+    from polaformer_jax import create_model, figures, prediction, prediction_pictures, weights
     from polaformer_jax.training import progress
 
     progress.set_up_logging()
@@ -75,7 +75,7 @@ def _predict(args: argparse.Namespace) -> str:
     )
     if args.picture is not None:
         figure = prediction_pictures.draw(model, results, transform=transform, where=where)
-        prediction_pictures.save(figure, args.picture)
+        figures.save(figure, args.picture)
     return json.dumps(results, indent=2) if args.json else prediction.table(results)
 
 

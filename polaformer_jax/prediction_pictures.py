@@ -1,6 +1,5 @@
 """Images as the model saw them, beside maps of where one of its blocks looks."""
 
-import io
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,22 +7,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from polaformer_jax import atomic
+from polaformer_jax import figures
 from polaformer_jax.attention import PolarityAttention
 from polaformer_jax.backbone import STRIDES, Backbone
 from polaformer_jax.data.transforms import EvalImageTransform
 from polaformer_jax.errors import UserError
+from polaformer_jax.figures import FAINT, INK
 from polaformer_jax.maps import AttentionMaps, attention_maps, last_linear_block, resolve_block, resolve_token
 from polaformer_jax.prediction import read_image
 from polaformer_jax.training.tasks import normalise
 
-INK, FAINT, MARK = "#1f2933", "#d5dbe1", "#35c2ff"
+MARK = "#35c2ff"
 COLOURS = "inferno"
 MOST_IMAGES = 32  # rows of one picture
 TITLES = {"same": "same-signed stream", "opposite": "opposite-signed stream", "softmax": "softmax"}
@@ -39,8 +38,7 @@ class Where(NamedTuple):
 
 def check_request(path: epath.PathLike, *, images: int) -> None:
     """Raises a UserError, before any work, where no picture of so many images can be written to `path`."""
-    if epath.Path(path).suffix != ".png" or epath.Path(path).is_dir():
-        raise UserError(f"--picture {os.fspath(path)}: expected the name of a .png file")
+    figures.check_name("--picture", path, suffixes=(".png",))
     if images > MOST_IMAGES:
         raise UserError(f"--picture has room for {MOST_IMAGES} images, found {images}: draw them in several pictures")
 
@@ -84,22 +82,13 @@ def draw(
     ]
     streams = list(maps[0].streams)
     rows, columns = len(images), 1 + len(streams)
-    figure = Figure(figsize=(3.1 * columns + 0.8, 3.45 * rows + 0.55), layout="constrained")
-    FigureCanvasAgg(figure)  # a figure of its own canvas: no window, no global state
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+    figure = figures.new(3.1 * columns + 0.8, 3.45 * rows + 0.55, pad=0.08)
     figure.suptitle(_headline(model, where, maps[0]), x=0.01, ha="left", color=INK, fontsize=10, fontweight="bold")
     for panels, image, result, found in zip(
         figure.subplots(rows, columns, squeeze=False), images, results, maps, strict=True
     ):
         _draw_row(figure, panels, image, result, found, where, side=model.img_size // STRIDES[where.stage])
     return figure
-
-
-def save(figure: Figure, path: epath.PathLike) -> None:
-    """Writes a PNG file, at once or not at all."""
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=140, facecolor="white")
-    atomic.write(path, content.getvalue())
 
 
 def _headline(model: Backbone, where: Where, maps: AttentionMaps) -> str:

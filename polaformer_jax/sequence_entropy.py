@@ -8,9 +8,7 @@ polarity-aware attention is measured twice: as it was trained, and with the powe
 """
 
 import argparse
-import csv
 import functools
-import io
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -19,15 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from polaformer_jax import atomic
+from polaformer_jax import figures, tables
 from polaformer_jax.attention import PolarityAttention, signed_features
 from polaformer_jax.errors import UserError
 from polaformer_jax.layers import product, wide
-from polaformer_jax.maps import polarity_weights
+from polaformer_jax.maps import polarity_weights, row_entropy
 from polaformer_jax.pola_sequence import PlainAttention, PolaSequence, Sequences
 
 # Plotted with the same colour whether the power is there or not; open marks are without it.
@@ -84,7 +81,7 @@ def _polarity_weights(attn: PolarityAttention, x: jax.Array, mask: jax.Array) ->
 
 
 def _plain_weights(attn: PlainAttention, x: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-    q, k, _ = (part.reshape(*x.shape[:2], attn.num_heads, -1) for part in jnp.split(attn.qkv(x), 3, axis=-1))
+    q, k, _ = attn.project(x)
     if attn.kind == "relu":
         return {"relu": product("bmhk,bnhk->bhmn", jax.nn.relu(q), jax.nn.relu(k))}
     scores = product("bmhk,bnhk->bhmn", q, k) * q.shape[-1] ** -0.5
@@ -94,9 +91,8 @@ def _plain_weights(attn: PlainAttention, x: jax.Array, mask: jax.Array) -> dict[
 def _mean_entropy(weights: jax.Array, mask: jax.Array) -> jax.Array:
     """(h, N, N) weights of one example, (N,) which tokens are there -> (h,)."""
     weights = jnp.where(mask[None, None], weights, 0).astype(wide(weights.dtype))
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    counts = (total[..., 0] > 0) & mask[None]  # (h, N)
-    entropy = jnp.sum(jax.scipy.special.entr(weights / jnp.where(total > 0, total, 1)), axis=-1)
+    entropy, seen = row_entropy(weights)  # (h, N) each
+    counts = seen & mask[None]
     mean = jnp.sum(jnp.where(counts, entropy, 0), axis=-1) / jnp.sum(counts, axis=-1)
     return mean / jnp.log(jnp.sum(mask))
 
@@ -144,25 +140,29 @@ def of_run(workdir: epath.PathLike, *, examples: int, data_dir: str | None = Non
     return found
 
 
-def as_csv(runs: Mapping[str, Mapping[tuple[int, str], np.ndarray]]) -> str:
-    """One row for each run, block, attention and head: mean, and standard deviation over the examples."""
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["run", "block", "attention", "head", "examples", "entropy", "deviation"])
-    for run, found in runs.items():
-        for (block, name), values in found.items():
-            for head, column in enumerate(values.T):
-                numbers = [f"{np.nanmean(column):.4f}", f"{np.nanstd(column):.4f}"]
-                rows.writerow([run, block, name, head, len(column), *numbers])
-    return text.getvalue()
+def records(runs: Mapping[str, Mapping[tuple[int, str], np.ndarray]]) -> list[dict[str, str]]:
+    """One for each run, block, attention and head: mean, and standard deviation over the examples."""
+    return [
+        {
+            "run": run,
+            "block": str(block),
+            "attention": name,
+            "head": str(head),
+            "examples": str(len(column)),
+            "entropy": f"{np.nanmean(column):.4f}",
+            "deviation": f"{np.nanstd(column):.4f}",
+        }
+        for run, found in runs.items()
+        for (block, name), values in found.items()
+        for head, column in enumerate(values.T)
+    ]
 
 
 def draw(runs: Mapping[str, Mapping[tuple[int, str], np.ndarray]]) -> Figure:
     """A panel for each block: for each run and attention the heads' means, and bars of one standard deviation."""
     blocks = sorted({block for found in runs.values() for block, _ in found})
     rows = [(run, name) for run, found in runs.items() for name in dict.fromkeys(name for _, name in found)]
-    figure = Figure(figsize=(2 + 4.2 * len(blocks), 1.2 + 0.42 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = figures.new(2 + 4.2 * len(blocks), 1.2 + 0.42 * len(rows))
     panels = figure.subplots(1, len(blocks), sharey=True, squeeze=False)[0]
     panels[0].invert_yaxis()  # and of all: the first run on top
     for axes, block in zip(panels, blocks, strict=True):
@@ -182,11 +182,11 @@ def draw(runs: Mapping[str, Mapping[tuple[int, str], np.ndarray]]) -> Figure:
                     markersize=5,
                     linewidth=1.2,
                 )
+        figures.tidy(axes)
+        axes.grid(visible=False, axis="y")
         axes.set_title(f"block {block}", loc="left", fontweight="bold")
         axes.set_xlabel("entropy of a row / log n")
         axes.set_yticks(range(len(rows)), [f"{run}: {name}" for run, name in rows])
-        axes.grid(axis="x", linewidth=0.6, alpha=0.5)
-        axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
@@ -203,23 +203,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.examples < 1:
             raise UserError(f"--examples {args.examples}: expected at least 1")
+        if args.plot is not None:
+            figures.check_name("--plot", args.plot)
         runs = {}
         for workdir in tqdm(args.runs, unit="run", disable=None):
             name = epath.Path(workdir).name
             if name in runs:
                 raise UserError(f"two work directories are called {name}: the table tells runs apart by their names")
             runs[name] = of_run(workdir, examples=args.examples, data_dir=args.data_dir)
-        table = as_csv(runs)
+        rows = records(runs)
+        print(tables.columns(list(rows[0]), [list(row.values()) for row in rows], left=3))
         if args.csv is not None:
-            atomic.write(args.csv, table)
+            tables.write_csv(args.csv, rows)
         if args.plot is not None:
-            picture = io.BytesIO()
-            draw(runs).savefig(picture, format=epath.Path(args.plot).suffix[1:] or "png", dpi=150)
-            atomic.write(args.plot, picture.getvalue())
-    except (UserError, OSError, ValueError) as error:  # OSError, ValueError: a file that cannot be written so
+            figures.save_as_asked(draw(runs), "--plot", args.plot)
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "status", 1)
-    print(table, end="")
+        return error.status
     return 0
 
 

@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 
 from configs.digits import get_config
+from polaformer_jax import tables
 from polaformer_jax.aot import __main__ as command
 from polaformer_jax.aot.collectives import collectives, totals
 from polaformer_jax.aot.compiling import OutOfMemoryError, compile_step, out_of_memory, topology_devices
 from polaformer_jax.aot.largest import largest
 from polaformer_jax.aot.roofline import estimate
 from polaformer_jax.chips import CHIPS, chip_of
+from polaformer_jax.costs import product_flops
 from polaformer_jax.errors import UserError
-from polaformer_jax.flops import product_flops
 
 # --- collectives, as XLA writes them for CPUs and TPUs
 
@@ -228,7 +229,7 @@ def test_it_is_described_and_written(program, tmp_path):
     text = command.describe(program)
     for part in ("batch 16 on 4 chips: mesh.data=2, mesh.fsdp=2", "all-gather", "peaks of this chip are not known"):
         assert part in text
-    command.write_csv(tmp_path / "a.csv", "cpu:4", program)
+    tables.write_csv(tmp_path / "a.csv", [command.row("cpu:4", program)])
     (row,) = csv.DictReader((tmp_path / "a.csv").read_text().splitlines())
     assert (row["model"], row["batch"], row["estimated_step_ms"]) == ("pola_pvt_nano", "16", "")
     assert float(row["all-gather_mib"]) > 0

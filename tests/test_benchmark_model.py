@@ -17,7 +17,7 @@ from polaformer_jax.benchmark.__main__ import main
 from polaformer_jax.benchmark.model import Row, cases, table
 from polaformer_jax.benchmark.ours import Case, Subject, experiment
 from polaformer_jax.benchmark.timing import Timing
-from polaformer_jax.flops import product_flops
+from polaformer_jax.costs import product_flops
 
 TINY = ("--models=pola_pvt_nano", "--batch-sizes=8", "--calls=2", "--seconds=0")
 

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from polaformer_jax.benchmark import programs, tables
+from polaformer_jax import tables
+from polaformer_jax.benchmark import programs
 from polaformer_jax.benchmark.sweep import Job, sweep
 from polaformer_jax.benchmark.timing import Timing, take_turns
 from polaformer_jax.errors import UserError

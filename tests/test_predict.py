@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import polaformer_jax as pf
-from polaformer_jax import predict, prediction, prediction_pictures
+from polaformer_jax import figures, predict, prediction, prediction_pictures
 from polaformer_jax.errors import UserError, WeightsError
 from polaformer_jax.training.tasks import normalise
 from tests.small_models import build
@@ -169,7 +169,7 @@ def test_a_picture_has_a_row_an_image_and_a_panel_a_stream(chosen, panels, marke
     assert drawn[0].get_title().startswith("0.png\n") and drawn[panels].get_title().startswith("1.png\n")
     assert all("nats" in axes.get_title() for axes in drawn[1:panels])
     if not chosen:  # once is enough
-        prediction_pictures.save(figure, tmp_path / "a" / "picture.png")
+        figures.save(figure, tmp_path / "a" / "picture.png")
         with Image.open(io.BytesIO((tmp_path / "a/picture.png").read_bytes())) as picture:
             assert min(picture.size) > 500
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from configs import digits
+from polaformer_jax import figures
 from polaformer_jax.data import preview
 from polaformer_jax.training.experiment import Experiment
 
@@ -77,5 +78,5 @@ def test_kinds_that_are_turned_off_are_left_out_and_named(config, changes, missi
 
 
 def test_the_picture_is_a_png(config, tmp_path):
-    preview.write(preview.preview(config, examples=3), tmp_path / "new" / "out.png")
+    figures.save_as_asked(preview.preview(config, examples=3), "--out", tmp_path / "new" / "out.png")
     assert (tmp_path / "new" / "out.png").read_bytes().startswith(b"\x89PNG")

@@ -1,8 +1,5 @@
 """Entropies of attention rows against their definition, written out with loops."""
 
-import csv
-import io
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +8,7 @@ from flax import nnx
 
 from polaformer_jax import sequence_entropy
 from polaformer_jax.pola_sequence import PolaSequence, Sequences
-from polaformer_jax.sequence_entropy import as_csv, draw, row_entropies
+from polaformer_jax.sequence_entropy import draw, records, row_entropies
 
 LENGTHS = np.array([9, 4], np.int32)
 
@@ -105,7 +102,7 @@ def made_up():
 
 def test_the_table_has_a_row_for_each_head():
     runs = made_up()
-    rows = list(csv.DictReader(io.StringIO(as_csv(runs))))
+    rows = records(runs)
     assert len(rows) == 10
     row = next(row for row in rows if (row["run"], row["block"], row["head"]) == ("softmax", "0", "1"))
     assert float(row["entropy"]) == pytest.approx(runs["softmax"][0, "softmax"][:, 1].mean(), abs=1e-4)
@@ -125,6 +122,7 @@ def test_the_picture_shows_every_run_and_attention():
     [
         (["nowhere"], "not the work directory of a training"),
         (["nowhere", "--examples", "0"], "--examples 0: expected at least 1"),
+        (["nowhere", "--plot", "entropy.gif"], "--plot entropy.gif: expected the name of a .png or .svg file"),
     ],
 )
 def test_what_cannot_be_measured(capsys, arguments, message):

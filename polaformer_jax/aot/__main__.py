@@ -7,26 +7,22 @@
 Needs libtpu (the extra `tpu`), but neither a TPU nor the data set. Times are estimates from published peaks.
 """
 
-import csv
-import io
-
 import jax
 import tqdm
 from absl import flags
-from etils import epath
 from ml_collections import config_flags
 
-from polaformer_jax import atomic, command_line
+from polaformer_jax import command_line, tables
 from polaformer_jax.aot import collectives
 from polaformer_jax.aot.compiling import OutOfMemoryError, Program, compile_step, topology_devices
 from polaformer_jax.aot.largest import largest
 from polaformer_jax.chips import chip_of
+from polaformer_jax.data.sources import IMAGENET_EXAMPLES
 from polaformer_jax.errors import UserError
 from polaformer_jax.training import progress, sharding
 from polaformer_jax.training.progress import log
 
 GIB, MIB = 2**30, 2**20
-IMAGENET = 1_281_167
 
 
 def describe(program: Program) -> str:
@@ -127,23 +123,11 @@ def _limit(devices) -> float:
     return chip.memory
 
 
-def write_csv(path: epath.PathLike, topology: str, program: Program) -> None:
-    """Writes one row under a head."""
-    cells, text = row(topology, program), io.StringIO()
-    writer = csv.DictWriter(text, cells, lineterminator="\n")
-    writer.writeheader()
-    writer.writerow(cells)
-    try:
-        atomic.write(path, text.getvalue())
-    except OSError as error:
-        raise UserError(f"--csv: {path} cannot be written: {error}") from error
-
-
 def _define_flags() -> None:
     # Not at import: a program that imports this file has flags of its own.
     config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/pola_swin.py:b.")
     flags.DEFINE_string("topology", None, "Chips and how they lie: v5e:16x16, v5p:2x2x2; or cpu:8 to try things.")
-    flags.DEFINE_integer("num_examples", IMAGENET, "Size of the training set.", lower_bound=1)
+    flags.DEFINE_integer("num_examples", IMAGENET_EXAMPLES, "Size of the training set.", lower_bound=1)
     flags.DEFINE_bool("largest_batch", False, "Find the largest batch that fits, by compiling a few times.")
     flags.DEFINE_string("csv", None, "File for the same as a row of a table.")
 
@@ -163,7 +147,7 @@ def main(argv: list[str]) -> None:
         program = compile_step(given.config, devices, num_examples=given.num_examples)
     print(describe(program))
     if given.csv is not None:
-        write_csv(given.csv, given.topology, program)
+        tables.write_csv(given.csv, [row(given.topology, program)])
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ import ml_collections
 from polaformer_jax.aot.collectives import Collective, collectives
 from polaformer_jax.aot.roofline import Estimate, estimate
 from polaformer_jax.chips import Chip, chip_of
+from polaformer_jax.costs import is_out_of_memory, memory_needed
 from polaformer_jax.errors import UserError
 from polaformer_jax.training.experiment import Experiment
 
-_OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|[Oo]ut of memory|exceed\w* hbm", re.IGNORECASE)
 _USED = re.compile(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
@@ -137,16 +137,14 @@ def compile_step(
         raise explained from error
     seconds = time.monotonic() - began
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-    arguments = memory.argument_size_in_bytes
-    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Program(
         model=config.model.name,
         batch=config.train.batch_size,
         mesh=(experiment.mesh.shape["data"], experiment.mesh.shape["fsdp"]),
         remat=config.model.remat,
         chip=chip_of(devices[0].device_kind),
-        memory=arguments + outputs + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
-        state=arguments,
+        memory=memory_needed(compiled),
+        state=memory.argument_size_in_bytes,
         temporary=memory.temp_size_in_bytes,
         products=experiment.step_flops(batch),
         xla_flops=cost.get("flops", float("nan")),
@@ -159,10 +157,9 @@ def compile_step(
 
 def out_of_memory(error: Exception, config: ml_collections.ConfigDict) -> OutOfMemoryError | None:
     """What the compiler's error says of memory; None if it is about something else."""
-    text = str(error)
-    if not _OUT_OF_MEMORY.search(text):
+    if not is_out_of_memory(error):
         return None
-    used = _USED.search(text)
+    used = _USED.search(str(error))
     size = float(used[1]) * _UNITS[used[2]] if used else None
     return OutOfMemoryError(
         f"a step of train.batch_size={config.train.batch_size} does not fit into a chip's memory"

@@ -15,8 +15,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from polaformer_jax import tables
 from polaformer_jax.attention import polarity_attention
-from polaformer_jax.benchmark import options, sweep, tables
+from polaformer_jax.benchmark import options, sweep
 from polaformer_jax.benchmark.sweep import Job, Point
 from polaformer_jax.errors import UserError
 

@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from polaformer_jax.benchmark import tables
+from polaformer_jax import tables
 from polaformer_jax.errors import UserError
 
 STAGES = ("read", "decode", "crop", "augment", "batch", "transfer")

@@ -15,17 +15,17 @@ import jax.numpy as jnp
 import ml_collections
 from flax import nnx
 
-from polaformer_jax import atomic, creation
-from polaformer_jax.benchmark import length_plot, options, sweep, tables
+from polaformer_jax import figures, tables
+from polaformer_jax.benchmark import length_plot, options, sweep
 from polaformer_jax.benchmark.input import load_config
 from polaformer_jax.benchmark.sweep import Job, Point
 from polaformer_jax.data.lra.facts import facts_of
 from polaformer_jax.errors import UserError
-from polaformer_jax.pola_sequence import ATTENTIONS, PolaSequence
+from polaformer_jax.pola_sequence import ATTENTIONS
 from polaformer_jax.training.checks import SEQUENCES
 from polaformer_jax.training.optimizer import make_optimizer
 from polaformer_jax.training.schedule import durations, learning_rate
-from polaformer_jax.training.sequence_modality import SequenceClassification
+from polaformer_jax.training.sequence_modality import SequenceModality
 from polaformer_jax.training.step import TrainState, make_train_step
 from polaformer_jax.training.tasks import Batch
 
@@ -36,9 +36,15 @@ _SEED = 0
 
 def job(tokens: int, attention: str, mode: str, *, config: ml_collections.ConfigDict) -> Job:
     """A config's model with another attention and length, on `train.batch_size` sequences."""
-    make_model = functools.partial(_model, config, tokens, attention)
+    config = config.copy_and_resolve_references()
+    config.task.attention = attention
+    modality = SequenceModality(config)
+    task = modality.task
+
+    def make_model():
+        return modality.build_model(nnx.Rngs(_SEED), max_length=tokens)
+
     graphdef, _ = nnx.split(nnx.eval_shape(make_model))
-    task = SequenceClassification(config.model.num_classes, config.train.label_smoothing)
     make_batch = functools.partial(batch, config, tokens)
 
     def make_params():
@@ -78,21 +84,6 @@ def job(tokens: int, attention: str, mode: str, *, config: ml_collections.Config
     return Job(
         lambda: jax.jit(step, donate_argnums=0).trace(jax.eval_shape(make_state), jax.eval_shape(make_batch)),
         start_training,
-    )
-
-
-def _model(config: ml_collections.ConfigDict, tokens: int, attention: str) -> PolaSequence:
-    facts = facts_of(config.task.name)
-    return creation.create_model(
-        config.model.name,
-        num_classes=config.model.num_classes,
-        vocabulary=facts.vocabulary,
-        max_length=tokens,
-        texts=facts.texts,
-        attention=attention,
-        dtype=jnp.dtype(config.model.dtype),
-        rngs=nnx.Rngs(_SEED),
-        **{name: config.model[name] for name in ("alpha", "kernel_size") if config.model[name] is not None},
     )
 
 
@@ -155,7 +146,7 @@ def main(args: argparse.Namespace) -> None:
     options.check_positive("--lengths", *args.lengths)
     options.check_positive("--batch-size", args.batch_size)
     if args.plot:
-        length_plot.check(args.plot)
+        figures.check_name("--plot", args.plot)
     config = load_config(args.config)
     if config.task.name not in SEQUENCES:
         raise UserError(
@@ -175,7 +166,4 @@ def main(args: argparse.Namespace) -> None:
     if args.plot:
         crossovers = {mode: crossover(points, mode) for mode in MODES}
         figure = length_plot.draw(points, modes=MODES, attentions=ATTENTIONS, crossovers=crossovers)
-        try:
-            atomic.write(args.plot, length_plot.encoded(figure, args.plot))
-        except OSError as error:
-            raise UserError(f"--plot {args.plot} cannot be written: {error}") from error
+        figures.save_as_asked(figure, "--plot", args.plot)

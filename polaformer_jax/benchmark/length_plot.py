@@ -1,29 +1,19 @@
 """Time and memory against the number of tokens, as a picture with logarithmic axes."""
 
-import io
 import itertools
 from collections.abc import Mapping, Sequence
-from pathlib import PurePath
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
+from polaformer_jax import figures
 from polaformer_jax.benchmark.programs import GIB
 from polaformer_jax.benchmark.sweep import Point
-from polaformer_jax.errors import UserError
+from polaformer_jax.figures import INK
 
-INK, FAINT = "#1f2933", "#d5dbe1"
 COLOURS = {"polarity": "#2364aa", "relu": "#9aa5b1", "softmax": "#c8382c"}
 NAMES = {"relu": "relu (linear)"}
-SUFFIXES = (".png", ".svg")
-
-
-def check(path: str) -> None:
-    """Raises a UserError if no picture of such a name can be written."""
-    if PurePath(path).suffix not in SUFFIXES:
-        raise UserError(f"--plot {path}: expected a name that ends in {' or '.join(SUFFIXES)}")
 
 
 def draw(
@@ -35,9 +25,7 @@ def draw(
         points: those that were left out are not drawn.
         crossovers: of each mode, the length that a dotted line marks; None: there is none.
     """
-    figure = Figure(figsize=(5.2 * len(modes), 7), layout="constrained")
-    FigureCanvasAgg(figure)  # a figure of its own canvas: no window, no global state
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+    figure = figures.new(5.2 * len(modes), 7)
     grid = figure.subplots(2, len(modes), squeeze=False, sharex=True, sharey="row")
     lengths = sorted({point.tokens for point in points})
     for (row, title), (column, mode) in itertools.product(enumerate(("time", "memory")), enumerate(modes)):
@@ -71,21 +59,10 @@ def draw(
 
 
 def _tidy(axes: Axes, lengths: Sequence[int]) -> None:
+    figures.tidy(axes)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(lengths)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: f"{tokens:,.0f}"))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT)
-    axes.tick_params(which="both", color=FAINT, labelcolor=INK)
-    axes.grid(color=FAINT, linewidth=0.6, alpha=0.7)
-    axes.set_axisbelow(True)
-
-
-def encoded(figure: Figure, path: str) -> bytes:
-    """The file's content, of the kind that its name asks for."""
-    content = io.BytesIO()
-    figure.savefig(content, format=PurePath(path).suffix[1:], dpi=140, facecolor="white")
-    return content.getvalue()

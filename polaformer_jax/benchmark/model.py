@@ -20,13 +20,14 @@ from typing import NamedTuple
 import jax
 from tqdm import tqdm
 
-from polaformer_jax import zoo
-from polaformer_jax.benchmark import official, options, tables
+from polaformer_jax import tables, zoo
+from polaformer_jax.benchmark import official, options
 from polaformer_jax.benchmark.official import Official
 from polaformer_jax.benchmark.ours import MODES, Case, Subject, experiment, subject
-from polaformer_jax.benchmark.programs import GIB, is_out_of_memory
+from polaformer_jax.benchmark.programs import GIB
 from polaformer_jax.benchmark.timing import Timing, take_turns
 from polaformer_jax.chips import chip_of
+from polaformer_jax.costs import is_out_of_memory
 from polaformer_jax.errors import UserError
 from polaformer_jax.training.experiment import Experiment
 

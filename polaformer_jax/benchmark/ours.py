@@ -14,12 +14,12 @@ from configs.defaults import augment_officially, defaults
 from polaformer_jax import zoo
 from polaformer_jax.benchmark import programs
 from polaformer_jax.benchmark.timing import seconds_of
+from polaformer_jax.data.sources import IMAGENET_EXAMPLES
 from polaformer_jax.errors import UserError
 from polaformer_jax.pola_sequence import PolaSequence
 from polaformer_jax.training.experiment import Experiment
 from polaformer_jax.training.sharding import Constraints, batch_sharding, replicated
 
-IMAGENET = 1_281_167
 CLASSES = 1000
 _SEED = 0
 
@@ -76,7 +76,7 @@ def experiment(case: Case, devices: Sequence[jax.Device]) -> Experiment:
     config.model.img_size = config.eval.crop = config.eval.resize = case.img_size
     config.optimizer.clip_norm = 5.0
     config.train.epochs, config.train.batch_size = 300.0, case.batch
-    made = Experiment(config, devices=devices, num_examples=IMAGENET)
+    made = Experiment(config, devices=devices, num_examples=IMAGENET_EXAMPLES)
     made.check_batch()
     return made
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from polaformer_jax.flops import product_flops
+from polaformer_jax.costs import is_out_of_memory, memory_needed, product_flops
 
 GIB = 2**30
 CPU_SHARE, DEVICE_SHARE = 0.5, 0.9  # of the memory there is, that programs may have unless told otherwise
@@ -21,8 +21,7 @@ class Program:
         run: the program.
         seconds: that tracing and compiling took.
         flops: operations of its matrix products and convolutions (`product_flops`), on all devices together.
-        memory: bytes on one device that it needs while it runs, by the compiler's account (`memory_analysis`):
-            arguments, results, temporary values and code.
+        memory: bytes on one device that it needs while it runs, by the compiler's account (`memory_needed`).
         arguments: bytes of that which its arguments have.
     """
 
@@ -39,16 +38,12 @@ def compiled(trace: Callable[[], jax.stages.Traced]) -> Program:
     traced = trace()
     program = traced.lower().compile()
     seconds = time.perf_counter() - began
-    memory = program.memory_analysis()
-    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Program(
         run=program,
         seconds=seconds,
         flops=product_flops(traced.jaxpr.jaxpr),
-        memory=(
-            memory.argument_size_in_bytes + results + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-        ),
-        arguments=memory.argument_size_in_bytes,
+        memory=memory_needed(program),
+        arguments=program.memory_analysis().argument_size_in_bytes,
     )
 
 
@@ -61,10 +56,6 @@ def compiled_within(trace: Callable[[], jax.stages.Traced], limit: float) -> Pro
             return None
         raise
     return program if program.memory <= limit else None
-
-
-def is_out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:
-    return "RESOURCE_EXHAUSTED" in str(error)
 
 
 def memory_limit(gib: float | None) -> float:

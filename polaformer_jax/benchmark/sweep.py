@@ -7,9 +7,11 @@ from typing import NamedTuple
 import jax
 from tqdm import tqdm
 
-from polaformer_jax.benchmark import options, programs, tables
+from polaformer_jax import tables
+from polaformer_jax.benchmark import options, programs
 from polaformer_jax.benchmark.programs import GIB, Program
 from polaformer_jax.benchmark.timing import Timing, seconds_of, take_turns
+from polaformer_jax.costs import is_out_of_memory
 from polaformer_jax.errors import UserError
 
 
@@ -89,7 +91,7 @@ def _warm(start: Callable[[jax.stages.Compiled], Callable[[], object]], program:
         call = start(program.run)
         jax.block_until_ready(call())
     except jax.errors.JaxRuntimeError as error:
-        if not programs.is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise UserError(
             f"{what}: {program.memory / GIB:.2f} GiB by the compiler's account do not fit: lower --max-memory-gib"

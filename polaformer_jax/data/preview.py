@@ -8,7 +8,6 @@ host. Each kind of augmentation on the device is shown alone, on every image, wh
 
 import copy
 import dataclasses
-import io
 from typing import NamedTuple
 
 import jax
@@ -16,14 +15,13 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from absl import flags
-from etils import epath
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from ml_collections import config_flags
 
-from polaformer_jax import atomic, command_line
+from polaformer_jax import command_line, figures
 from polaformer_jax.data import device_transforms, pipeline, transforms
 from polaformer_jax.errors import UserError
+from polaformer_jax.figures import FAINT, INK
 from polaformer_jax.training import progress
 from polaformer_jax.training.experiment import Experiment
 from polaformer_jax.training.step import purpose_key
@@ -31,7 +29,6 @@ from polaformer_jax.training.tasks import IMAGENET_MEAN, IMAGENET_STD, normalise
 
 EXAMPLES = 8
 _STEPS, _VISIBLE = 30, (0.3, 0.8)  # see `_mixed_visibly`
-_INK, _FAINT = "#1f2933", "#d5dbe1"
 
 
 class Row(NamedTuple):
@@ -128,22 +125,20 @@ def _mixed_visibly(images: jax.Array, mask: jax.Array, seed: int, alphas: dict[s
 
 
 def draw(rows: list[Row], notes: list[str]) -> Figure:
-    """Draws rows of images, the notes above them. Nothing global: the figure has a canvas of its own."""
+    """Draws rows of images, the notes above them."""
     columns = len(rows[0].images)
     heights = [1.42 + 0.17 * max(title.count("\n") + bool(title) for title in row.titles) for row in rows]
-    figure = Figure(figsize=(1.35 * columns + 1.6, sum(heights) + 0.25 * len(notes) + 0.15), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03)
-    FigureCanvasAgg(figure)
-    figure.suptitle("\n".join(notes), x=0.01, ha="left", color=_INK, fontsize=10, fontweight="bold")
+    figure = figures.new(1.35 * columns + 1.6, sum(heights) + 0.25 * len(notes) + 0.15, pad=0.03)
+    figure.suptitle("\n".join(notes), x=0.01, ha="left", color=INK, fontsize=10, fontweight="bold")
     grid = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw={"height_ratios": heights})
     for row, line in zip(rows, grid, strict=True):
-        line[0].set_ylabel(row.name, rotation=0, ha="right", va="center", color=_INK, fontsize=9, labelpad=8)
+        line[0].set_ylabel(row.name, rotation=0, ha="right", va="center", color=INK, fontsize=9, labelpad=8)
         for axes, image, title in zip(line, row.images, row.titles, strict=True):
             axes.imshow(image, interpolation="nearest")
-            axes.set_title(title, fontsize=8, color=_INK, pad=3)
+            axes.set_title(title, fontsize=8, color=INK, pad=3)
             axes.set_xticks([])
             axes.set_yticks([])
-            axes.spines[:].set_color(_FAINT)
+            axes.spines[:].set_color(FAINT)
     return figure
 
 
@@ -201,18 +196,8 @@ def main(argv: list[str]) -> None:
     if out is None or not out.endswith(".png"):
         raise UserError(f"--out is {out}, expected the name of a .png file to write")
     progress.set_up_logging()
-    write(preview(config), out)
+    figures.save_as_asked(preview(config), "--out", out)
     print(out)
-
-
-def write(figure: Figure, path: epath.PathLike) -> None:
-    """Writes a figure as PNG, whole or not at all."""
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=140, facecolor="white")
-    try:
-        atomic.write(path, content.getvalue())
-    except OSError as error:
-        raise UserError(f"--out: {path} cannot be written: {error}") from error
 
 
 if __name__ == "__main__":

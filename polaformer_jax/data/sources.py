@@ -8,6 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from polaformer_jax.errors import UserError
 
+IMAGENET_EXAMPLES = 1_281_167  # of its training split, for what needs a length and has no data
+
 Record = dict[str, Any]  # images: {"image": encoded bytes, "label": int}
 
 

@@ -12,11 +12,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from polaformer_jax import weights
+from polaformer_jax.costs import product_flops
 from polaformer_jax.data import sources
 from polaformer_jax.data.pipeline import Passes
 from polaformer_jax.data.workers import Stream
 from polaformer_jax.errors import UserError
-from polaformer_jax.flops import product_flops
 from polaformer_jax.layers import Keys
 from polaformer_jax.training import debugging, modality, sharding
 from polaformer_jax.training.checks import check_config
@@ -101,7 +101,7 @@ class Experiment:
                 f"data.train_split={self.config.data.train_split} has {self.train_source.num_classes} classes, and"
                 f" data.eval_split={self.config.data.eval_split} {self.eval_source.num_classes}"
             )
-        durations(self.config, num_examples=len(self.train_source))
+        durations(self.config, num_examples=self._train_examples)
 
     def check_batch(self) -> None:
         """Raises a UserError if the batch cannot be split into its parts, and these over the devices."""
@@ -112,6 +112,10 @@ class Experiment:
             )
         name = "train.batch_size" if train.accumulate == 1 else "train.batch_size / train.accumulate"
         sharding.check_batch(train.batch_size // train.accumulate, self.mesh, name)
+
+    @property
+    def _train_examples(self) -> int:
+        return len(self.train_source) if self._num_examples is None else self._num_examples
 
     # --- data
 
@@ -218,8 +222,7 @@ class Experiment:
 
     @functools.cached_property
     def length(self) -> Durations:
-        examples = len(self.train_source) if self._num_examples is None else self._num_examples
-        return durations(self.config, num_examples=examples)
+        return durations(self.config, num_examples=self._train_examples)
 
     @functools.cached_property
     def rate(self):
@@ -287,8 +290,7 @@ class Experiment:
     def _without_remat(self) -> "Experiment":
         config = self.config.copy_and_resolve_references()
         config.model.remat = False
-        examples = len(self.train_source) if self._num_examples is None else self._num_examples
-        return Experiment(config, devices=self._devices, num_examples=examples)
+        return Experiment(config, devices=self._devices, num_examples=self._train_examples)
 
     @functools.cached_property
     def _jitted_train_step(self):

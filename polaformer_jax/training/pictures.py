@@ -1,20 +1,19 @@
 """Pictures of a run: its curves, its confusion matrix, and test images with what the model said, mistakes first."""
 
-import io
 import math
 from collections.abc import Callable
 
 import numpy as np
 from etils import epath
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from polaformer_jax import figures
 from polaformer_jax.data.sources import Source
+from polaformer_jax.figures import FAINT, INK
 from polaformer_jax.training.evaluation import Evaluation
 from polaformer_jax.training.scalars import read_scalars
 
-INK, FAINT = "#1f2933", "#d5dbe1"
 TRAIN, TEST, WRONG = "#9aa5b1", "#2364aa", "#c8382c"
 NAMED_CLASSES = 25  # with more, a confusion matrix has no room for names and numbers
 GRID = (6, 10)  # rows and columns of test images
@@ -36,47 +35,25 @@ def draw_all(
     folder = workdir / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
     names = source.class_names or tuple(str(label) for label in range(source.num_classes))
-    figures = {
+    drawn = {
         "curves.png": curves(read_scalars(workdir)),
         "confusion.png": confusion(evaluation, names),
     }
     if picture_of is not None:
-        figures["predictions.png"] = predictions(evaluation, names, picture_of)
+        drawn["predictions.png"] = predictions(evaluation, names, picture_of)
     paths = []
-    for name, figure in figures.items():
+    for name, figure in drawn.items():
         paths.append(folder / name)
-        _save(figure, paths[-1])
+        figures.save(figure, paths[-1])
     return paths
-
-
-def _save(figure: Figure, path: epath.Path) -> None:
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=140, facecolor="white")
-    path.write_bytes(content.getvalue())
-
-
-def _figure(width: float, height: float) -> Figure:
-    """A figure of its own canvas (in inches): no window, no global state."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _tidy(axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT)
-    axes.tick_params(color=FAINT, labelcolor=INK)
-    axes.grid(color=FAINT, linewidth=0.6, alpha=0.7)
-    axes.set_axisbelow(True)
 
 
 def curves(scalars: dict[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
     """Loss, accuracy and learning rate over the steps, from what was written for TensorBoard."""
-    figure = _figure(12, 3.8)
+    figure = figures.new(12, 3.8)
     panels = zip(figure.subplots(1, 3), ("loss", "accuracy", "learning_rate"), strict=True)
     for axes, name in panels:
-        _tidy(axes)
+        figures.tidy(axes)
         axes.set_title({"learning_rate": "learning rate"}.get(name, name), loc="left", color=INK, fontweight="bold")
         axes.set_xlabel("step", color=INK)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -107,7 +84,7 @@ def confusion(evaluation: Evaluation, names: tuple[str, ...]) -> Figure:
 
     few = len(names) <= NAMED_CLASSES
     side = 2.2 + 0.42 * len(names) if few else 9
-    figure = _figure(side + 1.1, side)
+    figure = figures.new(side + 1.1, side)
     axes = figure.subplots()
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     right = counts.trace() / max(counts.sum(), 1)
@@ -147,7 +124,7 @@ def predictions(evaluation: Evaluation, names: tuple[str, ...], image_of) -> Fig
     rows = min(GRID[0], math.ceil(len(order) / GRID[1]))
     shown = order[: rows * GRID[1]]
 
-    figure = _figure(1.25 * GRID[1], 1.6 * rows + 0.5)
+    figure = figures.new(1.25 * GRID[1], 1.6 * rows + 0.5)
     count = int(wrong.sum())
     mistakes = f"{count} mistake{'' if count == 1 else 's'} in {len(seen):,} images"
     figure.suptitle(

@@ -62,14 +62,15 @@ class SequenceModality:
         self._facts = facts_of(config.task.name)
         self.task = SequenceClassification(config.model.num_classes, config.train.label_smoothing)
 
-    def build_model(self, rngs: nnx.Rngs | Keys) -> nnx.Module:
+    def build_model(self, rngs: nnx.Rngs | Keys, *, max_length: int | None = None) -> nnx.Module:
+        """The config's model; `max_length` in place of the task's."""
         config = self._config.model
         given = {name: config[name] for name in ("alpha", "kernel_size") if config[name] is not None}
         model = creation.create_model(
             config.name,
             num_classes=config.num_classes,
             vocabulary=self._facts.vocabulary,
-            max_length=self._facts.max_length,
+            max_length=max_length or self._facts.max_length,
             texts=self._facts.texts,
             attention=self._config.task.attention,
             dtype=jnp.dtype(config.dtype),

@@ -1,8 +1,11 @@
-"""What the subjects share to say what they measured: text in columns, and CSV."""
+"""Tables of what was measured: text in columns for people, and CSV."""
 
 import csv
 import io
+import os
 from collections.abc import Iterable, Mapping, Sequence
+
+from etils import epath
 
 from polaformer_jax import atomic
 from polaformer_jax.errors import UserError
@@ -26,7 +29,7 @@ def number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def write_csv(path: str, rows: Sequence[Mapping[str, object]]) -> None:
+def write_csv(path: epath.PathLike, rows: Sequence[Mapping[str, object]]) -> None:
     """Writes rows that have the same keys, whole or not at all; None is an empty cell.
 
     Raises:
@@ -39,4 +42,4 @@ def write_csv(path: str, rows: Sequence[Mapping[str, object]]) -> None:
     try:
         atomic.write(path, text.getvalue())
     except OSError as error:
-        raise UserError(f"--csv {path} cannot be written: {error}") from error
+        raise UserError(f"--csv {os.fspath(path)} cannot be written: {error}") from error

@@ -1,8 +1,12 @@
-"""What a program computes, counted from the program as it is written."""
+"""What a program costs: what it computes, and the memory that it needs."""
 
 import math
+import re
 
+import jax
 from jax.extend import core
+
+_OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|out of memory|exceed\w* hbm", re.IGNORECASE)
 
 
 def product_flops(jaxpr: core.Jaxpr) -> float:
@@ -27,3 +31,15 @@ def product_flops(jaxpr: core.Jaxpr) -> float:
             inner = sum(product_flops(sub) for sub in core.jaxprs_in_params(params))
             total += inner * (params["length"] if name == "scan" else 1)
     return total
+
+
+def memory_needed(program: jax.stages.Compiled) -> int:
+    """Bytes on one device while it runs, by the compiler: arguments, results, temporary values and the program."""
+    memory = program.memory_analysis()
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.argument_size_in_bytes + results + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error of compiling or running a program says that the memory is too small."""
+    return _OUT_OF_MEMORY.search(str(error)) is not None
