@@ -33,8 +33,10 @@ def main(argv: list[str]) -> None:
     import jax
 
     from configs.defaults import defaults
+    from polaformer_jax.host_memory import keep_freed_memory
     from polaformer_jax.training import distributed, evaluation, progress
 
+    keep_freed_memory()
     progress.set_up_logging()
     # Without --config, the hosts are those that the environment names: those of the training may be others.
     with distributed.session((CONFIG.value or defaults()).distributed):

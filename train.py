@@ -32,9 +32,11 @@ def _train(stop: StopRequests) -> None:
     # Imported here, since processes that read data import this file again.
     import jax
 
+    from polaformer_jax.host_memory import keep_freed_memory
     from polaformer_jax.training import distributed, loop, progress, report
     from polaformer_jax.training.experiment import Experiment
 
+    keep_freed_memory()
     progress.set_up_logging()
     with distributed.session(CONFIG.value.distributed):
         if DRY_RUN.value:

@@ -112,24 +112,69 @@ def signed_features(
     alpha: float,
 ) -> tuple[jax.Array, jax.Array]:
     """[q+, q-] (B, N, h, 2d) and [k+, k-] (B, n, h, 2d) of `polarity_attention`, in the dtype of `q`."""
-    heads, width = power.shape[1], power.shape[3]
-    narrow, full = q.dtype, wide(q.dtype)
-    s = jax.nn.softplus(scale.astype(full))  # (1, 1, C)
-    p = 1 + alpha * jax.nn.sigmoid(power.astype(full)).reshape(1, 1, heads, width)
-    k = k.astype(full) + positional_encoding.astype(full)
-    q_signed = _signed_powers(_split(q.astype(full) / s, heads), p).astype(narrow)
-    k_signed = _signed_powers(_split(k / s, heads), p).astype(narrow)
-    return q_signed, k_signed
+    heads, width, full = power.shape[1], power.shape[3], wide(q.dtype)
+    s = jax.nn.softplus(scale.astype(full)).reshape(heads, width)
+    p = 1 + alpha * jax.nn.sigmoid(power.astype(full)).reshape(heads, width)
+    return _signed_powers(q, None, s, p), _signed_powers(k, positional_encoding, s, p)
 
 
 def _split(x: jax.Array, heads: int) -> jax.Array:
     return x.reshape(*x.shape[:2], heads, -1)  # (B, N, C) -> (B, N, h, d)
 
 
-def _signed_powers(x: jax.Array, p: jax.Array) -> jax.Array:
-    """[relu(x)^p, relu(-x)^p] on the last axis. At x = 0 both are zero, and so are their gradients, as p >= 1."""
-    magnitude = jnp.abs(x) ** p
-    return jnp.concatenate([jnp.where(x > 0, magnitude, 0), jnp.where(x < 0, magnitude, 0)], axis=-1)
+@jax.custom_vjp
+def _signed_powers(x: jax.Array, offset: jax.Array | None, s: jax.Array, p: jax.Array) -> jax.Array:
+    """[relu(z)^p, relu(-z)^p] of z = (x + offset) / s, in the dtype of x. At z = 0 both are zero, and so are their
+    gradients, as p >= 1.
+
+    The derivative is written out so that nothing but x is kept for it: what differentiation keeps of a power are its
+    base, its logarithm and its value, each as large as x in float32.
+
+    Args:
+        x: (B, N, C). offset: (1, N, C), None for zeros. s, p: (h, d).
+
+    Returns:
+        (B, N, h, 2d)
+    """
+    z = _rescaled(x, offset, s)
+    magnitude = _magnitude(z, p)
+    signed = jnp.concatenate([jnp.where(z > 0, magnitude, 0), jnp.where(z < 0, magnitude, 0)], axis=-1)
+    return signed.astype(x.dtype)
+
+
+def _rescaled(x: jax.Array, offset: jax.Array | None, s: jax.Array) -> jax.Array:
+    """(B, N, C) -> (B, N, h, d), at least float32."""
+    x = x.astype(s.dtype)
+    if offset is not None:
+        x = x + offset.astype(s.dtype)
+    return _split(x, s.shape[0]) / s[None, None]
+
+
+def _magnitude(z: jax.Array, p: jax.Array) -> jax.Array:
+    """|z|^p, 1 at z = 0. Not by `power`: that knows negative bases, and takes five times as long on a CPU."""
+    return jnp.exp(p[None, None] * jnp.log(jnp.where(z == 0, 1, jnp.abs(z))))
+
+
+def _signed_powers_fwd(x, offset, s, p):
+    return _signed_powers(x, offset, s, p), (x, offset, s, p)
+
+
+def _signed_powers_bwd(residuals, gradient):
+    x, offset, s, p = residuals
+    z, width = _rescaled(x, offset, s), p.shape[1]
+    gradient = gradient.astype(s.dtype)
+    gradient = jnp.where(z > 0, gradient[..., :width], jnp.where(z < 0, gradient[..., width:], 0))
+    # With y = |z|^p: dy/dp = y log|z|, dy/d|z| = p y / |z|, and so z dy/dz = p y.
+    weighted = gradient * _magnitude(z, p)
+    base = jnp.where(z == 0, 1, z)
+    p_gradient = jnp.sum(weighted * jnp.log(jnp.abs(base)), axis=(0, 1))
+    s_gradient = -p / s * jnp.sum(weighted, axis=(0, 1))
+    x_gradient = ((p / s)[None, None] * weighted / base).reshape(x.shape)
+    offset_gradient = None if offset is None else jnp.sum(x_gradient, axis=0, keepdims=True).astype(offset.dtype)
+    return x_gradient.astype(x.dtype), offset_gradient, s_gradient, p_gradient
+
+
+_signed_powers.defvjp(_signed_powers_fwd, _signed_powers_bwd)
 
 
 def _lengthen(v: jax.Array, tokens: int) -> jax.Array:

@@ -29,6 +29,7 @@ from polaformer_jax.benchmark.timing import Timing, take_turns
 from polaformer_jax.chips import chip_of
 from polaformer_jax.costs import is_out_of_memory
 from polaformer_jax.errors import UserError
+from polaformer_jax.host_memory import keep_freed_memory
 from polaformer_jax.training.experiment import Experiment
 
 OURS = "ours"
@@ -218,6 +219,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    keep_freed_memory()  # as train.py and eval.py do
     options.check_timing(args)
     options.check_positive("--batch-sizes", *args.batch_sizes)
     options.check_positive("--img-size", args.img_size)

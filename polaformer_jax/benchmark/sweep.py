@@ -13,6 +13,7 @@ from polaformer_jax.benchmark.programs import GIB, Program
 from polaformer_jax.benchmark.timing import Timing, seconds_of, take_turns
 from polaformer_jax.costs import is_out_of_memory
 from polaformer_jax.errors import UserError
+from polaformer_jax.host_memory import keep_freed_memory
 
 
 class Job(NamedTuple):
@@ -117,6 +118,7 @@ def run(
     Raises:
         UserError: see `sweep`; or the CSV file cannot be written.
     """
+    keep_freed_memory()  # as train.py and eval.py do
     kind = jax.devices()[0].device_kind
     points: list[Point] = []
     turns = len(set(lengths)) * len(attentions) * len(modes) * args.calls
