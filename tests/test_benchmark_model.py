@@ -14,8 +14,8 @@ from flax import nnx
 
 import polaformer_jax as pf
 from polaformer_jax.benchmark.__main__ import main
-from polaformer_jax.benchmark.model import Row, cases, table
-from polaformer_jax.benchmark.ours import Case, Subject, experiment
+from polaformer_jax.benchmark.model import Row, table
+from polaformer_jax.benchmark.ours import Case, Subject, cases, experiment
 from polaformer_jax.benchmark.timing import Timing
 from polaformer_jax.costs import product_flops
 
@@ -203,7 +203,7 @@ def test_the_official_gradient_is_of_one_loss_in_training_mode(checkout):
     from polaformer_jax.benchmark.official import Official
 
     case = Case("pola_pvt_nano", 32, 4, "float32")
-    options = {"python": sys.executable, "device": jax.devices("cpu")[0], "threads": 1, "compiled": True}
+    options = {"python": sys.executable, "platform": "cpu", "threads": 1, "compiled": True}
     with Official(str(checkout), case, modes=("forward", "gradient"), **options) as official:
         assert official.version == "0.fake"
         assert official.subjects["gradient"].compile_s > 0  # of `torch.compile`, its first call

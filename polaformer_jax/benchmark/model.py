@@ -10,19 +10,15 @@ process too; compiling is timed apart.
 
 import argparse
 import contextlib
-import itertools
 import os
-import shutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 from tqdm import tqdm
 
-from polaformer_jax import tables, zoo
-from polaformer_jax.benchmark import official, options
-from polaformer_jax.benchmark.official import Official
+from polaformer_jax import tables
+from polaformer_jax.benchmark import official, options, ours
 from polaformer_jax.benchmark.ours import MODES, Case, Subject, experiment, subject
 from polaformer_jax.benchmark.programs import GIB
 from polaformer_jax.benchmark.timing import Timing, take_turns
@@ -98,7 +94,7 @@ def measure(
     modes: Sequence[str],
     calls: int,
     seconds: float,
-    open_official: Callable[[Case, Sequence[str]], Official] | None = None,
+    open_official: official.Opener | None = None,
     code: str = "official",
     after_turn: Callable[[], object] = lambda: None,
 ) -> list[Row]:
@@ -108,7 +104,7 @@ def measure(
         made: `experiment` of the case, on whose devices it is measured.
         modes: of `MODES`. The official code has those of `official.MODES`.
         calls, seconds: see `take_turns`.
-        open_official: starts the official code for a case and modes; None: ours alone.
+        open_official: starts the official code, see `official.opener`; None: ours alone.
         code: what that one is called.
 
     Raises:
@@ -120,7 +116,7 @@ def measure(
         subjects: dict[tuple[str, str], Subject] = {}
         theirs = {}
         if open_official is not None and shared:
-            theirs = stack.enter_context(open_official(case, shared)).subjects
+            theirs = stack.enter_context(open_official(case, shared, devices[0].platform)).subjects
         try:
             for mode in modes:
                 subjects[mode, OURS] = subject(made, case, mode)
@@ -171,24 +167,9 @@ def _ratios(rows: Sequence[Row]) -> Iterator[str]:
             yield f"{row.case}, {row.mode}: {mine.images_per_s / row.images_per_s:.2f} x {row.code}"
 
 
-def cases(args: argparse.Namespace) -> list[Case]:
-    """All combinations that were asked for.
-
-    Raises:
-        UserError: there is no such model.
-    """
-    combinations = itertools.product(args.models, args.batch_sizes, args.dtypes)
-    return [
-        Case(model, args.img_size or zoo.arguments(model).get("img_size", 0), batch, dtype)
-        for model, batch, dtype in dict.fromkeys(combinations)
-    ]
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = f"{parser.description}. `--modes forward` is what the official --throughput measures."
-    parser.add_argument(
-        "--models", nargs="+", metavar="NAME", default=["pola_pvt_t", "pola_swin_t"], help="[pola_pvt_t pola_swin_t]"
-    )
+    ours.add_arguments(parser, batch_size=32)
     parser.add_argument(
         "--modes",
         nargs="+",
@@ -197,39 +178,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="forward: evaluation; gradient: cross-entropy of a batch and all its gradients, without an optimizer; "
         "step: the training step, with augmentation on the device and AdamW [forward step]",
     )
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[32], help="images, over all devices [32]")
-    parser.add_argument("--img-size", type=int, help="pixels, square [the model's own]")
-    parser.add_argument("--dtypes", nargs="+", choices=options.DTYPES, default=["float32"], help="[float32]")
     parser.add_argument("--devices", type=int, help="how many [all that there are]")
     options.add_timing(parser)
-    parser.add_argument(
-        "--official", metavar="PATH", help="checkout of the official code, to measure beside ours: forward and gradient"
-    )
-    parser.add_argument(
-        "--official-python", metavar="PYTHON", default=sys.executable, help="that has torch, timm and einops [this one]"
-    )
-    parser.add_argument(
-        "--threads",
-        type=int,
-        default=official.threads_here(),
-        help="of the official code on a CPU [as many as JAX takes: the cores of this process, which taskset limits for "
-        "both]",
-    )
-    parser.add_argument("--compiled", action="store_true", help="the official code by torch.compile, rather than eager")
+    official.add_arguments(parser)
 
 
 def main(args: argparse.Namespace) -> None:
     keep_freed_memory()  # as train.py and eval.py do
     options.check_timing(args)
-    options.check_positive("--batch-sizes", *args.batch_sizes)
-    options.check_positive("--img-size", args.img_size)
     options.check_positive("--threads", args.threads)
-    wanted = cases(args)
+    wanted = ours.cases(args)
     if args.official is not None:
         # Of a GPU's memory JAX would else take three quarters at once, and leave PyTorch the rest.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     devices = _devices(args.devices)
-    code, open_official = _official(args, devices)
+    code, open_official = official.opener(args)
+    if open_official is not None and len(devices) > 1:
+        raise UserError(f"--official runs on one device, but there are {len(devices)}: add --devices 1")
     made = {case: experiment(case, devices) for case in wanted}  # what cannot be is found before anything is measured
     things = len(wanted) * len(_things(args.modes, open_official is not None))
     rows: list[Row] = []
@@ -259,28 +224,6 @@ def _devices(count: int | None) -> list[jax.Device]:
     if count is not None and not 1 <= count <= len(devices):
         raise UserError(f"--devices is {count}, but there are {len(devices)}: give 1 to {len(devices)}")
     return devices[:count]
-
-
-def _official(args: argparse.Namespace, devices: Sequence[jax.Device]):
-    """What the official code is called, and what starts it; None where it was not asked for."""
-    code = "official, compiled" if args.compiled else "official"
-    if args.official is None:
-        return code, None
-    python = shutil.which(os.path.expanduser(args.official_python)) or args.official_python
-    official.check(args.official, python, devices)
-
-    def start(case: Case, modes: Sequence[str]) -> Official:
-        return Official(
-            args.official,
-            case,
-            python=python,
-            device=devices[0],
-            modes=modes,
-            threads=args.threads,
-            compiled=args.compiled,
-        )
-
-    return code, start
 
 
 def _things(modes: Sequence[str], with_official: bool) -> list[str]:

@@ -3,18 +3,22 @@
 The checkout is the user's (https://github.com/ZacharyMeng/PolaFormer); nothing is fetched, and nothing of it is here.
 """
 
+import argparse
+import functools
 import json
 import os
+import shutil
 import subprocess
+import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-
-import jax
 
 from polaformer_jax import zoo
 from polaformer_jax.benchmark.ours import CLASSES, Case, Subject
 from polaformer_jax.errors import UserError
+
+Opener = Callable[[Case, Sequence[str], str], "Official"]
 
 MODES = ("forward", "gradient")  # that both programs have
 _WORKER = Path(__file__).with_name("official_worker.py")
@@ -26,16 +30,55 @@ def threads_here() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def check(path: str, python: str, devices: Sequence[jax.Device]) -> None:
-    """Raises a UserError where there is no such checkout or Python, or the two programs could not be compared."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--official", metavar="PATH", help="checkout of the official code, to measure beside ours")
+    parser.add_argument(
+        "--official-python", metavar="PYTHON", default=sys.executable, help="that has torch, timm and einops [this one]"
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=threads_here(),
+        help="of the official code on a CPU [as many as JAX takes: the cores of this process, which taskset limits for "
+        "both]",
+    )
+    parser.add_argument("--compiled", action="store_true", help="the official code by torch.compile, rather than eager")
+
+
+def opener(args: argparse.Namespace) -> tuple[str, "Opener | None"]:
+    """What the official code is called, and what starts it; None where it was not asked for.
+
+    Args:
+        args: with what `add_arguments` adds.
+
+    Raises:
+        UserError: there is no such checkout or Python.
+    """
+    code = "official, compiled" if args.compiled else "official"
+    if args.official is None:
+        return code, None
+    python = shutil.which(os.path.expanduser(args.official_python)) or args.official_python
+    _check(args.official, python)
+
+    def start(case: Case, modes: Sequence[str], platform: str) -> Official:
+        return Official(
+            args.official,
+            case,
+            python=python,
+            platform=platform,
+            modes=modes,
+            threads=args.threads,
+            compiled=args.compiled,
+        )
+
+    return code, start
+
+
+def _check(path: str, python: str) -> None:
     if missing := [name for name in _FILES if not (Path(path).expanduser() / name).is_file()]:
         raise UserError(f"--official {path}: there is no {missing[0]} in it; expected a checkout of the official code")
     if not os.access(Path(python).expanduser(), os.X_OK):
         raise UserError(f"--official-python {python}: there is no such program; expected a Python that has PyTorch")
-    if len(devices) > 1:
-        raise UserError(f"--official runs on one device, but there are {len(devices)}: add --devices 1")
-    if devices[0].platform not in ("cpu", "gpu"):
-        raise UserError(f"--official runs on a CPU or by CUDA, but JAX is on a {devices[0].platform}: leave it out")
 
 
 class Official:
@@ -48,12 +91,13 @@ class Official:
     Args:
         path: of the checkout. What it imports is run: only name one that you trust.
         python: that has PyTorch, timm and einops.
-        device: JAX's, on which the model runs there too.
+        platform: of JAX's device, on which the model runs there too.
+        modes: those of `subjects`, which are warm.
         threads: of PyTorch, on a CPU.
         compiled: by `torch.compile`, rather than eager.
 
     Raises:
-        UserError: it does not import, build or run there.
+        UserError: it does not import, build or run there, or not on this platform.
     """
 
     def __init__(
@@ -62,11 +106,13 @@ class Official:
         case: Case,
         *,
         python: str,
-        device: jax.Device,
+        platform: str,
         modes: Sequence[str],
         threads: int,
         compiled: bool,
     ):
+        if platform not in ("cpu", "gpu"):
+            raise UserError(f"--official runs on a CPU or by CUDA, but JAX is on a {platform}: leave it out")
         self._path, self._case = path, case
         # In a file, for a full pipe would stop the process; whole, for it may say much before it fails.
         self._messages = tempfile.TemporaryFile("w+", prefix="benchmark_official_")
@@ -85,7 +131,7 @@ class Official:
                     "arguments": dict(zoo.arguments(case.model, num_classes=CLASSES, img_size=case.img_size)),
                     "batch": case.batch,
                     "dtype": case.dtype,
-                    "device": "cuda" if device.platform == "gpu" else "cpu",
+                    "device": "cuda" if platform == "gpu" else "cpu",
                     "modes": list(modes),
                     "threads": threads,
                     "compiled": compiled,
@@ -97,7 +143,7 @@ class Official:
         self.version: str = answer["version"]
         self.subjects = {
             mode: Subject(
-                run=lambda mode=mode: self._ask(mode)["seconds"],
+                run=functools.partial(self.run, mode),
                 compile_s=answer["compile_s"][mode],
                 memory=answer["memory"][mode],
                 memory_by="" if answer["memory"][mode] is None else "device",
@@ -105,6 +151,10 @@ class Official:
             )
             for mode in modes
         }
+
+    def run(self, mode: str) -> float:
+        """Does it once and returns the seconds."""
+        return self._ask(mode)["seconds"]
 
     def _ask(self, question: object) -> dict:
         try:

@@ -1,6 +1,8 @@
 """The models of this package, compiled for the devices that are here, as things to be timed."""
 
+import argparse
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -12,7 +14,7 @@ from flax import nnx
 
 from configs.defaults import augment_officially, defaults
 from polaformer_jax import zoo
-from polaformer_jax.benchmark import programs
+from polaformer_jax.benchmark import options, programs
 from polaformer_jax.benchmark.timing import seconds_of
 from polaformer_jax.data.sources import IMAGENET_EXAMPLES
 from polaformer_jax.errors import UserError
@@ -43,6 +45,36 @@ class Case(NamedTuple):
         return f"{self.model} {self.img_size} x {self.img_size}, batch {self.batch}, {self.dtype}"
 
 
+def add_arguments(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
+    """The options that `cases` reads; `batch_size` is the default."""
+    parser.add_argument(
+        "--models", nargs="+", metavar="NAME", default=["pola_pvt_t", "pola_swin_t"], help="[pola_pvt_t pola_swin_t]"
+    )
+    parser.add_argument(
+        "--batch-sizes", nargs="+", type=int, default=[batch_size], help=f"images, over all devices [{batch_size}]"
+    )
+    parser.add_argument("--img-size", type=int, help="pixels, square [the model's own]")
+    parser.add_argument("--dtypes", nargs="+", choices=options.DTYPES, default=["float32"], help="[float32]")
+
+
+def cases(args: argparse.Namespace) -> list[Case]:
+    """All combinations that were asked for.
+
+    Raises:
+        UserError: there is no such model of images, or a size cannot be.
+    """
+    options.check_positive("--batch-sizes", *args.batch_sizes)
+    options.check_positive("--img-size", args.img_size)
+    for model in args.models:
+        if zoo.lookup(model)[0] is PolaSequence:
+            raise UserError(f"{model} is a model of sequences, expected one of images; see `benchmark length`")
+    combinations = itertools.product(args.models, args.batch_sizes, args.dtypes)
+    return [
+        Case(model, args.img_size or zoo.arguments(model)["img_size"], batch, dtype)
+        for model, batch, dtype in dict.fromkeys(combinations)
+    ]
+
+
 class Subject(NamedTuple):
     """Something to be timed, warm already.
 
@@ -65,11 +97,8 @@ def experiment(case: Case, devices: Sequence[jax.Device]) -> Experiment:
     """The training of a case: the recipe of `configs/` with all that it does on the device, on a mesh of the devices.
 
     Raises:
-        UserError: there is no such model, or it cannot be built so, or the batch does not divide over the devices.
+        UserError: it cannot be built so, or the batch does not divide over the devices.
     """
-    family, _ = zoo.lookup(case.model)
-    if family is PolaSequence:
-        raise UserError(f"{case.model} is a model of sequences, expected one of images; see `benchmark length`")
     config = defaults()
     augment_officially(config)
     config.model.name, config.model.num_classes, config.model.dtype = case.model, CLASSES, case.dtype

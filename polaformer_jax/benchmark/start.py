@@ -1,0 +1,173 @@
+"""How long it takes from the start of a new process to the first logits, without and with a compilation cache.
+
+    python -m polaformer_jax.benchmark start --models pola_pvt_t pola_swin_t
+    python -m polaformer_jax.benchmark start --models pola_pvt_t --official ~/PolaFormer
+
+Python starts, imports, makes a model with random weights, compiles and evaluates one batch of random images. All that
+is measured of one model takes turns. This process stays away from the devices, which may serve one process only.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from polaformer_jax import tables
+from polaformer_jax.benchmark import official, options, ours
+from polaformer_jax.benchmark.ours import Case
+from polaformer_jax.benchmark.timing import Timing, take_turns
+from polaformer_jax.errors import UserError
+
+_WORKER = "polaformer_jax.benchmark.start_worker"
+COLD, WARM = "ours, nothing compiled", "ours, compilation cache"
+
+
+class Row(NamedTuple):
+    """What was measured of one thing.
+
+    Attributes:
+        case: the model and its images.
+        code: `COLD`, `WARM`, or which official one.
+        platform: what JAX calls the kind of device.
+        timing: seconds from the start of a process to the logits.
+    """
+
+    case: Case
+    code: str
+    platform: str
+    timing: Timing
+
+    def record(self) -> dict[str, object]:
+        """Columns of a CSV file."""
+        return {
+            **self.case._asdict(),
+            "code": self.code,
+            "platform": self.platform,
+            "start_s": self.timing.median,
+            "start_s_least": self.timing.least,
+            "start_s_greatest": self.timing.greatest,
+            "calls": self.timing.calls,
+        }
+
+
+def measure(case: Case, *, calls: int, open_official, code: str, after_turn) -> list[Row]:
+    """A row for each of: nothing compiled, everything compiled, the official code where it is wanted.
+
+    Args:
+        open_official: starts the official process for a case and a platform, see `official.opener`; None: without it.
+        code: what the official code is called.
+
+    Raises:
+        UserError: a process fails.
+    """
+    with tempfile.TemporaryDirectory(prefix="benchmark_start_") as cache:
+        _, platform = start(case, cache)
+
+        def cold() -> float:
+            with tempfile.TemporaryDirectory(prefix="benchmark_start_") as empty:
+                return start(case, empty)[0]
+
+        def their() -> float:
+            began = time.perf_counter()
+            with open_official(case, (), platform) as process:
+                process.run("forward")
+                return time.perf_counter() - began
+
+        runs = {COLD: cold, WARM: lambda: start(case, cache)[0]}
+        if open_official is not None:
+            runs[code] = their
+        timings = take_turns(runs, calls=calls, seconds=0, after_turn=after_turn)
+    return [Row(case, name, platform, timing) for name, timing in timings.items()]
+
+
+def start(case: Case, cache: str) -> tuple[float, str]:
+    """Starts a process that evaluates a case once, and ends it.
+
+    Args:
+        cache: folder of the compilation cache.
+
+    Returns:
+        Seconds to the first logits, and the platform of the devices.
+
+    Raises:
+        UserError: the process fails.
+    """
+    began = time.perf_counter()
+    with _process(json.dumps({**case._asdict(), "cache": cache})) as process:
+        line = process.stdout.readline()
+        seconds = time.perf_counter() - began
+        if not line:
+            raise UserError(f"{case} does not run in a new process: {_last_line(process)}")
+    return seconds, line.strip()
+
+
+@contextmanager
+def _process(given: str):
+    with tempfile.TemporaryFile("w+") as messages:
+        root = Path(__file__).parents[2]
+        process = subprocess.Popen(
+            [sys.executable, "-m", _WORKER, given], stdout=subprocess.PIPE, stderr=messages, text=True, cwd=root
+        )
+        process.messages = messages
+        try:
+            yield process
+        finally:
+            process.stdout.close()
+            process.wait()
+
+
+def _last_line(process: subprocess.Popen) -> str:
+    status = process.wait()
+    process.messages.seek(0)
+    lines = process.messages.read().strip().splitlines()
+    return lines[-1] if lines else f"it ended with status {status}"
+
+
+def table(rows: Sequence[Row]) -> str:
+    """One line for each row."""
+    head = ["model", "img", "batch", "dtype", "code", "start s", "(least - greatest)", "calls"]
+    lines = [
+        [
+            row.case.model,
+            str(row.case.img_size),
+            str(row.case.batch),
+            row.case.dtype,
+            row.code,
+            f"{row.timing.median:.2f}",
+            f"({row.timing.least:.2f} - {row.timing.greatest:.2f})",
+            str(row.timing.calls),
+        ]
+        for row in rows
+    ]
+    return tables.columns(head, lines, left=5)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    ours.add_arguments(parser, batch_size=1)
+    parser.add_argument("--calls", type=int, default=5, help="processes of each kind [5]")
+    parser.add_argument("--csv", metavar="FILE", help="file to write everything to that was measured")
+    official.add_arguments(parser)
+
+
+def main(args: argparse.Namespace) -> None:
+    options.check_positive("--calls", args.calls)
+    options.check_positive("--threads", args.threads)
+    cases = ours.cases(args)
+    code, open_official = official.opener(args)
+    rows: list[Row] = []
+    turns = len(cases) * (2 + (open_official is not None)) * args.calls
+    with tqdm(total=turns, desc="measuring", unit="process", disable=None, leave=False) as bar:
+        for case in cases:
+            bar.set_postfix_str(str(case))
+            rows += measure(case, calls=args.calls, open_official=open_official, code=code, after_turn=bar.update)
+            if args.csv:
+                tables.write_csv(args.csv, [row.record() for row in rows])
+    print(table(rows))
