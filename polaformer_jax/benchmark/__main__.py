@@ -14,6 +14,7 @@ from polaformer_jax.errors import UserError
 SUBJECTS = {
     "input": "images/s per core of each stage of the training input, and of the whole",
     "model": "images/s of whole models: forward, with gradients, and the training step",
+    "profile": "where the time of a model goes, operation by operation",
     "start": "seconds from the start of a process to the first logits, without and with a compilation cache",
     "attention": "ms of the attention core alone against the number of tokens, beside softmax attention",
     "length": "time and memory of the sequence model against the length, with polarity, relu and softmax",
