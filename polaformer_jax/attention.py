@@ -6,7 +6,6 @@ arXiv 2501.15061; parameter names as in the authors' PyTorch code, https://githu
 """
 
 import functools
-import itertools
 import math
 
 import jax
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from polaformer_jax.depthwise import depthwise_conv
 from polaformer_jax.layers import ConvParams, PatchConv, dropout, layer_norm, linear, product, wide, zeros
 
 NORMALISER_EPS = 1e-6
@@ -195,66 +195,6 @@ def _lengthen(v: jax.Array, tokens: int) -> jax.Array:
     edges = jnp.concatenate([v[:, :1], v, v[:, -1:]], axis=1)[:, :, None]  # (B, n + 2, 1, C)
     long = sum(edges[:, i : i + keys] * w for i, w in enumerate(weight))  # (B, n, r, C)
     return long.reshape(batch, tokens, channels)
-
-
-def depthwise_conv(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, grid: tuple[int, ...]) -> jax.Array:
-    """Depthwise convolution with zero padding that keeps the size, one kernel shared by all heads.
-
-    Args:
-        x: (B, N, C). kernel: (size, ..., 1, d) with one spatial axis for each of `grid`. bias: (d,).
-
-    Returns:
-        (B, N, C), at least float32.
-    """
-    batch, _, channels = x.shape
-    full = wide(x.dtype)
-    heads = channels // kernel.shape[-1]
-    kernel = jnp.tile(kernel.reshape(*kernel.shape[: len(grid)], -1).astype(full), heads)  # (size, ..., C)
-    bias = jnp.tile(bias.astype(full), heads).reshape(1, 1, channels)
-    return _shifted_products(x.reshape(batch, *grid, channels).astype(full), kernel).reshape(x.shape) + bias
-
-
-@jax.custom_vjp
-def _shifted_products(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x (B, *grid, C) with kernel (*sizes, C): a sum of shifted products, which XLA fuses into one pass over x.
-
-    On a CPU (2 cores, 7x7 to 56x56 tokens, 64 to 512 channels, 5x5 kernel) a grouped convolution of `lax` takes 15 to
-    60 times as long, and 5 to 12 times with its gradients. These are written out for speed too: the kernel's gradient
-    is a loop over its taps, 2 to 3 times as fast as what differentiation makes of the sum, and half the compilation.
-    """
-    padded, grid, sizes = _padded(x, kernel), x.shape[1:-1], kernel.shape[:-1]
-    total = 0
-    for leading in itertools.product(*(range(size) for size in sizes[:-1])):
-        row = 0  # summed row by row: this compiles to faster code than one chain
-        for tap in ((*leading, last) for last in range(sizes[-1])):
-            weight = kernel[tuple(slice(o, o + 1) for o in tap)].reshape(*(1 for _ in x.shape[:-1]), -1)
-            row = row + padded[:, *(slice(o, o + side) for o, side in zip(tap, grid, strict=True))] * weight
-        total = total + row
-    return total
-
-
-def _shifted_products_fwd(x, kernel):
-    return _shifted_products(x, kernel), (x, kernel)
-
-
-def _shifted_products_bwd(residuals, gradient):
-    x, kernel = residuals
-    padded, sizes, axes = _padded(x, kernel), kernel.shape[:-1], tuple(range(x.ndim - 1))
-    corners = np.array([(0, *tap, 0) for tap in np.ndindex(*sizes)], np.int32)  # where each tap's shifted x starts
-
-    def tap_gradient(corner):
-        shifted = jax.lax.dynamic_slice(padded, list(corner), x.shape)
-        return jnp.sum(shifted * gradient, axis=axes)  # (C,)
-
-    kernel_gradient = jax.lax.map(tap_gradient, jnp.asarray(corners)).reshape(kernel.shape)
-    return _shifted_products(gradient, jnp.flip(kernel, range(len(sizes)))), kernel_gradient
-
-
-_shifted_products.defvjp(_shifted_products_fwd, _shifted_products_bwd)
-
-
-def _padded(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return jnp.pad(x, [(0, 0), *((size // 2, size // 2) for size in kernel.shape[:-1]), (0, 0)])
 
 
 class PolarityAttention(nnx.Module):
