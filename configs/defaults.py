@@ -35,6 +35,8 @@ def defaults() -> ml_collections.ConfigDict:
     model.dtype = "bfloat16"  # of activations and matrix products: bfloat16, float32 (or float64)
     model.param_dtype = "float32"  # of stored parameters
     model.remat = False  # compute each block's activations anew in the backward pass: less memory, more time
+    # Of the polarity-aware attention: "xla" operations, one "pallas" kernel (TPU), or "auto", the kernel on TPUs.
+    model.attention_impl = "auto"
     model.attn_type = placeholder(str)  # the rest: None leaves the model's own (see polaformer_jax/zoo.py)
     model.window_size = placeholder(int)  # Pola-Swin only
     model.softmax_window_size = placeholder(int)  # Pola-Swin only

@@ -10,16 +10,19 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from polaformer_jax.depthwise import depthwise_conv
+from polaformer_jax import fused
+from polaformer_jax.depthwise import depthwise_conv, lengthen
 from polaformer_jax.layers import ConvParams, PatchConv, dropout, layer_norm, linear, product, wide, zeros
 
 NORMALISER_EPS = 1e-6
+IMPLEMENTATIONS = ("auto", "xla", "pallas")
 
 
-@functools.partial(jax.jit, static_argnames=("grid", "alpha"))  # traced once for all blocks of one shape
+@functools.partial(
+    jax.jit, static_argnames=("grid", "alpha", "implementation")
+)  # traced once for all blocks of one shape
 def polarity_attention(
     q: jax.Array,
     k: jax.Array,
@@ -34,6 +37,7 @@ def polarity_attention(
     grid: tuple[int, ...],
     alpha: float = 4.0,
     mask: jax.Array | None = None,
+    implementation: str = "auto",
 ) -> jax.Array:
     """Attention of N query tokens to n key tokens in time O(N + n), with signs kept apart.
 
@@ -67,26 +71,58 @@ def polarity_attention(
         mask: (B, N) bool, True at the tokens that are there; None: all of them. Only where N = n. The others add
             nothing to [k+, k-]^T v or the mean, n counts without them, and the convolution sees zeros in their place,
             so that padding an example changes nothing of its own tokens. (What stands at the others means nothing.)
+        implementation: "xla", operations that XLA compiles; "pallas", one kernel (`polaformer_jax.fused`), which only
+            TPUs have, and elsewhere is interpreted, slowly; "auto": the kernel on TPUs, else XLA.
 
     Returns:
         (B, N, C) in the dtype of `q`.
     """
-    _, tokens, channels = q.shape
-    keys = k.shape[1]
     if mask is not None and mask.shape != k.shape[:2]:
         raise ValueError(f"mask has shape {mask.shape}, expected one value for each key, {k.shape[:2]}")
-    heads, width = power.shape[1], power.shape[3]
-    half = width // 2
-    narrow, full = q.dtype, wide(q.dtype)
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation {implementation!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
+    if mask is not None:
+        v = jnp.where(mask[:, :, None], v, 0)
+    u = depthwise_conv(lengthen(v, q.shape[1]), kernel, bias, grid=grid)
+    arrays = {"q": q, "k": k, "v": v, "g": g, "u": u, "table": positional_encoding, "mask": mask}
+    arrays["s"], arrays["p"] = _rescaling(power, scale, alpha, u.dtype)
+    if implementation == "xla" or q.shape[1] == 1:  # for one token there is nothing to fuse
+        return _by_operations(arrays)
+    if implementation == "pallas":
+        return _by_one_kernel(arrays)
+    by_tpu = _by_one_kernel if fused.usable(q.shape[2], power.shape[3]) else _by_operations
+    return jax.lax.platform_dependent(arrays, tpu=by_tpu, default=_by_operations)
 
-    q_signed, k_signed = signed_features(
-        q, k, power=power, scale=scale, positional_encoding=positional_encoding, alpha=alpha
-    )  # (B, N, h, 2d), (B, n, h, 2d)
+
+def _by_one_kernel(arrays: dict[str, jax.Array]) -> jax.Array:
+    """What `polarity_attention` returns, from what it has made of its arguments; s and p are (h, d)."""
+    arrays, mask = dict(arrays), arrays["mask"]
+    width, full = arrays["s"].shape[1], arrays["s"].dtype
+    batch, keys, _ = arrays["k"].shape
+    arrays["u"] = arrays["u"].astype(arrays["q"].dtype)
+    arrays["s"], arrays["p"] = arrays["s"].reshape(1, -1), arrays["p"].reshape(1, -1)
+    if mask is None:
+        del arrays["mask"]
+        arrays["count"] = jnp.full((batch, 1, 1), keys, full)
+    else:
+        arrays["mask"] = mask[:, None].astype(arrays["q"].dtype)
+        arrays["count"] = jnp.maximum(jnp.sum(mask, axis=1), 1).astype(full).reshape(-1, 1, 1)
+    return fused.fused_attention(arrays, width=width, eps=NORMALISER_EPS)
+
+
+def _by_operations(arrays: dict[str, jax.Array]) -> jax.Array:
+    """The same by products of whole arrays."""
+    q, k, v, g, u, mask, s, p = (arrays[name] for name in ("q", "k", "v", "g", "u", "mask", "s", "p"))
+    _, tokens, channels = q.shape
+    keys, (heads, width) = k.shape[1], s.shape
+    half, narrow, full = width // 2, q.dtype, s.dtype
+
+    q_signed = _signed_powers(q, None, s, p)  # (B, N, h, 2d)
+    k_signed = _signed_powers(k, arrays["table"], s, p)  # (B, n, h, 2d)
     if mask is None:
         k_mean = jnp.mean(k_signed, axis=1, dtype=full)[..., None]  # (B, h, 2d, 1)
     else:
         k_signed = jnp.where(mask[:, :, None, None], k_signed, 0)
-        v = jnp.where(mask[:, :, None], v, 0)
         keys = jnp.maximum(jnp.sum(mask, axis=1), 1).astype(full).reshape(-1, 1, 1, 1)  # (B, 1, 1, 1)
         k_mean = jnp.sum(k_signed, axis=1, dtype=full)[..., None] / keys
     kv = product("bnhk,bnhe->bhke", k_signed, _split(v, heads)) / keys  # (B, h, 2d, d)
@@ -97,8 +133,6 @@ def polarity_attention(
     o_same = qm[..., :half] / (qm[..., half : half + 1] + NORMALISER_EPS)
     o_opposite = qm[..., half + 1 : width + 1] / (qm[..., width + 1 :] + NORMALISER_EPS)
     o = jnp.concatenate([o_same, o_opposite], axis=-1).reshape(-1, tokens, channels)
-
-    u = depthwise_conv(_lengthen(v, tokens), kernel, bias, grid=grid)
     return ((o + u) * g).astype(narrow)
 
 
@@ -112,10 +146,15 @@ def signed_features(
     alpha: float,
 ) -> tuple[jax.Array, jax.Array]:
     """[q+, q-] (B, N, h, 2d) and [k+, k-] (B, n, h, 2d) of `polarity_attention`, in the dtype of `q`."""
-    heads, width, full = power.shape[1], power.shape[3], wide(q.dtype)
-    s = jax.nn.softplus(scale.astype(full)).reshape(heads, width)
-    p = 1 + alpha * jax.nn.sigmoid(power.astype(full)).reshape(heads, width)
+    s, p = _rescaling(power, scale, alpha, wide(q.dtype))
     return _signed_powers(q, None, s, p), _signed_powers(k, positional_encoding, s, p)
+
+
+def _rescaling(power: jax.Array, scale: jax.Array, alpha: float, full) -> tuple[jax.Array, jax.Array]:
+    """s and p, (h, d)."""
+    _, heads, _, width = power.shape
+    s = jax.nn.softplus(scale.astype(full)).reshape(heads, width)
+    return s, (1 + alpha * jax.nn.sigmoid(power.astype(full))).reshape(heads, width)
 
 
 def _split(x: jax.Array, heads: int) -> jax.Array:
@@ -177,26 +216,6 @@ def _signed_powers_bwd(residuals, gradient):
 _signed_powers.defvjp(_signed_powers_fwd, _signed_powers_bwd)
 
 
-def _lengthen(v: jax.Array, tokens: int) -> jax.Array:
-    """Linear interpolation along the token axis to `tokens` tokens, a multiple r of v's n (align_corners false).
-
-    The official model interpolates spatially reduced values along the flattened token axis, not on the 2-D grid; that
-    is odd, and kept. Token m*r + t lies at m + (t + 1/2)/r - 1/2, so its weights depend on t alone.
-    """
-    batch, keys, channels = v.shape
-    ratio = tokens // keys
-    if ratio == 1:
-        return v
-    offset = (np.arange(ratio) + 0.5) / ratio - 0.5
-    weight = [
-        jnp.asarray(w, v.dtype).reshape(1, 1, ratio, 1)
-        for w in (np.maximum(-offset, 0), 1 - np.abs(offset), np.maximum(offset, 0))
-    ]
-    edges = jnp.concatenate([v[:, :1], v, v[:, -1:]], axis=1)[:, :, None]  # (B, n + 2, 1, C)
-    long = sum(edges[:, i : i + keys] * w for i, w in enumerate(weight))  # (B, n, r, C)
-    return long.reshape(batch, tokens, channels)
-
-
 class PolarityAttention(nnx.Module):
     """The linear layers, tables and kernel around `polarity_attention`, and the output projection.
 
@@ -208,6 +227,7 @@ class PolarityAttention(nnx.Module):
         sr_ratio: spatial reduction of keys and values by `sr` and `norm`, only with "qg_kv"; 1 is none.
             It divides the grid.
         kernel_size: of the depthwise convolution, odd.
+        attention_impl: the `implementation` of `polarity_attention`.
     """
 
     def __init__(
@@ -221,12 +241,13 @@ class PolarityAttention(nnx.Module):
         sr_ratio: int = 1,
         alpha: float = 4.0,
         kernel_size: int = 5,
+        attention_impl: str = "auto",
         drop_rate: float = 0.0,
         dtype=jnp.float32,
         param_dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        problems = polarity_problems(alpha=alpha, kernel_size=kernel_size)
+        problems = polarity_problems(alpha=alpha, kernel_size=kernel_size, attention_impl=attention_impl)
         if dim % num_heads or dim // num_heads % 2:
             problems.append(f"dim {dim} over {num_heads} heads: the heads must divide it, into even widths")
         if projections not in ("qkvg", "qg_kv"):
@@ -257,7 +278,7 @@ class PolarityAttention(nnx.Module):
         keys = math.prod(grid) // sr_ratio**2
         self.positional_encoding = zeros((1, keys, dim), param_dtype=param_dtype, rngs=rngs)
         self.grid, self.sr_ratio, self.alpha = tuple(grid), sr_ratio, alpha
-        self.projections, self.drop_rate = projections, drop_rate
+        self.projections, self.drop_rate, self.attention_impl = projections, drop_rate, attention_impl
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None, *, mask: jax.Array | None = None) -> jax.Array:
         """(B, N, C) -> (B, N, C); `key` draws the dropout after the output projection, None means evaluation.
@@ -282,6 +303,7 @@ class PolarityAttention(nnx.Module):
             grid=grid,
             alpha=self.alpha,
             mask=mask,
+            implementation=self.attention_impl,
         )
         return dropout(self.proj(y), self.drop_rate, key)
 
@@ -300,11 +322,13 @@ class PolarityAttention(nnx.Module):
         return self.norm(self.sr(x.reshape(x.shape[0], *self.grid, -1)))  # (B, N / sr_ratio², C)
 
 
-def polarity_problems(*, alpha: float, kernel_size: int) -> list[str]:
+def polarity_problems(*, alpha: float, kernel_size: int, attention_impl: str) -> list[str]:
     """What is wrong with the hyper-parameters of the attention, one line each."""
     problems = []
     if not 0 <= alpha < math.inf:  # a negative one would make powers below 1, whose slope at 0 is infinite
         problems.append(f"alpha {alpha}: expected a finite number >= 0 (the official models have 4)")
     if isinstance(kernel_size, bool) or kernel_size != int(kernel_size) or kernel_size < 1 or kernel_size % 2 == 0:
         problems.append(f"kernel_size {kernel_size}: expected an odd number, 1, 3, 5, ...; an even one has no centre")
+    if attention_impl not in IMPLEMENTATIONS:
+        problems.append(f"attention_impl {attention_impl!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
     return problems

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from polaformer_jax.attention import IMPLEMENTATIONS
 from polaformer_jax.errors import UserError
 from polaformer_jax.layers import Block, Keys, linear, rematerialised, wide
 
 STRIDES = (4, 8, 16, 32)
 DTYPES = ("bfloat16", "float32", "float64")
-_NO_HYPERPARAMETERS = ("self", "__class__", "dtype", "param_dtype", "rngs")
+_NO_HYPERPARAMETERS = ("self", "__class__", "attention_impl", "dtype", "param_dtype", "rngs")
 
 
 class Backbone(nnx.Module):
@@ -183,12 +184,14 @@ class Arguments:
                     "half of each head belongs to either stream: choose an even width"
                 )
 
-    def attention(self, alpha, kernel_size) -> tuple[float, int]:
+    def attention(self, alpha, kernel_size, attention_impl) -> tuple[float, int]:
         # A negative alpha would make powers below 1, whose slope at 0 is infinite; an even kernel has no centre.
         alpha = self.number("alpha", alpha, least=0)
         size = self.integer("kernel_size", kernel_size)
         if size % 2 == 0:
             self.problems.append(f"kernel_size={size}: expected an odd number, such as {size - 1} or {size + 1}")
+        if attention_impl not in IMPLEMENTATIONS:
+            self.problems.append(f"attention_impl={attention_impl!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
         return alpha, size
 
     def types(self, dtype, param_dtype) -> tuple[jnp.dtype, jnp.dtype]:

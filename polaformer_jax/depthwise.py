@@ -1,4 +1,4 @@
-"""The depthwise convolution of the attention's values, as each back end does it best."""
+"""The depthwise convolution of the attention's values, as each back end does it best, and what precedes it."""
 
 import itertools
 
@@ -7,6 +7,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from polaformer_jax.layers import wide
+
+
+def lengthen(v: jax.Array, tokens: int) -> jax.Array:
+    """Linear interpolation along the token axis to `tokens` tokens, a multiple r of v's n (align_corners false).
+
+    The official model interpolates spatially reduced values along the flattened token axis, not on the 2-D grid; that
+    is odd, and kept. Token m*r + t lies at m + (t + 1/2)/r - 1/2, so its weights depend on t alone.
+    """
+    batch, keys, channels = v.shape
+    ratio = tokens // keys
+    if ratio == 1:
+        return v
+    offset = (np.arange(ratio) + 0.5) / ratio - 0.5
+    weight = [
+        jnp.asarray(w, v.dtype).reshape(1, 1, ratio, 1)
+        for w in (np.maximum(-offset, 0), 1 - np.abs(offset), np.maximum(offset, 0))
+    ]
+    edges = jnp.concatenate([v[:, :1], v, v[:, -1:]], axis=1)[:, :, None]  # (B, n + 2, 1, C)
+    long = sum(edges[:, i : i + keys] * w for i, w in enumerate(weight))  # (B, n, r, C)
+    return long.reshape(batch, tokens, channels)
 
 
 def depthwise_conv(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, grid: tuple[int, ...]) -> jax.Array:

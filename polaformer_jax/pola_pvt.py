@@ -74,7 +74,8 @@ class PolaPVT(Backbone):
         la_sr_ratios: the same for stages of type L, as one digit a stage: "1111".
         drop_rate: dropout after the position embedding, the attention's projection and in the MLP.
         drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
-        alpha, kernel_size: of the polarity-aware attention.
+        alpha, kernel_size: of the polarity-aware attention. attention_impl: how to compute it: "auto", "xla", "pallas"
+            (see `polarity_attention`).
         attn_type: one letter a stage, L (polarity-aware linear) or S (softmax).
         dtype: of the computation: bfloat16, float32, float64. param_dtype: of the stored parameters.
 
@@ -98,6 +99,7 @@ class PolaPVT(Backbone):
         drop_path_rate: float = 0.0,
         alpha: float = 4,
         kernel_size: int = 5,
+        attention_impl: str = "auto",
         attn_type: str = "LLLL",
         dtype=jnp.float32,
         param_dtype=jnp.float32,
@@ -112,7 +114,7 @@ class PolaPVT(Backbone):
         depths = given.integers("depths", depths)
         drop_rate = given.number("drop_rate", drop_rate, least=0, below=1)
         drop_path_rate = given.number("drop_path_rate", drop_path_rate, least=0, below=1)
-        alpha, kernel_size = given.attention(alpha, kernel_size)
+        alpha, kernel_size = given.attention(alpha, kernel_size, attention_impl)
         kinds = given.letters("attn_type", attn_type, "LS", suffix=False)
         given.heads(embed_dims, num_heads, tuple(kinds))
         ratios = _reductions(given, img_size, kinds, sr_ratios, la_sr_ratios)
@@ -135,6 +137,7 @@ class PolaPVT(Backbone):
                     projections="qg_kv",
                     alpha=alpha,
                     kernel_size=kernel_size,
+                    attention_impl=attention_impl,
                     **common,
                 )
 

@@ -115,7 +115,8 @@ class PolaSequence(nnx.Module):
         max_length: the longest sequence, padding included: rows of the position tables.
         texts: sequences in an example, 1 or 2.
         attention: "polarity", "softmax" or "relu" (see `PlainAttention`); all else is equal.
-        alpha, kernel_size: of the polarity-aware attention.
+        alpha, kernel_size: of the polarity-aware attention. attention_impl: how to compute it: "auto", "xla", "pallas"
+            (see `polarity_attention`).
         dim, depth, num_heads, mlp_dim: channels, blocks, heads, and hidden channels of the MLPs.
         head_dim: hidden channels of the head.
         drop_rate: dropout of the embeddings, after each attention and in the MLPs.
@@ -137,6 +138,7 @@ class PolaSequence(nnx.Module):
         attention: str = "polarity",
         alpha: float = 3,
         kernel_size: int = 5,
+        attention_impl: str = "auto",
         dim: int = 64,
         depth: int = 2,
         num_heads: int = 2,
@@ -163,7 +165,7 @@ class PolaSequence(nnx.Module):
             )
         )
         drop_rate = given.number("drop_rate", drop_rate, least=0, below=1)
-        alpha, kernel_size = given.attention(alpha, kernel_size)
+        alpha, kernel_size = given.attention(alpha, kernel_size, attention_impl)
         if attention not in ATTENTIONS:
             given.problems.append(f"attention={attention!r}: expected one of {', '.join(ATTENTIONS)}")
         if texts > 2:
@@ -186,6 +188,7 @@ class PolaSequence(nnx.Module):
                 projections="qkvg",
                 alpha=alpha,
                 kernel_size=kernel_size,
+                attention_impl=attention_impl,
                 drop_rate=drop_rate,
                 **types,
             )

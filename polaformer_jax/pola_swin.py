@@ -140,7 +140,8 @@ class PolaSwin(Backbone):
         ape: add a learned absolute position embedding to the patches. patch_norm: LayerNorm after the patch embedding.
         drop_rate: dropout after the position embedding, the attention's projection and in the MLP.
         drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
-        alpha, kernel_size: of the polarity-aware attention.
+        alpha, kernel_size: of the polarity-aware attention. attention_impl: how to compute it: "auto", "xla", "pallas"
+            (see `polarity_attention`).
         attn_type: one letter a stage: L (polarity-aware linear), S (softmax windows), or M (mixed), whose first k
             blocks are L and the rest S; k follows the four letters, as in "LMSL1".
         softmax_window_size: side of the windows of S blocks; None is the official rule, 7 if window_size <= 56,
@@ -168,6 +169,7 @@ class PolaSwin(Backbone):
         drop_path_rate: float = 0.1,
         alpha: float = 4,
         kernel_size: int = 5,
+        attention_impl: str = "auto",
         attn_type: str = "LLLL",
         softmax_window_size: int | None = None,
         dtype=jnp.float32,
@@ -184,7 +186,7 @@ class PolaSwin(Backbone):
         mlp_ratio = given.number("mlp_ratio", mlp_ratio, least=0)
         drop_rate = given.number("drop_rate", drop_rate, least=0, below=1)
         drop_path_rate = given.number("drop_path_rate", drop_path_rate, least=0, below=1)
-        alpha, kernel_size = given.attention(alpha, kernel_size)
+        alpha, kernel_size = given.attention(alpha, kernel_size, attention_impl)
         softmax_window_size = softmax_window(window_size, softmax_window_size)
         windows = {"L": window_size, "S": given.integer("softmax_window_size", softmax_window_size)}
         kinds = _block_types(given, attn_type, depths)
@@ -210,6 +212,7 @@ class PolaSwin(Backbone):
                     projections="qkvg",
                     alpha=alpha,
                     kernel_size=kernel_size,
+                    attention_impl=attention_impl,
                     **common,
                 )
             return SwinBlock(

@@ -35,6 +35,7 @@ class ImageModality:
             num_classes=config.num_classes,
             img_size=config.img_size,
             drop_path=config.drop_path,
+            attention_impl=config.attention_impl,
             dtype=jnp.dtype(config.dtype),
             param_dtype=jnp.dtype(config.param_dtype),
             rngs=rngs,

@@ -73,6 +73,7 @@ class SequenceModality:
             max_length=max_length or self._facts.max_length,
             texts=self._facts.texts,
             attention=self._config.task.attention,
+            attention_impl=config.attention_impl,
             dtype=jnp.dtype(config.dtype),
             param_dtype=jnp.dtype(config.param_dtype),
             rngs=rngs,

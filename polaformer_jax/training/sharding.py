@@ -5,13 +5,14 @@ moving average), are copied along `data` and split along `fsdp` (Zhao et al., "P
 step gathers the parameters that it multiplies with, and each device updates the part that it keeps.
 """
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from polaformer_jax.errors import UserError
 
@@ -111,6 +112,10 @@ class Constraints:
 
     def __init__(self, mesh: Mesh | None):
         self._mesh = mesh
+
+    def known(self) -> contextlib.AbstractContextManager:
+        """The mesh is set, for what is no operation of XLA's and has to split its work by itself."""
+        return contextlib.nullcontext() if self._mesh is None else use_abstract_mesh(self._mesh.abstract_mesh)
 
     def whole(self, tree: Any) -> Any:
         """Parameters as they are multiplied with: a copy on every device."""

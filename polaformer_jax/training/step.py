@@ -78,7 +78,8 @@ def make_train_step(
             return loss, {**task.metrics(logits, part), "loss": masked(losses, part["mask"])}
 
         def backward(part: Batch, key: jax.Array):
-            (loss, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, part, key)
+            with constrain.known():
+                (loss, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, part, key)
             return loss, sums, constrain.split(grads)
 
         dropout_key = purpose_key(seed, state.step, "dropout")
@@ -131,7 +132,8 @@ def make_eval_step(
 
     def eval_step(params, batch: Batch) -> tuple[Sums, Batch]:
         params, batch = constrain.whole(params), constrain.batch(batch)
-        logits = nnx.merge(graphdef, params)(task.inputs(batch), train=False)
+        with constrain.known():
+            logits = nnx.merge(graphdef, params)(task.inputs(batch), train=False)
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         outputs = {**task.outputs(logits), "label": batch["label"], "mask": batch["mask"]}
         return task.metrics(logits, batch), outputs

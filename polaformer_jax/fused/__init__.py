@@ -1,0 +1,84 @@
+"""Polarity attention in one kernel: one pass over keys and values, one over queries, gates and convolved values.
+
+What `polaformer_jax.attention` writes as powers, products and quotients of whole arrays, each of which goes to memory
+and back, happens here block by block. The sums over keys never leave the chip, and gradients compute them and the
+feature maps anew.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+
+from polaformer_jax.fused import tpu
+
+_WITHOUT_BATCH = ("table", "s", "p")
+
+
+def usable(channels: int, width: int) -> bool:
+    """Whether "auto" may choose the kernel on a TPU.
+
+    The matrices of a group of heads have to find room in a core's memory. And it has to be known how the batch lies on
+    the devices, for the compiler splits no kernel: from the mesh that is set (`jax.set_mesh`; steps of the training do
+    it), or because there is one device.
+    """
+    known = not jax.sharding.get_abstract_mesh().empty or jax.device_count() == 1
+    return known and tpu.group_of(channels, width) <= tpu.LARGEST_GROUP
+
+
+def fused_attention(arrays: dict[str, jax.Array], *, width: int, eps: float) -> jax.Array:
+    """y of `polarity_attention`, ([o1, o2] + u) * g.
+
+    Args:
+        arrays: q, g, u: (B, N, C), u the convolved values. k, v: (B, n, C), all in one dtype, that of the products.
+            table: (1, n, C), added to the keys. s, p: (1, C), at least float32.
+            count: (B, 1, 1), how many keys there are, as s. mask, or none: (B, 1, n), zero at keys that are not there,
+            whose values are zero.
+        width: channels of a head, d. eps: added to the denominators.
+
+    Returns:
+        (B, N, C) in the dtype of `q`. Where a mesh is set, its devices share the batch.
+    """
+    return _fused(width, eps, jax.sharding.get_abstract_mesh(), arrays)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _fused(width: int, eps: float, mesh: AbstractMesh, arrays: dict[str, jax.Array]) -> jax.Array:
+    return _run(tpu.forward, width, eps, mesh, arrays)
+
+
+def _fwd(width, eps, mesh, arrays):
+    return _fused(width, eps, mesh, arrays), arrays
+
+
+def _bwd(width, eps, mesh, arrays, y_bar):
+    bars = _run(tpu.backward, width, eps, mesh, arrays | {"y_bar": y_bar})
+    *bars, s_bar, p_bar = bars
+    bars = dict(zip("qkvgu", bars, strict=True))
+    table_bar = jnp.sum(bars["k"], axis=0, keepdims=True, dtype=s_bar.dtype).astype(arrays["table"].dtype)
+    bars |= {"table": table_bar, "s": jnp.sum(s_bar, axis=0), "p": jnp.sum(p_bar, axis=0)}
+    return ({name: bars.get(name, jnp.zeros_like(array)) for name, array in arrays.items()},)
+
+
+_fused.defvjp(_fwd, _bwd)
+
+
+def _run(direction, width: int, eps: float, mesh: AbstractMesh, arrays: dict[str, jax.Array]):
+    """`direction` of the kernel, each device with its examples. All results have a batch."""
+
+    def on_one_device(arrays):
+        plan = tpu.Plan.of(arrays["q"], arrays["k"], width, eps, "mask" in arrays)
+        return jax.lax.platform_dependent(
+            arrays, tpu=functools.partial(direction, plan, False), default=functools.partial(direction, plan, True)
+        )
+
+    axes = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto)
+    if not axes:  # no mesh, or the caller has split the batch
+        return on_one_device(arrays)
+    shared = arrays["q"].shape[0] % mesh.size == 0
+    by_example = PartitionSpec(axes) if shared else PartitionSpec()
+    specs = {name: PartitionSpec() if name in _WITHOUT_BATCH else by_example for name in arrays}
+    return jax.shard_map(
+        on_one_device, mesh=mesh, in_specs=(specs,), out_specs=by_example, axis_names=set(axes), check_vma=False
+    )(arrays)
