@@ -101,7 +101,7 @@ def test_a_mask_hides_keys(x64, blocks_of):
     agree(outcome(given, "a sequence", "pallas", mask), outcome(given, "a sequence", "xla", mask), 1e-12)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_in_fewer_bits_it_is_as_near_to_the_truth(dtype, x64):
     """As the operations are, but for a factor; in bfloat16 the convolved values are rounded once more."""
     shape = "heads share a group"
@@ -160,7 +160,7 @@ def test_groups_of_heads_that_need_too_much_memory_are_left_to_xla(monkeypatch):
         assert "tpu_custom_call" not in lowered("tpu", "auto")
 
 
-@pytest.mark.parametrize("family", ["pvt", "swin"])
+@pytest.mark.parametrize("family", ["pvt", pytest.param("swin", marks=pytest.mark.slow)])
 def test_a_model_gives_the_same_logits(family, x64):
     types = {"dtype": "float64", "param_dtype": "float64"}
     images = np.random.default_rng(0).normal(size=(2, 32, 32, 3))

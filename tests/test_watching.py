@@ -163,13 +163,13 @@ def test_a_chip_that_is_not_in_the_table_has_no_mfu(digits_dir):
     assert meter.close(1.0) == {}
 
 
-def test_recomputation_is_no_progress(digits_dir):
-    plain, remat = (
-        Experiment(settings(digits_dir, **{"model.remat": remat, "init.freeze_backbone": False}))
-        for remat in (False, True)
+def test_neither_recomputation_nor_a_kernel_s_zeros_are_progress(digits_dir):
+    plain, remat, kernel = (
+        Experiment(settings(digits_dir, **{"init.freeze_backbone": False, **changes}))
+        for changes in ({}, {"model.remat": True}, {"model.attention_impl": "pallas"})
     )
     batch = plain.abstract_batch(16)
-    assert plain.step_flops(batch) == remat.step_flops(batch)
+    assert plain.step_flops(batch) == remat.step_flops(batch) == kernel.step_flops(batch)
     assert len(str(remat.trace_train_step(batch).jaxpr)) > len(str(plain.trace_train_step(batch).jaxpr))
 
 

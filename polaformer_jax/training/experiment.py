@@ -280,16 +280,18 @@ class Experiment:
     def step_flops(self, batch: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> float:
         """Operations of the matrix products and convolutions of a step on a batch like this, on all devices together.
 
-        Of the step as it is without recomputation (`model.remat`), which is no progress.
+        Of the step without recomputation (`model.remat`), which is no progress, and with the attention by operations,
+        for its kernel multiplies zeros too.
         """
-        if not self.config.model.remat:
+        model = self.config.model
+        if not model.remat and model.attention_impl != "pallas":
             return product_flops(self.trace_train_step(batch).jaxpr.jaxpr)
-        return self._without_remat.step_flops(batch)
+        return self._plain.step_flops(batch)
 
     @functools.cached_property
-    def _without_remat(self) -> "Experiment":
+    def _plain(self) -> "Experiment":
         config = self.config.copy_and_resolve_references()
-        config.model.remat = False
+        config.model.remat, config.model.attention_impl = False, "xla"
         return Experiment(config, devices=self._devices, num_examples=self._train_examples)
 
     @functools.cached_property
