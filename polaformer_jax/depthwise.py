@@ -56,10 +56,9 @@ def _depthwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _depthwise_bwd(residuals, gradient):
-    def grouped(x, kernel, gradient):
-        return jax.vjp(grouped_convolution, x, kernel)[1](gradient)
-
-    return jax.lax.platform_dependent(*residuals, gradient, tpu=grouped, default=shifted_products_gradients)
+    return jax.lax.platform_dependent(
+        *residuals, gradient, tpu=grouped_convolution_gradients, default=shifted_products_gradients
+    )
 
 
 _depthwise.defvjp(lambda x, kernel: (_depthwise(x, kernel), (x, kernel)), _depthwise_bwd)
@@ -77,6 +76,13 @@ def grouped_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
         feature_group_count=x.shape[-1],
         precision=jax.lax.Precision.HIGHEST,  # a TPU would round the operands to bfloat16
     )
+
+
+def grouped_convolution_gradients(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Those of x and kernel, without the convolution itself, which `jax.vjp` would have beside them."""
+    (x_gradient,) = jax.linear_transpose(lambda x: grouped_convolution(x, kernel), x)(gradient)
+    (kernel_gradient,) = jax.linear_transpose(lambda kernel: grouped_convolution(x, kernel), kernel)(gradient)
+    return x_gradient, kernel_gradient
 
 
 def shifted_products(x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -14,10 +14,9 @@ def test_the_ways_of_all_back_ends_agree(x64, grid, sizes):
     kernel = rng.normal(size=(*sizes, 4))
     expected, pull_back = jax.vjp(depthwise.grouped_convolution, x, kernel)
     np.testing.assert_allclose(depthwise.shifted_products(x, kernel), expected, rtol=0, atol=1e-13)
-    for ours, theirs in zip(
-        depthwise.shifted_products_gradients(x, kernel, gradient), pull_back(gradient), strict=True
-    ):
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-13)
+    for gradients in (depthwise.shifted_products_gradients, depthwise.grouped_convolution_gradients):
+        for ours, theirs in zip(gradients(x, kernel, gradient), pull_back(gradient), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-13)
 
 
 def test_a_tpu_program_has_a_grouped_convolution_and_a_cpu_program_has_none():
