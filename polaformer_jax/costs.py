@@ -5,6 +5,7 @@ import re
 
 import jax
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 _OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|out of memory|exceed\w* hbm", re.IGNORECASE)
 
@@ -12,9 +13,15 @@ _OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|out of memory|exceed\w* hbm", r
 def product_flops(jaxpr: core.Jaxpr) -> float:
     """Operations of the matrix products and convolutions of a program, two for each multiplication with its addition.
 
-    Counted from the program as it is written, since what a compiled one reports depends on the compiler's fusions. The
-    longest branch of a condition counts, the body of a `scan` as often as it runs, that of a `while` once.
+    Counted from the program as it is written, without what no result depends on, since what a compiled one reports
+    depends on the compiler's fusions. The longest branch of a condition counts, the body of a `scan` as often as it
+    runs, that of a `while` once.
     """
+    needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return _flops_of_all(needed)
+
+
+def _flops_of_all(jaxpr: core.Jaxpr) -> float:
     total = 0.0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
@@ -26,9 +33,9 @@ def product_flops(jaxpr: core.Jaxpr) -> float:
             kernel, numbers = equation.invars[1].aval.shape, params["dimension_numbers"]
             total += 2 * equation.outvars[0].aval.size * math.prod(kernel) / kernel[numbers.rhs_spec[0]]
         elif name == "cond":
-            total += max(product_flops(branch.jaxpr) for branch in params["branches"])
+            total += max(_flops_of_all(branch.jaxpr) for branch in params["branches"])
         else:
-            inner = sum(product_flops(sub) for sub in core.jaxprs_in_params(params))
+            inner = sum(_flops_of_all(sub) for sub in core.jaxprs_in_params(params))
             total += inner * (params["length"] if name == "scan" else 1)
     return total
 

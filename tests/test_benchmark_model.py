@@ -49,7 +49,7 @@ def test_forward_and_gradient_are_measured_and_written(tmp_path, capsys):
     model = pf.create_model("pola_pvt_nano", rngs=nnx.Rngs(0))
     flops = product_flops(jax.make_jaxpr(model)(jnp.zeros((8, 32, 32, 3))).jaxpr)
     assert forward == pytest.approx(flops / 1e9, rel=1e-4)
-    assert gradient == pytest.approx(3 * forward, rel=1e-3)
+    assert 2.9 < gradient / forward < 3  # the images need no gradient
     printed = capsys.readouterr().out
     for text in ("images/s", "(least - greatest)", "compile s", "GFLOPs", "MFU", "gradient"):
         assert text in printed
