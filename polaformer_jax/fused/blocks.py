@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from polaformer_jax.layers import wide
+from polaformer_jax.powers import signed_powers, signed_powers_gradients
 
 
 def dot(a: jax.Array, b: jax.Array, over: tuple[int, int]) -> jax.Array:
@@ -26,22 +27,8 @@ def dot(a: jax.Array, b: jax.Array, over: tuple[int, int]) -> jax.Array:
 
 def signed(z: jax.Array, p: jax.Array, narrow) -> tuple[jax.Array, jax.Array]:
     """relu(z)^p and relu(-z)^p in the type `narrow`."""
-    magnitude = _magnitude(z, p)
-    return jnp.where(z > 0, magnitude, 0).astype(narrow), jnp.where(z < 0, magnitude, 0).astype(narrow)
-
-
-def _magnitude(z: jax.Array, p: jax.Array) -> jax.Array:
-    return jnp.exp(p * jnp.log(jnp.where(z == 0, 1, jnp.abs(z))))
-
-
-def signed_bars(z, s, p, plus_bar, minus_bar) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of x, s and p, where z = x / s, from those of relu(z)^p and relu(-z)^p. Of s and p: (1, G), summed."""
-    bar = jnp.where(z > 0, plus_bar, jnp.where(z < 0, minus_bar, 0))
-    weighted = bar * _magnitude(z, p)
-    base = jnp.where(z == 0, 1, z)
-    p_bar = jnp.sum(weighted * jnp.log(jnp.abs(base)), axis=0, keepdims=True)
-    s_bar = -p / s * jnp.sum(weighted, axis=0, keepdims=True)
-    return p / s * weighted / base, s_bar, p_bar
+    plus, minus = signed_powers(z, p)
+    return plus.astype(narrow), minus.astype(narrow)
 
 
 def matrices(sums, count: jax.Array, width: int, narrow) -> list[jax.Array]:
@@ -88,7 +75,7 @@ def query_bars(z, s, p, g, u, y_bar, m, eps: float):
     plus_bar = dot(numerator_bar, m[0], (1, 1)) + dot(denominator_bar, m[2], (1, 1))
     minus_bar = dot(numerator_bar, m[1], (1, 1)) + dot(denominator_bar, m[3], (1, 1))
     m_bar = [dot(queries, bar, (0, 0)) for bar in (numerator_bar, denominator_bar) for queries in (plus, minus)]
-    q_bar, s_bar, p_bar = signed_bars(z, s, p, plus_bar, minus_bar)
+    q_bar, s_bar, p_bar = signed_powers_gradients(z, s, p, plus_bar, minus_bar, axes=(0,))
     return q_bar, g_bar, o_bar, s_bar, p_bar, m_bar
 
 
@@ -98,5 +85,5 @@ def key_bars(z, s, p, values, there, sums_bar):
     v_bar = dot(plus, sums_bar[0], (1, 0)) + dot(minus, sums_bar[1], (1, 0))
     plus_bar = dot(values, sums_bar[0], (1, 1)) + dot(there, sums_bar[2], (1, 1))
     minus_bar = dot(values, sums_bar[1], (1, 1)) + dot(there, sums_bar[3], (1, 1))
-    k_bar, s_bar, p_bar = signed_bars(z, s, p, plus_bar, minus_bar)
+    k_bar, s_bar, p_bar = signed_powers_gradients(z, s, p, plus_bar, minus_bar, axes=(0,))
     return k_bar, v_bar, s_bar, p_bar
