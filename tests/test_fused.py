@@ -13,10 +13,11 @@ from polaformer_jax.attention import polarity_attention
 from polaformer_jax.errors import UserError
 from polaformer_jax.fused import tpu
 from polaformer_jax.training import sharding
+from polaformer_jax.training.experiment import Experiment
 from tests import small_models
 from tests.golden_models import QUICK
 from tests.test_attention import draw
-from tests.test_sharding import mesh_of
+from tests.test_sharding import config_of, mesh_of
 
 # Heads, width, grid, reduction of the keys, and channels in a group.
 SHAPES = {
@@ -176,3 +177,15 @@ def test_an_unknown_implementation_is_refused():
         polarity_attention(**arguments("one head", np.float32), grid=(4, 6), implementation="fast")
     with pytest.raises(UserError, match="attention_impl='fast': expected one of auto, xla, pallas"):
         small_models.build("pvt", attention_impl="fast")
+
+
+def test_the_training_step_of_a_tpu_has_the_kernel():
+    """The step says on which mesh the batch lies."""
+
+    def kernels(implementation):
+        made = Experiment(config_of(**{"model.attention_impl": implementation}), num_examples=64)
+        step = made.trace_train_step(made.abstract_batch(16)).lower(lowering_platforms=("tpu",))
+        return step.as_text().count("tpu_custom_call")
+
+    assert kernels("auto") >= 2  # there and back; blocks of one shape share theirs
+    assert kernels("xla") == 0

@@ -6,6 +6,7 @@ feature maps anew.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -53,12 +54,10 @@ def _fwd(width, eps, mesh, arrays):
 
 
 def _bwd(width, eps, mesh, arrays, y_bar):
-    bars = _run(tpu.backward, width, eps, mesh, arrays | {"y_bar": y_bar})
-    *bars, s_bar, p_bar = bars
-    bars = dict(zip("qkvgu", bars, strict=True))
-    table_bar = jnp.sum(bars["k"], axis=0, keepdims=True, dtype=s_bar.dtype).astype(arrays["table"].dtype)
-    bars |= {"table": table_bar, "s": jnp.sum(s_bar, axis=0), "p": jnp.sum(p_bar, axis=0)}
-    return ({name: bars.get(name, jnp.zeros_like(array)) for name, array in arrays.items()},)
+    q, k, v, g, u, s, p = _run(tpu.backward, width, eps, mesh, arrays | {"y_bar": y_bar})
+    table = jnp.sum(k, axis=0, keepdims=True, dtype=s.dtype).astype(arrays["table"].dtype)
+    bars = {"q": q, "k": k, "v": v, "g": g, "u": u, "table": table, "s": jnp.sum(s, axis=0), "p": jnp.sum(p, axis=0)}
+    return (jax.tree.map(jnp.zeros_like, arrays) | bars,)  # zeros of the count and the mask
 
 
 _fused.defvjp(_fwd, _bwd)
@@ -73,11 +72,15 @@ def _run(direction, width: int, eps: float, mesh: AbstractMesh, arrays: dict[str
             arrays, tpu=functools.partial(direction, plan, False), default=functools.partial(direction, plan, True)
         )
 
-    axes = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto)
+    axes = {
+        name: size
+        for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+        if kind == AxisType.Auto
+    }
     if not axes:  # no mesh, or the caller has split the batch
         return on_one_device(arrays)
-    shared = arrays["q"].shape[0] % mesh.size == 0
-    by_example = PartitionSpec(axes) if shared else PartitionSpec()
+    shared = arrays["q"].shape[0] % math.prod(axes.values()) == 0
+    by_example = PartitionSpec(tuple(axes)) if shared else PartitionSpec()
     specs = {name: PartitionSpec() if name in _WITHOUT_BATCH else by_example for name in arrays}
     return jax.shard_map(
         on_one_device, mesh=mesh, in_specs=(specs,), out_specs=by_example, axis_names=set(axes), check_vma=False
