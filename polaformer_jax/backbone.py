@@ -10,7 +10,8 @@ from flax import nnx
 
 from polaformer_jax.attention import IMPLEMENTATIONS
 from polaformer_jax.errors import UserError
-from polaformer_jax.layers import Block, Keys, linear, rematerialised, wide
+from polaformer_jax.initial_values import Keys
+from polaformer_jax.layers import Block, linear, rematerialised, wide
 
 STRIDES = (4, 8, 16, 32)
 DTYPES = ("bfloat16", "float32", "float64")

@@ -12,9 +12,9 @@ from flax import nnx
 
 from polaformer_jax.attention import PolarityAttention
 from polaformer_jax.backbone import STRIDES, Arguments, Backbone, classifier
+from polaformer_jax.initial_values import Keys, table
 from polaformer_jax.layers import (
     Block,
-    Keys,
     PatchConv,
     PatchEmbed,
     drop_path_rates,
@@ -22,7 +22,6 @@ from polaformer_jax.layers import (
     layer_norm,
     linear,
     product,
-    table,
     wide,
 )
 

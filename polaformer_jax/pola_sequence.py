@@ -14,16 +14,15 @@ from flax import nnx
 
 from polaformer_jax.attention import NORMALISER_EPS, PolarityAttention
 from polaformer_jax.backbone import Arguments
+from polaformer_jax.initial_values import Keys, table
 from polaformer_jax.layers import (
     Block,
-    Keys,
     dropout,
     layer_norm,
     linear,
     placed,
     product,
     rematerialised,
-    table,
     uniform_init,
     wide,
 )

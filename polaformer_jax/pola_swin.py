@@ -13,9 +13,9 @@ from flax import nnx
 
 from polaformer_jax.attention import PolarityAttention
 from polaformer_jax.backbone import STRIDES, Arguments, Backbone, classifier
+from polaformer_jax.initial_values import Keys, table
 from polaformer_jax.layers import (
     Block,
-    Keys,
     PatchEmbed,
     drop_path_rates,
     dropout,
@@ -24,7 +24,6 @@ from polaformer_jax.layers import (
     merge_windows,
     partition_windows,
     product,
-    table,
     wide,
 )
 

@@ -17,7 +17,7 @@ from polaformer_jax.data import sources
 from polaformer_jax.data.pipeline import Passes
 from polaformer_jax.data.workers import Stream
 from polaformer_jax.errors import UserError
-from polaformer_jax.layers import Keys
+from polaformer_jax.initial_values import Keys
 from polaformer_jax.training import debugging, modality, sharding
 from polaformer_jax.training.checks import check_config
 from polaformer_jax.training.compiled import CompiledByShape, abstract

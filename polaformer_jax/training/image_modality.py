@@ -12,7 +12,7 @@ from flax import nnx
 from polaformer_jax import creation
 from polaformer_jax.data import pipeline, sources, transforms
 from polaformer_jax.data.workers import Stream
-from polaformer_jax.layers import Keys
+from polaformer_jax.initial_values import Keys
 from polaformer_jax.training.tasks import ImageClassification
 
 # Fields of `config.model` that are passed on to the model's constructor where they are not None.

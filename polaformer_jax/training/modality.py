@@ -13,7 +13,7 @@ from polaformer_jax import weights
 from polaformer_jax.data.pipeline import Passes
 from polaformer_jax.data.sources import Source
 from polaformer_jax.data.workers import Stream
-from polaformer_jax.layers import Keys
+from polaformer_jax.initial_values import Keys
 from polaformer_jax.training.tasks import Task
 
 

@@ -16,7 +16,7 @@ from polaformer_jax.data import buckets, lra
 from polaformer_jax.data.lra.facts import facts_of
 from polaformer_jax.data.pipeline import Passes
 from polaformer_jax.data.workers import Stream
-from polaformer_jax.layers import Keys
+from polaformer_jax.initial_values import Keys
 from polaformer_jax.pola_sequence import Sequences
 from polaformer_jax.training.metrics import Sums, masked
 from polaformer_jax.training.tasks import Batch
