@@ -73,8 +73,9 @@ def polarity_attention(
         mask: (B, N) bool, True at the tokens that are there; None: all of them. Only where N = n. The others add
             nothing to [k+, k-]^T v or the mean, n counts without them, and the convolution sees zeros in their place,
             so that padding an example changes nothing of its own tokens. (What stands at the others means nothing.)
-        implementation: "xla", operations that XLA compiles; "pallas", one kernel (`polaformer_jax.fused`), which only
-            TPUs have, and elsewhere is interpreted, slowly; "auto": the kernel on TPUs, else XLA.
+        implementation: "xla", operations that XLA compiles; "pallas", one kernel (`polaformer_jax.fused`), which
+            TPUs and CUDA GPUs have (these for heads of 16, 32, 64, ... channels), and which elsewhere is interpreted,
+            slowly; "auto": the kernel on TPUs, else XLA.
 
     Returns:
         (B, N, C) in the dtype of `q`.

@@ -1,17 +1,19 @@
-"""The fused kernel, interpreted: the same function as the operations, whole, in blocks, masked, and over a mesh."""
+"""The fused kernels, interpreted: the same function as the operations, whole, in blocks, masked, and over a mesh."""
 
+import contextlib
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from polaformer_jax import fused
 from polaformer_jax.aot.collectives import collectives
 from polaformer_jax.attention import polarity_attention
 from polaformer_jax.errors import UserError
-from polaformer_jax.fused import tpu
+from polaformer_jax.fused import gpu, tpu
 from polaformer_jax.training import sharding
 from polaformer_jax.training.experiment import Experiment
 from tests import small_models
@@ -93,10 +95,37 @@ def test_values_and_gradients_are_those_of_the_operations(shape, limit, blocks, 
     agree(outcome(given, shape, "pallas"), outcome(given, shape, "xla"), 1e-12)
 
 
+@pytest.fixture
+def gpu_kernel(monkeypatch):
+    """The kernel for GPUs is what is interpreted, in blocks of 16 tokens."""
+    monkeypatch.setattr(fused, "INTERPRETED", gpu)
+    monkeypatch.setattr(gpu, "BLOCK", 16)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize(
+    ("shape", "blocks"), [("reduced keys", (4, 1)), pytest.param("heads share a group", (2, 2), marks=pytest.mark.slow)]
+)
+def test_values_and_gradients_on_a_gpu_are_those_of_the_operations(shape, blocks, x64, gpu_kernel):
+    given = arguments(shape)
+    plan = gpu.Plan.of(given["q"], given["k"], SHAPES[shape][1], 1e-6, False)
+    assert (plan.query_blocks, plan.key_blocks) == blocks
+    agree(outcome(given, shape, "pallas"), outcome(given, shape, "xla"), 1e-12)
+
+
+def test_a_mask_hides_keys_on_a_gpu(x64, gpu_kernel):
+    check_mask(tokens=37, lengths=(33, 1))
+
+
 def test_a_mask_hides_keys(x64, blocks_of):
     blocks_of(16)
-    tokens = 140  # its blocks of keys are of 128: a mask's tokens lie along the lanes
-    mask = jnp.arange(tokens).reshape(1, -1) < jnp.array([[133], [1]])
+    check_mask(tokens=140, lengths=(133, 1))  # its blocks of keys are of 128: a mask's tokens lie along the lanes
+
+
+def check_mask(tokens, lengths):
+    mask = jnp.arange(tokens).reshape(1, -1) < jnp.array(lengths).reshape(-1, 1)
     given = {name: jnp.asarray(value) for name, value in draw(2, 4, (1, tokens), 1, 3).items()}
     given["kernel"] = given["kernel"][1]  # along a sequence
     agree(outcome(given, "a sequence", "pallas", mask), outcome(given, "a sequence", "xla", mask), 1e-12)
@@ -138,27 +167,37 @@ def test_over_a_mesh_each_device_has_its_examples():
     assert moved and {item.kind for item in moved} <= {"all-reduce"}  # gradients of the parameters, nothing else
 
 
-def lowered(platform, implementation):
-    given = {name: jax.ShapeDtypeStruct(x.shape, jnp.float32) for name, x in arguments("one head", np.float32).items()}
-    program = jax.jit(functools.partial(polarity_attention, grid=(4, 6), implementation=implementation))
-    return program.trace(**given).lower(lowering_platforms=(platform,)).as_text()
+def lowered(platform, implementation, shape="one head", mesh=None):
+    given = {name: jax.ShapeDtypeStruct(x.shape, jnp.float32) for name, x in arguments(shape, np.float32).items()}
+    program = jax.jit(functools.partial(polarity_attention, grid=SHAPES[shape][2], implementation=implementation))
+    with contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh):
+        return program.trace(**given).lower(lowering_platforms=(platform,)).as_text()
 
 
 def test_a_tpu_has_the_kernel_where_the_mesh_is_known_and_others_only_if_told():
     calls = "tpu_custom_call"
     assert calls not in lowered("tpu", "auto")  # eight devices, and no mesh says how the batch lies on them
-    with jax.sharding.use_abstract_mesh(mesh_of(8, 1).abstract_mesh):
-        assert calls in lowered("tpu", "auto")
-        assert calls not in lowered("tpu", "xla")
-        # The interpreter of kernels is a loop.
-        assert "while" not in lowered("cpu", "auto") and "while" in lowered("cpu", "pallas")
+    mesh = mesh_of(8, 1).abstract_mesh
+    assert calls in lowered("tpu", "auto", mesh=mesh)
+    assert calls not in lowered("tpu", "xla", mesh=mesh)
+    # The interpreter of kernels is a loop.
+    assert "while" not in lowered("cpu", "auto", mesh=mesh) and "while" in lowered("cpu", "pallas", mesh=mesh)
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")  # since jax 0.11
+def test_a_gpu_has_its_kernel_if_told():
+    calls, shape = "xla.gpu.triton", "groups of heads"
+    h100 = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=None, platform="cuda")
+    mesh = jax.sharding.AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=h100)
+    assert calls in lowered("cuda", "pallas", shape, mesh) and calls not in lowered("cuda", "auto", shape, mesh)
+    narrow = lowered("cuda", "pallas", "one head", mesh)  # of 8 channels, too narrow for Triton's products
+    assert calls not in narrow and "while" in narrow
 
 
 def test_groups_of_heads_that_need_too_much_memory_are_left_to_xla(monkeypatch):
-    with jax.sharding.use_abstract_mesh(mesh_of(8, 1).abstract_mesh):
-        monkeypatch.setattr(tpu, "LARGEST_GROUP", 7)
-        jax.clear_caches()
-        assert "tpu_custom_call" not in lowered("tpu", "auto")
+    monkeypatch.setattr(tpu, "LARGEST_GROUP", 7)
+    jax.clear_caches()
+    assert "tpu_custom_call" not in lowered("tpu", "auto", mesh=mesh_of(8, 1).abstract_mesh)
 
 
 @pytest.mark.parametrize("family", ["pvt", pytest.param("swin", marks=pytest.mark.slow)])

@@ -6,7 +6,9 @@ feature maps anew.
 """
 
 import functools
+import importlib.util
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from polaformer_jax.fused import tpu
 
+INTERPRETED = tpu  # the kernel for devices that have none
 _WITHOUT_BATCH = ("table", "s", "p")
 
 
@@ -46,7 +49,7 @@ def fused_attention(arrays: dict[str, jax.Array], *, width: int, eps: float) -> 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _fused(width: int, eps: float, mesh: AbstractMesh, arrays: dict[str, jax.Array]) -> jax.Array:
-    return _run(tpu.forward, width, eps, mesh, arrays)
+    return _run("forward", width, eps, mesh, arrays)
 
 
 def _fwd(width, eps, mesh, arrays):
@@ -54,7 +57,7 @@ def _fwd(width, eps, mesh, arrays):
 
 
 def _bwd(width, eps, mesh, arrays, y_bar):
-    q, k, v, g, u, s, p = _run(tpu.backward, width, eps, mesh, arrays | {"y_bar": y_bar})
+    q, k, v, g, u, s, p = _run("backward", width, eps, mesh, arrays | {"y_bar": y_bar})
     table = jnp.sum(k, axis=0, keepdims=True, dtype=s.dtype).astype(arrays["table"].dtype)
     bars = {"q": q, "k": k, "v": v, "g": g, "u": u, "table": table, "s": jnp.sum(s, axis=0), "p": jnp.sum(p, axis=0)}
     return (jax.tree.map(jnp.zeros_like, arrays) | bars,)  # zeros of the count and the mask
@@ -63,14 +66,18 @@ def _bwd(width, eps, mesh, arrays, y_bar):
 _fused.defvjp(_fwd, _bwd)
 
 
-def _run(direction, width: int, eps: float, mesh: AbstractMesh, arrays: dict[str, jax.Array]):
+def _run(direction: str, width: int, eps: float, mesh: AbstractMesh, arrays: dict[str, jax.Array]):
     """`direction` of the kernel, each device with its examples. All results have a batch."""
 
+    def by(kernel, interpret: bool):
+        plan = kernel.Plan.of(arrays["q"], arrays["k"], width, eps, "mask" in arrays)
+        return functools.partial(getattr(kernel, direction), plan, interpret)
+
     def on_one_device(arrays):
-        plan = tpu.Plan.of(arrays["q"], arrays["k"], width, eps, "mask" in arrays)
-        return jax.lax.platform_dependent(
-            arrays, tpu=functools.partial(direction, plan, False), default=functools.partial(direction, plan, True)
-        )
+        kernels = {"tpu": by(tpu, False)}
+        if (gpu := _kernel_of_gpus(width)) is not None:
+            kernels["cuda"] = by(gpu, False)
+        return jax.lax.platform_dependent(arrays, **kernels, default=by(INTERPRETED, True))
 
     axes = {
         name: size
@@ -85,3 +92,12 @@ def _run(direction, width: int, eps: float, mesh: AbstractMesh, arrays: dict[str
     return jax.shard_map(
         on_one_device, mesh=mesh, in_specs=(specs,), out_specs=by_example, axis_names=set(axes), check_vma=False
     )(arrays)
+
+
+def _kernel_of_gpus(width: int) -> types.ModuleType | None:
+    """None for heads of such a width; or where jax lacks Triton, which it deprecates since 0.11."""
+    if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
+        return None
+    from polaformer_jax.fused import gpu
+
+    return gpu if gpu.has_width(width) else None

@@ -9,12 +9,19 @@ so that numerators and denominators are products alike, each value channel with 
 that of `polaformer_jax.attention`; `x_bar` is the gradient of x.
 """
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from polaformer_jax.layers import wide
 from polaformer_jax.powers import signed_powers, signed_powers_gradients
+
+
+def named(names, refs) -> tuple[types.SimpleNamespace, tuple]:
+    """A kernel's inputs by name, and its other references."""
+    return types.SimpleNamespace(**dict(zip(names, refs, strict=False))), refs[len(names) :]
 
 
 def dot(a: jax.Array, b: jax.Array, over: tuple[int, int]) -> jax.Array:

@@ -7,7 +7,6 @@ memory (VMEM) from the first pass to the last.
 
 import functools
 import math
-import types
 from typing import NamedTuple
 
 import jax
@@ -146,7 +145,7 @@ def _cost(plan: Plan, arrays, results, passes_over_keys: int) -> pl.CostEstimate
 
 
 def _forward_kernel(plan: Plan, names, *refs):
-    x, (y, sums, m) = _named(names, refs)
+    x, (y, sums, m) = blocks.named(names, refs)
     step = pl.program_id(2)
     _sum_keys(plan, step, x, sums, m)
 
@@ -157,7 +156,7 @@ def _forward_kernel(plan: Plan, names, *refs):
 
 
 def _backward_kernel(plan: Plan, names, *refs):
-    x, (q_bar, k_bar, v_bar, g_bar, u_bar, s_bar, p_bar, sums, m, m_bar) = _named(names, refs)
+    x, (q_bar, k_bar, v_bar, g_bar, u_bar, s_bar, p_bar, sums, m, m_bar) = blocks.named(names, refs)
     step, second_pass = pl.program_id(2), plan.key_blocks + plan.query_blocks
 
     @pl.when(step == 0)
@@ -192,11 +191,6 @@ def _backward_kernel(plan: Plan, names, *refs):
             ref[0] = bar.astype(ref.dtype)
         s_bar[0] += s_more
         p_bar[0] += p_more
-
-
-def _named(names, refs):
-    """The inputs by name, and the others."""
-    return types.SimpleNamespace(**dict(zip(names, refs, strict=False))), refs[len(names) :]
 
 
 def _sum_keys(plan: Plan, step, x, sums, m):
