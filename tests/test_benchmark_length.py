@@ -50,7 +50,7 @@ def test_the_attentions_are_measured_and_written(tmp_path, capsys):
         (tokens, mode, name)
         for tokens in ("4", "16")
         for mode in ("forward", "gradient")
-        for name in ("polarity", "softmax")
+        for name in ("polarity", "softmax", "floor")
     ]
     assert {(row["batch"], row["heads"], row["width"], row["dtype"]) for row in rows} == {("3", "2", "4", "float32")}
     for row in rows:
@@ -59,8 +59,9 @@ def test_the_attentions_are_measured_and_written(tmp_path, capsys):
     by_name = {(row["attention"], row["tokens"]): float(row["gflops"]) for row in rows if row["mode"] == "forward"}
     assert by_name["polarity", "16"] == pytest.approx(4 * by_name["polarity", "4"], rel=1e-3)  # linear
     assert by_name["softmax", "16"] == pytest.approx(16 * by_name["softmax", "4"], rel=1e-3)  # quadratic
+    assert by_name["floor", "16"] == 0
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 5 and "softmax/polarity" in printed[0]
+    assert len(printed) == 5 and printed[0].split()[-2:] == ["softmax/polarity", "polarity/floor"]
 
 
 def test_the_ratio_is_of_the_medians_and_a_dash_where_one_is_left_out():

@@ -13,6 +13,7 @@ from polaformer_jax.errors import UserError
 # What can be measured: each is a module here with `add_arguments(parser)` and `main(args)`.
 SUBJECTS = {
     "input": "images/s per core of each stage of the training input, and of the whole",
+    "ceilings": "the two ceilings of a device: matrix products, and reading and writing memory",
     "model": "images/s of whole models: forward, with gradients, and the training step",
     "profile": "where the time of a model goes, operation by operation",
     "start": "seconds from the start of a process to the first logits, without and with a compilation cache",

@@ -2,8 +2,10 @@
 
     python -m polaformer_jax.benchmark attention --tokens 49 196 784 3136 --csv attention.csv
 
-Polarity is `polarity_attention` on a square grid, with its depthwise convolution and gate; softmax is
-`jax.nn.dot_product_attention`. Neither has the linear layers around it. What is compared takes turns, on one device.
+Polarity is `polarity_attention` on a square grid, with its depthwise convolution and gate, by operations; kernel is the
+same by one kernel, on devices that have one; softmax is `jax.nn.dot_product_attention`. None has the linear layers
+around it. The floor is what no core can be faster than: a program that only reads what the polarity core is given once,
+and writes as much as its results once. What is compared takes turns, on one device.
 """
 
 import argparse
@@ -15,7 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from polaformer_jax import tables
+from polaformer_jax import fused, tables
 from polaformer_jax.attention import polarity_attention
 from polaformer_jax.benchmark import options, sweep
 from polaformer_jax.benchmark.sweep import Job, Point
@@ -36,10 +38,10 @@ class Sizes(NamedTuple):
     dtype: str
 
 
-def polarity(given: Arrays) -> jax.Array:
+def polarity(given: Arrays, implementation: str = "xla") -> jax.Array:
     """(B, N, C) of everything that `arguments` makes."""
     side = math.isqrt(given["q"].shape[1])
-    return polarity_attention(**given, grid=(side, side))
+    return polarity_attention(**given, grid=(side, side), implementation=implementation)
 
 
 def softmax(given: Arrays) -> jax.Array:
@@ -47,13 +49,35 @@ def softmax(given: Arrays) -> jax.Array:
     return jax.nn.dot_product_attention(given["q"], given["k"], given["v"])
 
 
-ATTENTIONS: dict[str, Callable[[Arrays], jax.Array]] = {"polarity": polarity, "softmax": softmax}
+def floor(given: Arrays) -> jax.Array:
+    """(B, N, C) of q, k, v and g, each read once."""
+    return given["q"] + given["k"] + given["v"] + given["g"]
+
+
+def floor_gradient(given: Arrays) -> Arrays:
+    """As much as the gradients of q, k, v and g, each of which is read once."""
+    total = floor(given)
+    return {name: total * given[name] for name in "qkvg"}
+
+
+ATTENTIONS: dict[str, Callable[[Arrays], jax.Array]] = {
+    "polarity": polarity,
+    "kernel": functools.partial(polarity, implementation="pallas"),
+    "softmax": softmax,
+    "floor": floor,
+}
+
+
+def here(width: int) -> tuple[str, ...]:
+    """The names of `ATTENTIONS` to be measured on this process's devices: the kernel would be interpreted on some."""
+    kernel = fused.has_kernel(jax.default_backend(), width)
+    return tuple(name for name in ATTENTIONS if kernel or name != "kernel")
 
 
 def arguments(attention: str, tokens: int, sizes: Sizes) -> Arrays:
-    """Random queries, keys and values, and for polarity its gate and parameters, these in float32."""
+    """Random queries, keys and values, and except for softmax a gate and parameters, these in float32."""
     batch, heads, width, dtype = sizes
-    shape = (batch, tokens, heads * width) if attention == "polarity" else (batch, tokens, heads, width)
+    shape = (batch, tokens, heads, width) if attention == "softmax" else (batch, tokens, heads * width)
     keys = jax.random.split(jax.random.key(0), 5)
     given = {name: jax.random.normal(key, shape, dtype) for name, key in zip("qkvg", keys[:4], strict=True)}
     if attention == "softmax":
@@ -75,7 +99,8 @@ def job(tokens: int, attention: str, mode: str, *, sizes: Sizes) -> Job:
     def total(given: Arrays) -> jax.Array:
         return jnp.sum(forward(given), dtype=jnp.float32)
 
-    function = jax.jit(forward if mode == "forward" else jax.value_and_grad(total))
+    gradient = floor_gradient if attention == "floor" else jax.value_and_grad(total)
+    function = jax.jit(forward if mode == "forward" else gradient)
     make = functools.partial(arguments, attention, tokens, sizes)
 
     def start(program: jax.stages.Compiled) -> Callable[[], object]:
@@ -85,19 +110,26 @@ def job(tokens: int, attention: str, mode: str, *, sizes: Sizes) -> Job:
     return Job(lambda: function.trace(jax.eval_shape(make)), start)
 
 
+RATIOS = (("softmax", "polarity"), ("polarity", "floor"), ("kernel", "floor"))
+
+
 def table(points: Sequence[Point]) -> str:
-    """A line for each mode and length, and how many times as long softmax takes."""
+    """A line for each mode and length, and the `RATIOS` of the times."""
     by_name = {point[:3]: point for point in points}
-    head = ["mode", "tokens", *(f"{name} {cell}" for name in ATTENTIONS for cell in sweep.CELLS), "softmax/polarity"]
+    names = [name for name in ATTENTIONS if any(point.attention == name for point in points)]
+    ratios = [pair for pair in RATIOS if set(pair) <= set(names)]
+    head = ["mode", "tokens", *(f"{name} {cell}" for name in names for cell in sweep.CELLS)]
     lines = []
     for mode in MODES:
         for tokens in sorted({point.tokens for point in points}):
-            found = {name: by_name[tokens, name, mode] for name in ATTENTIONS}
-            ours, theirs = found["polarity"].timing, found["softmax"].timing
-            ratio = theirs.median / ours.median if ours and theirs else None
+            found = {name: by_name[tokens, name, mode] for name in names}
             texts = [text for point in found.values() for text in sweep.cells(point)]
-            lines.append([mode, f"{tokens:,}", *texts, tables.number(ratio, ".2f")])
-    return tables.columns(head, lines)
+            lines.append([mode, f"{tokens:,}", *texts, *(_ratio(found[a], found[b]) for a, b in ratios)])
+    return tables.columns([*head, *("/".join(pair) for pair in ratios)], lines)
+
+
+def _ratio(a: Point, b: Point) -> str:
+    return tables.number(a.timing.median / b.timing.median if a.timing and b.timing else None, ".2f")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -124,7 +156,7 @@ def main(args: argparse.Namespace) -> None:
         args,
         args.tokens,
         functools.partial(job, sizes=sizes),
-        attentions=tuple(ATTENTIONS),
+        attentions=here(args.width),
         modes=MODES,
         sizes=sizes._asdict(),
     )

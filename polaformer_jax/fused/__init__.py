@@ -31,6 +31,11 @@ def usable(channels: int, width: int) -> bool:
     return known and tpu.group_of(channels, width) <= tpu.LARGEST_GROUP
 
 
+def has_kernel(platform: str, width: int) -> bool:
+    """Whether devices of a platform, as `jax.default_backend` calls it, have a kernel for heads of such a width."""
+    return platform == "tpu" or (platform == "gpu" and _kernel_of_gpus(width) is not None)
+
+
 def fused_attention(arrays: dict[str, jax.Array], *, width: int, eps: float) -> jax.Array:
     """y of `polarity_attention`, ([o1, o2] + u) * g.
 
