@@ -184,13 +184,16 @@ def checkout(tmp_path, monkeypatch):
 def test_the_official_model_of_the_same_sizes_takes_turns_with_ours(checkout, tmp_path, capsys):
     path = tmp_path / "model.csv"
     given = [*TINY, "--modes=forward", "--dtypes=bfloat16", "--threads=3", "--devices=1", f"--csv={path}"]
-    assert main(["model", *given, f"--official={checkout}", f"--official-python={sys.executable}"]) == 0
+    given += [f"--official={checkout}", f"--official-python={sys.executable}", "--official-by", "compiled", "eager"]
+    assert main(["model", *given]) == 0
     rows = rows_of(path)
     assert [(row["mode"], row["code"], row["calls"]) for row in rows] == [
         ("forward", "ours", "2"),
+        ("forward", "official, compiled", "2"),
         ("forward", "official", "2"),
     ]
-    assert (rows[1]["compile_s"], rows[1]["memory_gib"], rows[1]["gflops"]) == ("", "", "")
+    assert rows[1]["compile_s"] != ""
+    assert (rows[2]["compile_s"], rows[2]["memory_gib"], rows[2]["gflops"]) == ("", "", "")
     log = json.loads((checkout / "models/log.json").read_text())
     expected = {"embed_dims": [32, 64, 128, 160], "depths": [1, 1, 2, 1], "img_size": 32, "num_classes": 1000}
     assert log["arguments"].items() >= {**expected, "drop_path_rate": 0.05, "patch_size": 4}.items()

@@ -11,7 +11,8 @@ process too; compiling is timed apart.
 import argparse
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -94,8 +95,7 @@ def measure(
     modes: Sequence[str],
     calls: int,
     seconds: float,
-    open_official: official.Opener | None = None,
-    code: str = "official",
+    officials: Mapping[str, official.Opener] = MappingProxyType({}),
     after_turn: Callable[[], object] = lambda: None,
 ) -> list[Row]:
     """Everything of one case, taking turns.
@@ -104,8 +104,7 @@ def measure(
         made: `experiment` of the case, on whose devices it is measured.
         modes: of `MODES`. The official code has those of `official.MODES`.
         calls, seconds: see `take_turns`.
-        open_official: starts the official code, see `official.opener`; None: ours alone.
-        code: what that one is called.
+        officials: what starts the official code, in each way that is wanted, see `official.openers`.
 
     Raises:
         UserError: the case does not fit into the memory, or the official code does not run.
@@ -114,14 +113,15 @@ def measure(
     shared = [mode for mode in modes if mode in official.MODES]
     with contextlib.ExitStack() as stack:
         subjects: dict[tuple[str, str], Subject] = {}
-        theirs = {}
-        if open_official is not None and shared:
-            theirs = stack.enter_context(open_official(case, shared, devices[0].platform)).subjects
+        theirs = {
+            code: stack.enter_context(opener(case, shared, devices[0].platform)).subjects
+            for code, opener in officials.items()
+            if shared
+        }
         try:
             for mode in modes:
                 subjects[mode, OURS] = subject(made, case, mode)
-                if mode in theirs:
-                    subjects[mode, code] = theirs[mode]
+                subjects |= {(mode, code): found[mode] for code, found in theirs.items() if mode in found}
             runs = {name: each.run for name, each in subjects.items()}
             timings = take_turns(runs, calls=calls, seconds=seconds, after_turn=after_turn)
         except jax.errors.JaxRuntimeError as error:
@@ -192,11 +192,11 @@ def main(args: argparse.Namespace) -> None:
         # Of a GPU's memory JAX would else take three quarters at once, and leave PyTorch the rest.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     devices = _devices(args.devices)
-    code, open_official = official.opener(args)
-    if open_official is not None and len(devices) > 1:
+    officials = official.openers(args)
+    if officials and len(devices) > 1:
         raise UserError(f"--official runs on one device, but there are {len(devices)}: add --devices 1")
     made = {case: experiment(case, devices) for case in wanted}  # what cannot be is found before anything is measured
-    things = len(wanted) * len(_things(args.modes, open_official is not None))
+    things = len(wanted) * (len(args.modes) + len(officials) * len([m for m in args.modes if m in official.MODES]))
     rows: list[Row] = []
     try:
         with tqdm(total=things * args.calls, desc="measuring", unit="turn", disable=None, leave=False) as bar:
@@ -208,8 +208,7 @@ def main(args: argparse.Namespace) -> None:
                     modes=args.modes,
                     calls=args.calls,
                     seconds=args.seconds,
-                    open_official=open_official,
-                    code=code,
+                    officials=officials,
                     after_turn=bar.update,
                 )
                 if args.csv:
@@ -224,7 +223,3 @@ def _devices(count: int | None) -> list[jax.Device]:
     if count is not None and not 1 <= count <= len(devices):
         raise UserError(f"--devices is {count}, but there are {len(devices)}: give 1 to {len(devices)}")
     return devices[:count]
-
-
-def _things(modes: Sequence[str], with_official: bool) -> list[str]:
-    return [*modes, *(mode for mode in modes if with_official and mode in official.MODES)]

@@ -21,6 +21,7 @@ from polaformer_jax.errors import UserError
 Opener = Callable[[Case, Sequence[str], str], "Official"]
 
 MODES = ("forward", "gradient")  # that both programs have
+_NAMES = {"eager": "official", "compiled": "official, compiled"}
 _WORKER = Path(__file__).with_name("official_worker.py")
 _FILES = ("models/pola_pvt.py", "models/pola_swin.py")
 
@@ -42,11 +43,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the official code on a CPU [as many as JAX takes: the cores of this process, which taskset limits for "
         "both]",
     )
-    parser.add_argument("--compiled", action="store_true", help="the official code by torch.compile, rather than eager")
+    parser.add_argument(
+        "--official-by",
+        nargs="+",
+        choices=tuple(_NAMES),
+        default=["eager"],
+        help="how the official code runs: eager, compiled by torch.compile, or both in turns [eager]",
+    )
 
 
-def opener(args: argparse.Namespace) -> tuple[str, "Opener | None"]:
-    """What the official code is called, and what starts it; None where it was not asked for.
+def openers(args: argparse.Namespace) -> "dict[str, Opener]":
+    """What starts the official code, by what it is called in each way that was asked for; none without `--official`.
 
     Args:
         args: with what `add_arguments` adds.
@@ -54,13 +61,12 @@ def opener(args: argparse.Namespace) -> tuple[str, "Opener | None"]:
     Raises:
         UserError: there is no such checkout or Python.
     """
-    code = "official, compiled" if args.compiled else "official"
     if args.official is None:
-        return code, None
+        return {}
     python = shutil.which(os.path.expanduser(args.official_python)) or args.official_python
     _check(args.official, python)
 
-    def start(case: Case, modes: Sequence[str], platform: str) -> Official:
+    def start(case: Case, modes: Sequence[str], platform: str, *, compiled: bool) -> Official:
         return Official(
             args.official,
             case,
@@ -68,10 +74,10 @@ def opener(args: argparse.Namespace) -> tuple[str, "Opener | None"]:
             platform=platform,
             modes=modes,
             threads=args.threads,
-            compiled=args.compiled,
+            compiled=compiled,
         )
 
-    return code, start
+    return {_NAMES[by]: functools.partial(start, compiled=by == "compiled") for by in args.official_by}
 
 
 def _check(path: str, python: str) -> None:

@@ -8,12 +8,13 @@ is measured of one model takes turns. This process stays away from the devices, 
 """
 
 import argparse
+import functools
 import json
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -58,12 +59,11 @@ class Row(NamedTuple):
         }
 
 
-def measure(case: Case, *, calls: int, open_official, code: str, after_turn) -> list[Row]:
-    """A row for each of: nothing compiled, everything compiled, the official code where it is wanted.
+def measure(case: Case, *, calls: int, officials: Mapping[str, official.Opener], after_turn) -> list[Row]:
+    """A row for each of: nothing compiled, everything compiled, the official code in each way that is wanted.
 
     Args:
-        open_official: starts the official process for a case and a platform, see `official.opener`; None: without it.
-        code: what the official code is called.
+        officials: see `official.openers`.
 
     Raises:
         UserError: a process fails.
@@ -75,15 +75,14 @@ def measure(case: Case, *, calls: int, open_official, code: str, after_turn) -> 
             with tempfile.TemporaryDirectory(prefix="benchmark_start_") as empty:
                 return start(case, empty)[0]
 
-        def their() -> float:
+        def their(open_official: official.Opener) -> float:
             began = time.perf_counter()
             with open_official(case, (), platform) as process:
                 process.run("forward")
                 return time.perf_counter() - began
 
         runs = {COLD: cold, WARM: lambda: start(case, cache)[0]}
-        if open_official is not None:
-            runs[code] = their
+        runs |= {code: functools.partial(their, opener) for code, opener in officials.items()}
         timings = take_turns(runs, calls=calls, seconds=0, after_turn=after_turn)
     return [Row(case, name, platform, timing) for name, timing in timings.items()]
 
@@ -161,13 +160,13 @@ def main(args: argparse.Namespace) -> None:
     options.check_positive("--calls", args.calls)
     options.check_positive("--threads", args.threads)
     cases = ours.cases(args)
-    code, open_official = official.opener(args)
+    officials = official.openers(args)
     rows: list[Row] = []
-    turns = len(cases) * (2 + (open_official is not None)) * args.calls
+    turns = len(cases) * (2 + len(officials)) * args.calls
     with tqdm(total=turns, desc="measuring", unit="process", disable=None, leave=False) as bar:
         for case in cases:
             bar.set_postfix_str(str(case))
-            rows += measure(case, calls=args.calls, open_official=open_official, code=code, after_turn=bar.update)
+            rows += measure(case, calls=args.calls, officials=officials, after_turn=bar.update)
             if args.csv:
                 tables.write_csv(args.csv, [row.record() for row in rows])
     print(table(rows))

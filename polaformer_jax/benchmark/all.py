@@ -1,0 +1,65 @@
+"""Everything that says how fast a GPU or TPU is with these models, in one go, as one CSV file for each part.
+
+    python -m polaformer_jax.benchmark all --out results --official ~/PolaFormer --official-by eager compiled
+
+The parts are the benchmarks `ceilings`, `attention` and `model` in the sizes of `PARTS`, each in its own process.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from polaformer_jax.benchmark import official
+from polaformer_jax.errors import UserError
+
+_TIMING = ("--calls=10", "--seconds=1")
+_CORE = ("attention", "--dtype=bfloat16", "--batch-size=128", *_TIMING)
+_MODEL = ("model", "--dtypes", "bfloat16", "--devices=1", "--modes", "forward", "gradient", "step", *_TIMING)
+
+# By the name of the CSV file: what to run. Cores are those of stages of Pola-Swin-T (whose windows are whole images in
+# stages 1 to 3) and of Pola-PVT without reduced keys.
+PARTS: dict[str, tuple[str, ...]] = {
+    "ceilings": ("ceilings", *_TIMING),
+    "core_3x32": (*_CORE, "--heads=3", "--width=32", "--tokens", "49", "196", "784", "3136"),
+    "core_2x64": (*_CORE, "--heads=2", "--width=64", "--tokens", "49", "196", "784"),
+    "pola_pvt_t": (*_MODEL, "--models=pola_pvt_t", "--batch-sizes=256"),
+    "pola_swin_t": (*_MODEL, "--models=pola_swin_t", "--batch-sizes=128"),
+    "pola_swin_b": (*_MODEL, "--models=pola_swin_b", "--batch-sizes=64"),
+}
+
+
+def commands(args: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
+    """The name of each part, and the arguments of its process."""
+    for name, part in PARTS.items():
+        theirs = ()
+        if part[0] == "model" and args.official is not None:
+            theirs = (f"--official={args.official}", f"--official-python={args.official_python}")
+            theirs += (f"--threads={args.threads}", "--official-by", *args.official_by)
+        yield name, [*part, *theirs, f"--csv={Path(args.out) / name}.csv"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", metavar="FOLDER", required=True, help="where the CSV files go; it is made if need be")
+    official.add_arguments(parser)
+
+
+def main(args: argparse.Namespace) -> None:
+    try:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {args.out} cannot be made: {error}") from error
+    official.openers(args)  # what cannot be is found before anything is measured
+    failed = []
+    with tqdm(total=len(PARTS), desc="parts", unit="part", disable=None) as bar:
+        for name, words in commands(args):
+            bar.set_postfix_str(name)
+            tqdm.write(f"\n{name}: {' '.join(words)}")
+            status = subprocess.run([sys.executable, "-m", "polaformer_jax.benchmark", *words]).returncode
+            failed += [name] if status else []
+            bar.update()
+    if failed:
+        raise UserError(f"{', '.join(failed)} failed, as said above; the other parts are in {args.out}")
