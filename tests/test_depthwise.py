@@ -1,5 +1,7 @@
 """Depthwise convolution: what each back end does is the same function."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -14,7 +16,11 @@ def test_the_ways_of_all_back_ends_agree(x64, grid, sizes):
     kernel = rng.normal(size=(*sizes, 4))
     expected, pull_back = jax.vjp(depthwise.grouped_convolution, x, kernel)
     np.testing.assert_allclose(depthwise.shifted_products(x, kernel), expected, rtol=0, atol=1e-13)
-    for gradients in (depthwise.shifted_products_gradients, depthwise.grouped_convolution_gradients):
+    for gradients in (
+        depthwise.shifted_products_gradients,
+        functools.partial(depthwise.shifted_products_gradients, loop=False),
+        depthwise.grouped_convolution_gradients,
+    ):
         for ours, theirs in zip(gradients(x, kernel, gradient), pull_back(gradient), strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-13)
 
