@@ -185,7 +185,7 @@ def _architecture(family: type, given: Mapping[str, object]) -> dict[str, object
     full = {**_defaults(family), **given}
     if family is PolaSequence:
         return {name: full[name] for name in ("dim", "depth", "num_heads", "mlp_dim", "head_dim", "kernel_size")}
-    for free in ("num_classes", "img_size", "drop_rate", "drop_path_rate"):
+    for free in ("num_classes", "img_size", "drop_rate", "drop_path_rate", "attention_impl"):
         del full[free]
     letters = full["attn_type"]
     if family is PolaSwin:

@@ -197,6 +197,7 @@ def test_the_official_model_of_the_same_sizes_takes_turns_with_ours(checkout, tm
     log = json.loads((checkout / "models/log.json").read_text())
     expected = {"embed_dims": [32, 64, 128, 160], "depths": [1, 1, 2, 1], "img_size": 32, "num_classes": 1000}
     assert log["arguments"].items() >= {**expected, "drop_path_rate": 0.05, "patch_size": 4}.items()
+    assert "attention_impl" not in log["arguments"]
     one = ["eval", "no_grad", "autocast True", "call (8, 3, 32, 32)"]
     assert log["done"] == ["threads 3", "to cpu", *one * 4]  # twice to warm up, twice timed
     assert "pola_pvt_nano 32 x 32, batch 8, bfloat16, forward: " in capsys.readouterr().out
