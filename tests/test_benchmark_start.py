@@ -15,6 +15,7 @@ from tests.test_benchmark_model import checkout  # noqa: F401
 CASE = Case("pola_pvt_nano", 32, 2, "float32")
 
 
+@pytest.mark.slow
 def test_processes_start_cold_warm_and_with_the_official_code(checkout, tmp_path, capsys):  # noqa: F811
     path = tmp_path / "start.csv"
     given = ["--models=pola_pvt_nano", "--batch-sizes=2", "--calls=1", f"--csv={path}", f"--official={checkout}"]

@@ -220,11 +220,6 @@ def test_an_unknown_implementation_is_refused():
 
 def test_the_training_step_of_a_tpu_has_the_kernel():
     """The step says on which mesh the batch lies."""
-
-    def kernels(implementation):
-        made = Experiment(config_of(**{"model.attention_impl": implementation}), num_examples=64)
-        step = made.trace_train_step(made.abstract_batch(16)).lower(lowering_platforms=("tpu",))
-        return step.as_text().count("tpu_custom_call")
-
-    assert kernels("auto") >= 2  # there and back; blocks of one shape share theirs
-    assert kernels("xla") == 0
+    made = Experiment(config_of(), num_examples=64)
+    step = made.trace_train_step(made.abstract_batch(16)).lower(lowering_platforms=("tpu",))
+    assert step.as_text().count("tpu_custom_call") >= 2  # there and back; blocks of one shape share theirs
