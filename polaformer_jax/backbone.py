@@ -15,7 +15,8 @@ from polaformer_jax.layers import Block, linear, rematerialised, wide
 
 STRIDES = (4, 8, 16, 32)
 DTYPES = ("bfloat16", "float32", "float64")
-_NO_HYPERPARAMETERS = ("self", "__class__", "attention_impl", "dtype", "param_dtype", "rngs")
+# Arguments of the constructors that do not say which function of its weights a model is.
+NO_HYPERPARAMETERS = ("self", "__class__", "attention_impl", "dtype", "param_dtype", "rngs")
 
 
 class Backbone(nnx.Module):
@@ -129,7 +130,7 @@ class Arguments:
         """`given` is the constructor's `locals()`, of which `record` keeps a copy."""
         self.family = family
         self.problems: list[str] = []
-        self._given = {key: value for key, value in given.items() if key not in _NO_HYPERPARAMETERS}
+        self._given = {key: value for key, value in given.items() if key not in NO_HYPERPARAMETERS}
 
     def integer(self, name: str, value, *, least: int = 1) -> int:
         try:

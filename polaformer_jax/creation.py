@@ -26,6 +26,7 @@ def create_model(
     drop_path: float | None = None,
     dtype=jnp.float32,
     param_dtype=jnp.float32,
+    attention_impl: str = "auto",
     rngs: nnx.Rngs | None = None,
     **overrides,
 ) -> PolaPVT | PolaSwin | PolaSequence:
@@ -39,6 +40,7 @@ def create_model(
             file, the classes are the file's, and image size and rate those of the name.
         dtype: of the computation; bfloat16 keeps power, normaliser, softmax and logits in float32.
         param_dtype: of the stored parameters.
+        attention_impl: how polarity-aware attention is computed, see `polarity_attention`.
         rngs: where the initial weights come from; needed without `weights`, and else not used.
         overrides: any argument of the constructor (`PolaPVT`, `PolaSwin`, `PolaSequence`), by its own name.
 
@@ -49,7 +51,7 @@ def create_model(
     if weights is not None and not isinstance(weights, Mapping | weights_room.WeightsFile):
         weights = weights_room.read_file(weights)
     given = {"num_classes": num_classes, "img_size": img_size, "drop_path": drop_path, **overrides}
-    types = {"dtype": dtype, "param_dtype": param_dtype}
+    types = {"dtype": dtype, "param_dtype": param_dtype, "attention_impl": attention_impl}
     if weights is None:
         if rngs is None:
             raise UserError("rngs is None: initial weights are drawn, so pass rngs=nnx.Rngs(seed), or weights=FILE")

@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from polaformer_jax.backbone import NO_HYPERPARAMETERS
 from polaformer_jax.errors import UserError
 from polaformer_jax.pola_pvt import PolaPVT
 from polaformer_jax.pola_sequence import PolaSequence
@@ -185,7 +186,7 @@ def _architecture(family: type, given: Mapping[str, object]) -> dict[str, object
     full = {**_defaults(family), **given}
     if family is PolaSequence:
         return {name: full[name] for name in ("dim", "depth", "num_heads", "mlp_dim", "head_dim", "kernel_size")}
-    for free in ("num_classes", "img_size", "drop_rate", "drop_path_rate", "attention_impl"):
+    for free in ("num_classes", "img_size", "drop_rate", "drop_path_rate"):
         del full[free]
     letters = full["attn_type"]
     if family is PolaSwin:
@@ -203,4 +204,4 @@ def _architecture(family: type, given: Mapping[str, object]) -> dict[str, object
 
 def _defaults(family: type) -> dict[str, object]:
     parameters = inspect.signature(family.__init__).parameters
-    return {key: p.default for key, p in parameters.items() if key not in ("self", "dtype", "param_dtype", "rngs")}
+    return {key: p.default for key, p in parameters.items() if key not in NO_HYPERPARAMETERS}

@@ -130,13 +130,11 @@ class Official:
             text=True,
         )
         family, _ = zoo.lookup(case.model)
-        arguments = dict(zoo.arguments(case.model, num_classes=CLASSES, img_size=case.img_size))
-        del arguments["attention_impl"]  # the official code has one way only
         try:
             answer = self._ask(
                 {
                     "family": family.__name__,
-                    "arguments": arguments,
+                    "arguments": dict(zoo.arguments(case.model, num_classes=CLASSES, img_size=case.img_size)),
                     "batch": case.batch,
                     "dtype": case.dtype,
                     "device": "cuda" if platform == "gpu" else "cpu",
