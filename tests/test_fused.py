@@ -90,7 +90,7 @@ def test_values_and_gradients_are_those_of_the_operations(shape, limit, blocks, 
     blocks_of(limit)
     given = arguments(shape)
     _, width, _, _, group = SHAPES[shape]
-    plan = tpu.Plan.of(given["q"], given["k"], width, 1e-6, False)
+    plan = tpu.plan(given["q"], given["k"], width, 1e-6, False)
     assert (plan.group, plan.query_blocks, plan.key_blocks) == (group, *blocks)
     agree(outcome(given, shape, "pallas"), outcome(given, shape, "xla"), 1e-12)
 
@@ -110,7 +110,7 @@ def gpu_kernel(monkeypatch):
 )
 def test_values_and_gradients_on_a_gpu_are_those_of_the_operations(shape, blocks, x64, gpu_kernel):
     given = arguments(shape)
-    plan = gpu.Plan.of(given["q"], given["k"], SHAPES[shape][1], 1e-6, False)
+    plan = gpu.plan(given["q"], given["k"], SHAPES[shape][1], 1e-6, False)
     assert (plan.query_blocks, plan.key_blocks) == blocks
     agree(outcome(given, shape, "pallas"), outcome(given, shape, "xla"), 1e-12)
 

@@ -75,14 +75,14 @@ def _run(direction: str, width: int, eps: float, mesh: AbstractMesh, arrays: dic
     """`direction` of the kernel, each device with its examples. All results have a batch."""
 
     def by(kernel, interpret: bool):
-        plan = kernel.Plan.of(arrays["q"], arrays["k"], width, eps, "mask" in arrays)
+        plan = kernel.plan(arrays["q"], arrays["k"], width, eps, "mask" in arrays)
         return functools.partial(getattr(kernel, direction), plan, interpret)
 
-    def on_one_device(arrays):
+    def on_one_device(examples):
         kernels = {"tpu": by(tpu, False)}
         if (gpu := _kernel_of_gpus(width)) is not None:
             kernels["cuda"] = by(gpu, False)
-        return jax.lax.platform_dependent(arrays, **kernels, default=by(INTERPRETED, True))
+        return jax.lax.platform_dependent(examples, **kernels, default=by(INTERPRETED, True))
 
     axes = {
         name: size

@@ -10,13 +10,43 @@ that of `polaformer_jax.attention`; `x_bar` is the gradient of x.
 """
 
 import types
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import pallas as pl
 
 from polaformer_jax.layers import wide
 from polaformer_jax.powers import signed_powers, signed_powers_gradients
+
+
+class Plan(NamedTuple):
+    """How a kernel cuts its arrays: all that it knows when it is compiled.
+
+    Attributes:
+        queries, keys: tokens of an example.
+        channels: C. group: those of a block, G, which are whole heads. width: those of a head.
+        query_block, key_block: tokens of a block; the last one may end beyond the arrays.
+        eps: added to the denominators.
+    """
+
+    queries: int
+    keys: int
+    channels: int
+    group: int
+    width: int
+    query_block: int
+    key_block: int
+    eps: float
+
+    @property
+    def query_blocks(self) -> int:
+        return pl.cdiv(self.queries, self.query_block)
+
+    @property
+    def key_blocks(self) -> int:
+        return pl.cdiv(self.keys, self.key_block)
 
 
 def named(names, refs) -> tuple[types.SimpleNamespace, tuple]:

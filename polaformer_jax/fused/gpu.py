@@ -5,7 +5,6 @@ the passes hand on, matrices of a head's width, stays in its registers.
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,35 +12,24 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from polaformer_jax.fused import blocks
+from polaformer_jax.fused.blocks import Plan
 
 BLOCK = 32 * 64  # elements of a block, at most; more of them would not find room in the registers
 
 
-class Plan(NamedTuple):
-    """How the arrays are cut: all that the kernel knows when it is compiled."""
-
-    queries: int
-    keys: int
-    heads: int
-    width: int
-    query_block: int
-    key_block: int
-    eps: float
-
-    @classmethod
-    def of(cls, q, k, width: int, eps: float, masked: bool) -> "Plan":
-        """For queries (B, N, C) and keys (B, n, C) with heads of `width` channels."""
-        _, queries, channels = q.shape
-        keys = k.shape[1]
-        return cls(queries, keys, channels // width, width, _block(queries, width), _block(keys, width), eps)
-
-    @property
-    def query_blocks(self) -> int:
-        return pl.cdiv(self.queries, self.query_block)
-
-    @property
-    def key_blocks(self) -> int:
-        return pl.cdiv(self.keys, self.key_block)
+def plan(q, k, width: int, eps: float, masked: bool) -> Plan:
+    """For queries (B, N, C) and keys (B, n, C) with heads of `width` channels, masked or not."""
+    _, queries, channels = q.shape
+    return Plan(
+        queries=queries,
+        keys=k.shape[1],
+        channels=channels,
+        group=width,
+        width=width,
+        query_block=_block(queries, width),
+        key_block=_block(k.shape[1], width),
+        eps=eps,
+    )
 
 
 def has_width(width: int) -> bool:
@@ -78,10 +66,10 @@ def _call(kernel, plan: Plan, interpret: bool, arrays, results, warps: int):
         "mask": pl.BlockSpec((None, None, keys), lambda b, h: (b, 0, 0)),
         "each": pl.BlockSpec((None, 1, plan.width), lambda b, h: (b, 0, h)),
     }
-    shapes = {**arrays, "each": jax.ShapeDtypeStruct((batch, 1, plan.heads * plan.width), full)}
+    shapes = {**arrays, "each": jax.ShapeDtypeStruct((batch, 1, plan.channels), full)}
     return pl.pallas_call(
         functools.partial(kernel, plan, tuple(arrays)),
-        grid=(batch, plan.heads),
+        grid=(batch, plan.channels // plan.width),
         in_specs=[specs[name] for name in arrays],
         out_specs=[specs[name] for name in results],
         out_shape=[jax.ShapeDtypeStruct(shapes[name].shape, shapes[name].dtype) for name in results],

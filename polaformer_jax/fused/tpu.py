@@ -7,7 +7,6 @@ memory (VMEM) from the first pass to the last.
 
 import functools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,48 +14,28 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from polaformer_jax.fused import blocks
+from polaformer_jax.fused.blocks import Plan
 
 LANES = 128  # the last axis of a register, and the side of the unit that multiplies
 BLOCK = 512 * LANES  # elements of a block, at most; some thirty of them are in memory at a time
 LARGEST_GROUP = 384  # channels, of whose square some twenty are in memory at a time
 
 
-class Plan(NamedTuple):
-    """How the arrays are cut: all that the kernel knows when it is compiled."""
-
-    queries: int
-    keys: int
-    channels: int
-    group: int
-    width: int
-    query_block: int
-    key_block: int
-    eps: float
-
-    @classmethod
-    def of(cls, q, k, width: int, eps: float, masked: bool) -> "Plan":
-        """For queries (B, N, C) and keys (B, n, C) with heads of `width` channels."""
-        _, queries, channels = q.shape
-        group = group_of(channels, width)
-        limit = BLOCK // (pl.cdiv(group, LANES) * LANES)
-        return cls(
-            queries=queries,
-            keys=k.shape[1],
-            channels=channels,
-            group=group,
-            width=width,
-            query_block=_block(queries, limit, 16),
-            key_block=_block(k.shape[1], limit, LANES if masked else 16),  # a mask's tokens lie along the lanes
-            eps=eps,
-        )
-
-    @property
-    def query_blocks(self) -> int:
-        return pl.cdiv(self.queries, self.query_block)
-
-    @property
-    def key_blocks(self) -> int:
-        return pl.cdiv(self.keys, self.key_block)
+def plan(q, k, width: int, eps: float, masked: bool) -> Plan:
+    """For queries (B, N, C) and keys (B, n, C) with heads of `width` channels."""
+    _, queries, channels = q.shape
+    group = group_of(channels, width)
+    limit = BLOCK // (pl.cdiv(group, LANES) * LANES)
+    return Plan(
+        queries=queries,
+        keys=k.shape[1],
+        channels=channels,
+        group=group,
+        width=width,
+        query_block=_block(queries, limit, 16),
+        key_block=_block(k.shape[1], limit, LANES if masked else 16),  # a mask's tokens lie along the lanes
+        eps=eps,
+    )
 
 
 def group_of(channels: int, width: int) -> int:
