@@ -1,5 +1,7 @@
 """Derivatives that are written out: those of differentiation, and nothing but the arguments is kept for them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from polaformer_jax.attention import signed_features
 from polaformer_jax.layers import gelu
+from tests.golden_models import QUICK
 
 
 def plain_features(q, k, *, power, scale, positional_encoding, alpha):
@@ -53,6 +56,7 @@ def smooth(x):
     return jnp.sum(jnp.log1p(x * x))
 
 
+@functools.partial(jax.jit, static_argnames=("features", "order"), compiler_options=QUICK)
 def gradients(features, given, alpha, order):
     def total(given):
         q, k = features(**given, alpha=alpha)
