@@ -20,8 +20,7 @@ _TIMING = ("--calls=10", "--seconds=1")
 _CORE = ("attention", "--dtype=bfloat16", "--batch-size=128", *_TIMING)
 _MODEL = ("model", "--dtypes", "bfloat16", "--devices=1", "--modes", "forward", "gradient", "step", *_TIMING)
 
-# By the name of the CSV file: what to run. Cores are those of stages of Pola-Swin-T (whose windows are whole images in
-# stages 1 to 3) and of Pola-PVT without reduced keys.
+# By the name of the CSV file: what to run. Cores have the heads of Pola-Swin-T in stage 1 and of Pola-PVT in stage 2.
 PARTS: dict[str, tuple[str, ...]] = {
     "ceilings": ("ceilings", *_TIMING),
     "core_3x32": (*_CORE, "--heads=3", "--width=32", "--tokens", "49", "196", "784", "3136"),

@@ -66,6 +66,7 @@ ATTENTIONS: dict[str, Callable[[Arrays], jax.Array]] = {
     "softmax": softmax,
     "floor": floor,
 }
+RATIOS = (("softmax", "polarity"), ("polarity", "floor"), ("kernel", "floor"))
 
 
 def here(width: int) -> tuple[str, ...]:
@@ -108,9 +109,6 @@ def job(tokens: int, attention: str, mode: str, *, sizes: Sizes) -> Job:
         return lambda: program(given)
 
     return Job(lambda: function.trace(jax.eval_shape(make)), start)
-
-
-RATIOS = (("softmax", "polarity"), ("polarity", "floor"), ("kernel", "floor"))
 
 
 def table(points: Sequence[Point]) -> str:

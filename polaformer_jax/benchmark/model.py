@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -95,7 +94,7 @@ def measure(
     modes: Sequence[str],
     calls: int,
     seconds: float,
-    officials: Mapping[str, official.Opener] = MappingProxyType({}),
+    officials: Mapping[str, official.Opener],
     after_turn: Callable[[], object] = lambda: None,
 ) -> list[Row]:
     """Everything of one case, taking turns.
