@@ -21,7 +21,7 @@ def defaults() -> ml_collections.ConfigDict:
 
     config.task = task = ml_collections.ConfigDict()
     # What is learnt. "image": classification of images. Sequences, of the Long Range Arena: "listops", "text",
-    # "retrieval", "pathfinder", "image_lra".
+    # "retrieval", "pathfinder", "image_lra"; and "listops_short".
     task.name = "image"
     task.tokenisation = placeholder(str)  # of ListOps: "brackets", or "no_brackets" (closing ones dropped)
     task.attention = "polarity"  # of sequences; "softmax" and plain linear "relu" are there to compare with

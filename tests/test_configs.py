@@ -18,7 +18,7 @@ GOLDEN = Path(__file__).parent / "golden/configs"
 CONFIGS = {
     "digits": ("pvt", "swin"),
     "finetune": ("pola_swin_t", "pola_pvt_b"),
-    "lra": ("listops", "text", "retrieval", "pathfinder", "image_lra"),
+    "lra": ("listops", "text", "retrieval", "pathfinder", "image_lra", "listops_short"),
     "pola_pvt": ("t", "s", "m", "b"),
     "pola_swin": ("t", "s", "b", "b_384"),
 }

@@ -70,6 +70,15 @@ def test_lengths_are_between_the_bounds_and_as_long_on_average_as_is_known(expre
     assert 0.075 < len(expressions) / (4 * listops.BLOCK) < 0.09
 
 
+def test_short_expressions_are_of_the_same_draws_and_between_their_own_bounds():
+    short, every = (listops.draw_block(7, 0, between) for between in (listops.SHORT_LENGTHS, (1, 10**6)))
+    assert 50 < short.lengths.min() < 55 and 250 < short.lengths.max() < 256
+    kept = (every.lengths > 50) & (every.lengths < 256)
+    np.testing.assert_array_equal(short.lengths, every.lengths[kept])
+    np.testing.assert_array_equal(short.symbols, every.symbols[np.repeat(kept, every.lengths)])
+    np.testing.assert_array_equal(short.values, every.values[kept])
+
+
 def test_digits_and_operators_of_kept_expressions_are_uniform(expressions):
     words = " ".join(text for text, _ in expressions[:600]).split()
     for names in ("0123456789", ("[MIN", "[MAX", "[MED", "[SM")):

@@ -29,8 +29,7 @@ def run(*arguments):
 
 
 def open_split(data_dir, task="listops", tokenisation=None, split="train"):
-    if task == "listops":
-        tokenisation = tokenisation or "brackets"
+    tokenisation = tokenisation or TASKS[task].tokenisations[0]
     return open_source(SimpleNamespace(data_dir=str(data_dir)), task, tokenisation, split)
 
 
@@ -69,6 +68,14 @@ def test_another_seed_gives_other_examples(data_dir, tmp_path):
     assert run("lra_listops", "--data-dir", tmp_path, "--num-examples", 100, "--processes", 1, "--seed", 1) == 0
     first, other = open_split(data_dir)[0]["tokens"], open_split(tmp_path)[0]["tokens"]
     assert not np.array_equal(first, other)
+
+
+def test_short_listops_is_a_data_set_of_its_own(tmp_path):
+    assert run("lra_listops_short", "--data-dir", tmp_path, "--num-examples", 100, "--processes", 1) == 0
+    source = open_split(tmp_path, "listops_short", "no_brackets")
+    assert len(source) == 96 and source.max_length == 256 and max(source.lengths) < 256
+    with pytest.raises(UserError, match="'lra_listops' is not prepared"):
+        open_split(tmp_path)
 
 
 def test_listops_is_read_in_both_tokenisations(data_dir):
@@ -178,7 +185,7 @@ def test_data_that_is_not_prepared_says_what_to_do(tmp_path, task):
         open_split(tmp_path, task)
     assert f"prepare {TASKS[task].data_set} --data-dir {tmp_path}" in str(caught.value)
     with pytest.raises(UserError, match="data.data_dir is None"):
-        open_source(SimpleNamespace(data_dir=None), task, "brackets" if task == "listops" else None, "train")
+        open_source(SimpleNamespace(data_dir=None), task, TASKS[task].tokenisations[0], "train")
 
 
 # --- damage

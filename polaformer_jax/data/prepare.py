@@ -91,7 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m polaformer_jax.data.prepare",
         description="Prepares a tfds image-classification data set.",
         epilog="'to-arrayrecord NAME --data-dir D [--out-dir O]' converts one that is prepared as TFRecord; "
-        "lra_listops, lra_pathfinder, lra_text, lra_image and lra_retrieval have a --help of their own.",
+        "lra_listops, lra_listops_short, lra_pathfinder, lra_text, lra_image and lra_retrieval have a --help of their "
+        "own.",
     )
     parser.add_argument("name", metavar="NAME", help="sklearn_digits, or a tfds data set: NAME[/CONFIG][:VERSION]")
     parser.add_argument("--data-dir", required=True, help="where prepared data sets live, e.g. data")

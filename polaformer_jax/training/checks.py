@@ -141,7 +141,7 @@ def _sequence_problems(config) -> list[str]:
         )
         if value != expected
     ]
-    allowed = lra.TOKENISATIONS if name == "listops" else (None,)
+    allowed = lra.facts_of(name).tokenisations
     if tokenisation not in allowed:
         listed = ", ".join(map(str, allowed))
         problems.append(f"task.tokenisation={tokenisation!r}: with task.name={name!r} it is {listed}")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from polaformer_jax.errors import UserError
 
 SPLITS = ("train", "dev", "test")
-TOKENISATIONS = ("brackets", "no_brackets")  # of ListOps
+_LISTOPS = ("brackets", "no_brackets")
 
 
 class Facts(NamedTuple):
@@ -23,6 +23,7 @@ class Facts(NamedTuple):
       max_length: the longest sequence, padded; see `cut`.
       cut: longer sequences lose their end before they are stored.
       texts: how many sequences an example has.
+      tokenisations: among which to choose; None where there is one only.
     """
 
     data_set: str
@@ -31,17 +32,20 @@ class Facts(NamedTuple):
     max_length: int
     cut: int
     texts: int = 1
+    tokenisations: tuple[str | None, ...] = (None,)
 
 
 # tfds has the classes of CIFAR-10 in this order.
 _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 TASKS = {
-    "listops": Facts("lra_listops", tuple("0123456789"), 32, 2048, 2000),
+    "listops": Facts("lra_listops", tuple("0123456789"), 32, 2048, 2000, tokenisations=_LISTOPS),
     "text": Facts("lra_text", ("negative", "positive"), 512, 4096, 4000),
     "retrieval": Facts("lra_retrieval", ("unrelated", "related"), 512, 4096, 4000, texts=2),
     "pathfinder": Facts("lra_pathfinder", ("apart", "connected"), 512, 1024, 1024),
     "image_lra": Facts("lra_image", _CIFAR10, 257, 1024, 1024),
+    # No part of the Long Range Arena: what a CPU can learn, with softmax attention too.
+    "listops_short": Facts("lra_listops_short", tuple("0123456789"), 32, 256, 255, tokenisations=_LISTOPS),
 }
 DATA_SETS = {facts.data_set: task for task, facts in TASKS.items()}
 
@@ -64,6 +68,7 @@ def missing_message(task: str, data_dir) -> str:
     own = f"{prepare} {name} --data-dir {data_dir}"
     ways = {
         "listops": f"Generate it once, within a minute:\n{own}",
+        "listops_short": f"Generate it once, within a minute:\n{own}",
         "pathfinder": f"Generate it once, within minutes:\n{own}",
         "text": (
             "Prepare it once. From IMDb's reviews of tfds, downloaded by the first command (80 MB):\n"

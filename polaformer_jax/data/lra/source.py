@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 
 from polaformer_jax.data.lra import store
-from polaformer_jax.data.lra.facts import SPLITS, TOKENISATIONS, facts_of, missing_message
+from polaformer_jax.data.lra.facts import SPLITS, facts_of, missing_message
 from polaformer_jax.data.lra.listops import without_brackets
 from polaformer_jax.errors import UserError
 
@@ -22,7 +22,7 @@ class SequenceSource:
     with the first record.
 
     Args:
-      task: `listops`, `text`, `retrieval`, `pathfinder` or `image_lra`.
+      task: `listops`, `listops_short`, `text`, `retrieval`, `pathfinder` or `image_lra`.
       data_dir: the directory that holds all prepared data sets.
       tokenisation: of ListOps `brackets` or `no_brackets`; of the others None.
       split: `train`, `dev` or `test`.
@@ -41,9 +41,8 @@ class SequenceSource:
 
     def __init__(self, task: str, *, data_dir: epath.PathLike, tokenisation: str | None, split: str):
         facts = facts_of(task)
-        allowed = TOKENISATIONS if task == "listops" else (None,)
-        if tokenisation not in allowed:
-            expected = " or ".join(repr(name) for name in allowed)
+        if tokenisation not in facts.tokenisations:
+            expected = " or ".join(map(repr, facts.tokenisations))
             raise UserError(f"task.tokenisation is {tokenisation!r}, expected {expected} for the task {task!r}")
         if split not in SPLITS:
             raise UserError(f"split {split!r} of {facts.data_set}, expected one of {', '.join(SPLITS)}")
@@ -80,7 +79,7 @@ class SequenceSource:
             raise UserError(self._damaged(f"{self._split}.lengths.npy is damaged"))
         lengths = np.load(io.BytesIO(content))
         if self._tokenisation:
-            lengths = np.ascontiguousarray(lengths[:, TOKENISATIONS.index(self._tokenisation)])
+            lengths = np.ascontiguousarray(lengths[:, facts.tokenisations.index(self._tokenisation)])
         lengths.flags.writeable = False
         self.lengths = lengths
 
