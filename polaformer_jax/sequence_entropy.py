@@ -163,7 +163,7 @@ def draw(runs: Mapping[str, Mapping[tuple[int, str], np.ndarray]]) -> Figure:
     blocks = sorted({block for found in runs.values() for block, _ in found})
     rows = [(run, name) for run, found in runs.items() for name in dict.fromkeys(name for _, name in found)]
     figure = figures.new(2 + 4.2 * len(blocks), 1.2 + 0.42 * len(rows))
-    panels = figure.subplots(1, len(blocks), sharey=True, squeeze=False)[0]
+    panels = figure.subplots(1, len(blocks), sharex=True, sharey=True, squeeze=False)[0]
     panels[0].invert_yaxis()  # and of all: the first run on top
     for axes, block in zip(panels, blocks, strict=True):
         for place, (run, name) in enumerate(rows):

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import pytest
 from flax import nnx
 
 import polaformer_jax as pf
+from polaformer_jax.benchmark import model
 from polaformer_jax.benchmark.__main__ import main
 from polaformer_jax.benchmark.model import Row, table
 from polaformer_jax.benchmark.ours import Case, Subject, cases, experiment
@@ -183,7 +185,7 @@ def checkout(tmp_path, monkeypatch):
 
 def test_the_official_model_of_the_same_sizes_takes_turns_with_ours(checkout, tmp_path, capsys):
     path = tmp_path / "model.csv"
-    given = [*TINY, "--modes=forward", "--dtypes=bfloat16", "--threads=3", "--devices=1", f"--csv={path}"]
+    given = [*TINY, "--modes=forward", "--dtypes=bfloat16", "--threads=3", "--devices=2", f"--csv={path}"]
     given += [f"--official={checkout}", f"--official-python={sys.executable}", "--official-by", "compiled", "eager"]
     assert main(["model", *given]) == 0
     rows = rows_of(path)
@@ -253,9 +255,14 @@ def test_what_cannot_be_is_an_error(options, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_the_official_code_has_one_device_and_a_python(checkout, capsys):
+def test_the_official_code_has_one_accelerator(checkout, capsys, monkeypatch):
+    gpus = [SimpleNamespace(platform="gpu")] * 2
+    monkeypatch.setattr(model, "_devices", lambda count: gpus)
     assert main(["model", *TINY, f"--official={checkout}"]) == 1
-    assert "--official runs on one device, but there are 8: add --devices 1" in capsys.readouterr().err
+    assert "--official runs on one device, but there are 2: add --devices 1" in capsys.readouterr().err
+
+
+def test_the_official_code_has_a_python(checkout, capsys):
     assert main(["model", *TINY, "--devices=1", f"--official={checkout}", "--official-python=no_such_python"]) == 1
     assert "--official-python no_such_python: there is no such program" in capsys.readouterr().err
 
