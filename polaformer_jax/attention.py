@@ -93,12 +93,17 @@ def polarity_attention(
         return _by_operations(arrays)
     if implementation == "pallas":
         return _by_one_kernel(arrays)
-    by_tpu = _by_one_kernel if fused.usable(q.shape[2], power.shape[3]) else _by_operations
+    if not fused.usable(q.shape[2], power.shape[3]):
+        return _by_operations(arrays)
+    by_tpu = functools.partial(_by_one_kernel, platform="tpu")
     return jax.lax.platform_dependent(arrays, tpu=by_tpu, default=_by_operations)
 
 
-def _by_one_kernel(arrays: dict[str, jax.Array]) -> jax.Array:
-    """What `polarity_attention` returns, from what it has made of its arguments; s and p are (h, d)."""
+def _by_one_kernel(arrays: dict[str, jax.Array], *, platform: str | None = None) -> jax.Array:
+    """What `polarity_attention` returns, from what it has made of its arguments; s and p are (h, d).
+
+    For the one platform, or for any if None.
+    """
     arrays, mask = dict(arrays), arrays["mask"]
     width, full = arrays["s"].shape[1], arrays["s"].dtype
     batch, keys, _ = arrays["k"].shape
@@ -110,7 +115,7 @@ def _by_one_kernel(arrays: dict[str, jax.Array]) -> jax.Array:
     else:
         arrays["mask"] = mask[:, None].astype(arrays["q"].dtype)
         arrays["count"] = jnp.maximum(jnp.sum(mask, axis=1), 1).astype(full).reshape(-1, 1, 1)
-    return fused.fused_attention(arrays, width=width, eps=NORMALISER_EPS)
+    return fused.fused_attention(arrays, width=width, eps=NORMALISER_EPS, platform=platform)
 
 
 def _by_operations(arrays: dict[str, jax.Array]) -> jax.Array:

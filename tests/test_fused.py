@@ -2,6 +2,9 @@
 
 import contextlib
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +101,7 @@ def test_values_and_gradients_are_those_of_the_operations(shape, limit, blocks, 
 @pytest.fixture
 def gpu_kernel(monkeypatch):
     """The kernel for GPUs is what is interpreted, in blocks of 16 tokens."""
-    monkeypatch.setattr(fused, "INTERPRETED", gpu)
+    monkeypatch.setattr(fused, "_interpreted", lambda: gpu)
     monkeypatch.setattr(gpu, "BLOCK", 16)
     jax.clear_caches()
     yield
@@ -174,21 +177,40 @@ def lowered(platform, implementation, shape="one head", mesh=None):
         return program.trace(**given).lower(lowering_platforms=(platform,)).as_text()
 
 
-def test_a_tpu_has_the_kernel_where_the_mesh_is_known_and_others_only_if_told():
-    calls = "tpu_custom_call"
-    assert calls not in lowered("tpu", "auto")  # eight devices, and no mesh says how the batch lies on them
-    mesh = mesh_of(8, 1).abstract_mesh
+def abstract_mesh(platform, kind, size=8):
+    device = jax.sharding.AbstractDevice(kind, num_cores=None, platform=platform)
+    return jax.sharding.AbstractMesh((size,), ("data",), (AxisType.Auto,), abstract_device=device)
+
+
+def test_a_tpu_has_the_kernel_where_the_mesh_is_known_and_others_only_if_told(monkeypatch):
+    calls, mesh = "tpu_custom_call", abstract_mesh("tpu", "TPU v5 lite")
     assert calls in lowered("tpu", "auto", mesh=mesh)
     assert calls not in lowered("tpu", "xla", mesh=mesh)
-    # The interpreter of kernels is a loop.
-    assert "while" not in lowered("cpu", "auto", mesh=mesh) and "while" in lowered("cpu", "pallas", mesh=mesh)
+    assert "while" not in lowered("cpu", "auto", mesh=mesh)  # the interpreter of kernels is a loop
+    cpus = mesh_of(8, 1).abstract_mesh
+    assert "while" not in lowered("cpu", "auto", mesh=cpus) and "while" in lowered("cpu", "pallas", mesh=cpus)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert calls not in lowered("tpu", "auto")  # eight devices, and no mesh says how the batch lies on them
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    jax.clear_caches()
+    assert calls in lowered("tpu", "auto")
+
+
+def test_the_kernel_is_not_even_imported_for_a_cpu():
+    """Pallas takes a while, and its kernels a good part of a program's tracing."""
+    script = (
+        "import sys, jax, polaformer_jax as pf; from flax import nnx;"
+        "model = pf.create_model('pola_pvt_nano', num_classes=2, kernel_size=1, rngs=nnx.Rngs(0));"
+        "jax.make_jaxpr(lambda images: model(images))(jax.numpy.ones((1, 32, 32, 3)));"
+        "sys.exit('jax.experimental.pallas' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")  # since jax 0.11
 def test_a_gpu_has_its_kernel_if_told():
     calls, shape = "xla.gpu.triton", "groups of heads"
-    h100 = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=None, platform="cuda")
-    mesh = jax.sharding.AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=h100)
+    mesh = abstract_mesh("cuda", "NVIDIA H100 80GB HBM3", size=1)
     assert calls in lowered("cuda", "pallas", shape, mesh) and calls not in lowered("cuda", "auto", shape, mesh)
     narrow = lowered("cuda", "pallas", "one head", mesh)  # of 8 channels, too narrow for Triton's products
     assert calls not in narrow and "while" in narrow
@@ -197,7 +219,7 @@ def test_a_gpu_has_its_kernel_if_told():
 def test_groups_of_heads_that_need_too_much_memory_are_left_to_xla(monkeypatch):
     monkeypatch.setattr(tpu, "LARGEST_GROUP", 7)
     jax.clear_caches()
-    assert "tpu_custom_call" not in lowered("tpu", "auto", mesh=mesh_of(8, 1).abstract_mesh)
+    assert "tpu_custom_call" not in lowered("tpu", "auto", mesh=abstract_mesh("tpu", "TPU v5 lite"))
 
 
 @pytest.mark.parametrize("family", ["pvt", pytest.param("swin", marks=pytest.mark.slow)])
@@ -218,8 +240,9 @@ def test_an_unknown_implementation_is_refused():
         small_models.build("pvt", attention_impl="fast")
 
 
-def test_the_training_step_of_a_tpu_has_the_kernel():
+def test_the_training_step_of_a_tpu_has_the_kernel(monkeypatch):
     """The step says on which mesh the batch lies."""
+    monkeypatch.setattr(fused, "target", lambda: "tpu")  # the devices of that mesh are this machine's
     made = Experiment(config_of(), num_examples=64)
     step = made.trace_train_step(made.abstract_batch(16)).lower(lowering_platforms=("tpu",))
     assert step.as_text().count("tpu_custom_call") >= 2  # there and back; blocks of one shape share theirs

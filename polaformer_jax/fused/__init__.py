@@ -9,26 +9,33 @@ import functools
 import importlib.util
 import math
 import types
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from polaformer_jax.fused import tpu
-
-INTERPRETED = tpu  # the kernel for devices that have none
 _WITHOUT_BATCH = ("table", "s", "p")
 
 
 def usable(channels: int, width: int) -> bool:
-    """Whether "auto" may choose the kernel on a TPU.
+    """Whether "auto" may choose the kernel: on a TPU.
 
     The matrices of a group of heads have to find room in a core's memory. And it has to be known how the batch lies on
     the devices, for the compiler splits no kernel: from the mesh that is set (`jax.set_mesh`; steps of the training do
     it), or because there is one device.
     """
     known = not jax.sharding.get_abstract_mesh().empty or jax.device_count() == 1
-    return known and tpu.group_of(channels, width) <= tpu.LARGEST_GROUP
+    if not known or target() != "tpu":
+        return False
+    tpu = _kernel_of_tpus()
+    return tpu.group_of(channels, width) <= tpu.LARGEST_GROUP
+
+
+def target() -> str:
+    """The platform for which a program is traced: that of the mesh that is set, else of the default device."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def has_kernel(platform: str, width: int) -> bool:
@@ -36,7 +43,7 @@ def has_kernel(platform: str, width: int) -> bool:
     return platform == "tpu" or (platform == "gpu" and _kernel_of_gpus(width) is not None)
 
 
-def fused_attention(arrays: dict[str, jax.Array], *, width: int, eps: float) -> jax.Array:
+def fused_attention(arrays: dict[str, jax.Array], *, width: int, eps: float, platform: str | None = None) -> jax.Array:
     """y of `polarity_attention`, ([o1, o2] + u) * g.
 
     Args:
@@ -45,24 +52,34 @@ def fused_attention(arrays: dict[str, jax.Array], *, width: int, eps: float) -> 
             count: (B, 1, 1), how many keys there are, as s. mask, or none: (B, 1, n), zero at keys that are not there,
             whose values are zero.
         width: channels of a head, d. eps: added to the denominators.
+        platform: "tpu", where no other will run it, which is traced sooner; None: whatever it will be.
 
     Returns:
         (B, N, C) in the dtype of `q`. Where a mesh is set, its devices share the batch.
     """
-    return _fused(width, eps, jax.sharding.get_abstract_mesh(), arrays)
+    return _fused(_Setting(width, eps, platform, jax.sharding.get_abstract_mesh()), arrays)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _fused(width: int, eps: float, mesh: AbstractMesh, arrays: dict[str, jax.Array]) -> jax.Array:
-    return _run("forward", width, eps, mesh, arrays)
+class _Setting(NamedTuple):
+    """All that a program of the kernel depends on but its arrays; see `fused_attention`."""
+
+    width: int
+    eps: float
+    platform: str | None
+    mesh: AbstractMesh
 
 
-def _fwd(width, eps, mesh, arrays):
-    return _fused(width, eps, mesh, arrays), arrays
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused(setting: _Setting, arrays: dict[str, jax.Array]) -> jax.Array:
+    return _run("forward", setting, arrays)
 
 
-def _bwd(width, eps, mesh, arrays, y_bar):
-    q, k, v, g, u, s, p = _run("backward", width, eps, mesh, arrays | {"y_bar": y_bar})
+def _fwd(setting, arrays):
+    return _fused(setting, arrays), arrays
+
+
+def _bwd(setting, arrays, y_bar):
+    q, k, v, g, u, s, p = _run("backward", setting, arrays | {"y_bar": y_bar})
     table = jnp.sum(k, axis=0, keepdims=True, dtype=s.dtype).astype(arrays["table"].dtype)
     bars = {"q": q, "k": k, "v": v, "g": g, "u": u, "table": table, "s": jnp.sum(s, axis=0), "p": jnp.sum(p, axis=0)}
     return (jax.tree.map(jnp.zeros_like, arrays) | bars,)  # zeros of the count and the mask
@@ -71,18 +88,21 @@ def _bwd(width, eps, mesh, arrays, y_bar):
 _fused.defvjp(_fwd, _bwd)
 
 
-def _run(direction: str, width: int, eps: float, mesh: AbstractMesh, arrays: dict[str, jax.Array]):
+def _run(direction: str, setting: _Setting, arrays: dict[str, jax.Array]):
     """`direction` of the kernel, each device with its examples. All results have a batch."""
+    width, eps, platform, mesh = setting
 
     def by(kernel, interpret: bool):
         plan = kernel.plan(arrays["q"], arrays["k"], width, eps, "mask" in arrays)
         return functools.partial(getattr(kernel, direction), plan, interpret)
 
     def on_one_device(examples):
-        kernels = {"tpu": by(tpu, False)}
+        if platform == "tpu":
+            return by(_kernel_of_tpus(), False)(examples)
+        kernels = {"tpu": by(_kernel_of_tpus(), False)}
         if (gpu := _kernel_of_gpus(width)) is not None:
             kernels["cuda"] = by(gpu, False)
-        return jax.lax.platform_dependent(examples, **kernels, default=by(INTERPRETED, True))
+        return jax.lax.platform_dependent(examples, **kernels, default=by(_interpreted(), True))
 
     axes = {
         name: size
@@ -97,6 +117,20 @@ def _run(direction: str, width: int, eps: float, mesh: AbstractMesh, arrays: dic
     return jax.shard_map(
         on_one_device, mesh=mesh, in_specs=(specs,), out_specs=by_example, axis_names=set(axes), check_vma=False
     )(arrays)
+
+
+# Imported where they are needed: Pallas takes a while.
+
+
+def _kernel_of_tpus() -> types.ModuleType:
+    from polaformer_jax.fused import tpu
+
+    return tpu
+
+
+def _interpreted() -> types.ModuleType:
+    """The kernel for devices that have none."""
+    return _kernel_of_tpus()
 
 
 def _kernel_of_gpus(width: int) -> types.ModuleType | None:

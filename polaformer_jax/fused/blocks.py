@@ -40,6 +40,12 @@ class Plan(NamedTuple):
     key_block: int
     eps: float
 
+    @classmethod
+    def of(cls, q: jax.Array, k: jax.Array, **cut) -> "Plan":
+        """For queries (B, N, C) and keys (B, n, C); `cut` has the other attributes."""
+        _, queries, channels = q.shape
+        return cls(queries=queries, keys=k.shape[1], channels=channels, **cut)
+
     @property
     def query_blocks(self) -> int:
         return pl.cdiv(self.queries, self.query_block)

@@ -19,17 +19,8 @@ BLOCK = 32 * 64  # elements of a block, at most; more of them would not find roo
 
 def plan(q, k, width: int, eps: float, masked: bool) -> Plan:
     """For queries (B, N, C) and keys (B, n, C) with heads of `width` channels, masked or not."""
-    _, queries, channels = q.shape
-    return Plan(
-        queries=queries,
-        keys=k.shape[1],
-        channels=channels,
-        group=width,
-        width=width,
-        query_block=_block(queries, width),
-        key_block=_block(k.shape[1], width),
-        eps=eps,
-    )
+    query_block, key_block = (_block(x.shape[1], width) for x in (q, k))
+    return Plan.of(q, k, group=width, width=width, query_block=query_block, key_block=key_block, eps=eps)
 
 
 def has_width(width: int) -> bool:

@@ -23,19 +23,11 @@ LARGEST_GROUP = 384  # channels, of whose square some twenty are in memory at a 
 
 def plan(q, k, width: int, eps: float, masked: bool) -> Plan:
     """For queries (B, N, C) and keys (B, n, C) with heads of `width` channels."""
-    _, queries, channels = q.shape
-    group = group_of(channels, width)
+    group = group_of(q.shape[2], width)
     limit = BLOCK // (pl.cdiv(group, LANES) * LANES)
-    return Plan(
-        queries=queries,
-        keys=k.shape[1],
-        channels=channels,
-        group=group,
-        width=width,
-        query_block=_block(queries, limit, 16),
-        key_block=_block(k.shape[1], limit, LANES if masked else 16),  # a mask's tokens lie along the lanes
-        eps=eps,
-    )
+    query_block = _block(q.shape[1], limit, 16)
+    key_block = _block(k.shape[1], limit, LANES if masked else 16)  # a mask's tokens lie along the lanes
+    return Plan.of(q, k, group=group, width=width, query_block=query_block, key_block=key_block, eps=eps)
 
 
 def group_of(channels: int, width: int) -> int:
