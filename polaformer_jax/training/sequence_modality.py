@@ -1,4 +1,4 @@
-"""Classification of sequences, the five tasks of the Long Range Arena: task, model, and batches in length buckets."""
+"""Classification of sequences, the tasks of the Long Range Arena: task, model, and batches in length buckets."""
 
 import dataclasses
 from collections.abc import Callable, Mapping

@@ -2,7 +2,7 @@
 
 import collections
 import contextlib
-import dataclasses
+import functools
 import hashlib
 import itertools
 import multiprocessing
@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from multiprocessing import connection
+from typing import NamedTuple
 
 import numpy as np
 from etils import epath
@@ -20,10 +21,27 @@ from tqdm import tqdm
 from polaformer_jax.data.lra import listops, pathfinder_pictures, store
 from polaformer_jax.errors import UserError
 
-# The number of examples, and the split's shares: train, dev, test.
-LISTOPS_EXAMPLES, LISTOPS_SHARES = 100_000, (48, 1, 1)
-PATHFINDER_EXAMPLES, PATHFINDER_SHARES = 200_000, (8, 1, 1)
 _UNBOUNDED = 2**31
+
+Example = tuple[int, bytes, int | tuple[int, int]]  # label, content, and length (with and without closing brackets)
+
+
+class Generated(NamedTuple):
+    """How a data set is generated.
+
+    Attributes:
+      examples: of all splits together, where no other number is asked for.
+      shares: of train, dev and test.
+      block: (seed, number) to the arrays of a block of examples; runs in processes of its own.
+      count: how many blocks there are for so many examples, at most.
+      divided: blocks, one after the other, to the examples of them that are taken.
+    """
+
+    examples: int
+    shares: tuple[int, int, int]
+    block: Callable[[int, int], dict[str, np.ndarray]]
+    count: Callable[[int], int]
+    divided: Callable[[Iterator[dict]], Iterator[Example]]
 
 
 def cores() -> int:
@@ -37,92 +55,80 @@ def split_of(number: int, examples: int, shares: tuple[int, int, int]) -> str:
     return "train" if number < examples - dev - test else "dev" if number < examples - test else "test"
 
 
-def prepare_listops(
-    data_dir: epath.PathLike,
-    *,
-    seed: int = 0,
-    examples: int | None = None,
-    processes: int = 1,
-    name: str = "lra_listops",
-    between: tuple[int, int] = listops.LENGTHS,
+def prepare(
+    name: str, data_dir: epath.PathLike, *, seed: int = 0, examples: int | None = None, processes: int = 1
 ) -> None:
-    """Writes `lra_listops`: distinct expressions, in the order of their draws.
+    """Writes one of `DATA_SETS`, its examples in the order of their draws.
 
     Args:
       data_dir: the directory that holds all prepared data sets.
       seed: a non-negative integer.
-      examples: for all splits together; by default 100,000.
+      examples: for all splits together; by default the number of the Long Range Arena.
       processes: does not change what is written.
-      name, between: of what is written, and the least and greatest number of symbols of an expression.
 
     Raises:
       UserError: see `store.writing`.
     """
-    examples = examples or LISTOPS_EXAMPLES
+    how = DATA_SETS[name]
+    examples = examples or how.examples
     settings = {"seed": seed, "examples": examples}
-    seen = set()
     with (
         store.writing(name, data_dir, origin=f"generated from seed {seed}", settings=settings) as writer,
-        _blocks(_ListopsBlock(seed, between), _UNBOUNDED, processes) as blocks,
+        _blocks(functools.partial(how.block, seed), how.count(examples), processes) as blocks,
         tqdm(total=examples, desc=name, unit=" examples", disable=None) as progress,
     ):
-        while len(seen) < examples:
-            block = next(blocks)
-            ends = np.cumsum(block["lengths"]).tolist()
-            for begin, end, value in zip([0, *ends], ends, block["values"].tolist(), strict=False):
-                symbols = block["symbols"][begin:end]
-                text = symbols.tobytes()
-                digest = hashlib.blake2b(text, digest_size=16).digest()
-                if digest in seen or len(seen) == examples:
-                    continue
-                split = split_of(len(seen), examples, LISTOPS_SHARES)
+        for number, (label, content, lengths) in enumerate(itertools.islice(how.divided(blocks), examples)):
+            writer.add(split_of(number, examples, how.shares), label, content, lengths=lengths)
+            progress.update()
+
+
+def _listops_block(between: tuple[int, int], seed: int, number: int) -> dict[str, np.ndarray]:
+    return listops.draw_block(seed, number, between)._asdict()
+
+
+def _expressions(blocks: Iterator[dict]) -> Iterator[Example]:
+    """Those that have not come before."""
+    seen = set()
+    for block in blocks:
+        ends = np.cumsum(block["lengths"]).tolist()
+        for begin, end, value in zip([0, *ends], ends, block["values"].tolist(), strict=False):
+            symbols = block["symbols"][begin:end]
+            text = symbols.tobytes()
+            digest = hashlib.blake2b(text, digest_size=16).digest()
+            if digest not in seen:
                 seen.add(digest)
                 shorter = len(symbols) - int(np.count_nonzero(symbols == listops.CLOSE))
-                writer.add(split, value, text, lengths=(len(symbols), shorter))
-                progress.update()
+                yield value, text, (len(symbols), shorter)
 
 
-def prepare_pathfinder(
-    data_dir: epath.PathLike, *, seed: int = 0, examples: int | None = None, processes: int = 1
-) -> None:
-    """Writes `lra_pathfinder`; arguments as in `prepare_listops`, by default 200,000 examples."""
-    examples = examples or PATHFINDER_EXAMPLES
-    settings = {"seed": seed, "examples": examples}
-    count = -(-examples // pathfinder_pictures.BLOCK)
-    with (
-        store.writing("lra_pathfinder", data_dir, origin=f"generated from seed {seed}", settings=settings) as writer,
-        _blocks(_PathfinderBlock(seed, examples), count, processes) as blocks,
-        tqdm(total=examples, desc="lra_pathfinder", unit=" examples", disable=None) as progress,
-    ):
-        number = 0
-        while number < examples:
-            block = next(blocks)
-            for image, label in zip(block["images"], block["labels"].tolist(), strict=True):
-                split = split_of(number, examples, PATHFINDER_SHARES)
-                writer.add(split, label, image.tobytes(), lengths=image.size)
-                number += 1
-            progress.update(len(block["labels"]))
+def _pathfinder_block(seed: int, number: int) -> dict[str, np.ndarray]:
+    begin = number * pathfinder_pictures.BLOCK
+    made = pathfinder_pictures.make_examples(seed, np.arange(begin, begin + pathfinder_pictures.BLOCK))
+    return {"images": made.images, "labels": made.labels}
 
 
-@dataclasses.dataclass(frozen=True)
-class _ListopsBlock:
-    seed: int  # pickled into the processes, as a function in a function could not be
-    between: tuple[int, int]
-
-    def __call__(self, block: int) -> dict[str, np.ndarray]:
-        return listops.draw_block(self.seed, block, self.between)._asdict()
+def _pictures(blocks: Iterator[dict]) -> Iterator[Example]:
+    for block in blocks:
+        for image, label in zip(block["images"], block["labels"].tolist(), strict=True):
+            yield label, image.tobytes(), image.size
 
 
-@dataclasses.dataclass(frozen=True)
-class _PathfinderBlock:
-    seed: int
-    examples: int
+def _listops(between: tuple[int, int]) -> Generated:
+    block = functools.partial(_listops_block, between)
+    return Generated(100_000, (48, 1, 1), block, count=lambda examples: _UNBOUNDED, divided=_expressions)
 
-    def __call__(self, block: int) -> dict[str, np.ndarray]:
-        begin = block * pathfinder_pictures.BLOCK
-        indices = np.arange(begin, min(begin + pathfinder_pictures.BLOCK, self.examples))
-        made = pathfinder_pictures.make_examples(self.seed, indices)
-        return {"images": made.images, "labels": made.labels}
+
+DATA_SETS = {
+    "lra_listops": _listops(listops.LENGTHS),
+    "lra_listops_short": _listops(listops.SHORT_LENGTHS),
+    "lra_pathfinder": Generated(
+        200_000,
+        (8, 1, 1),
+        _pathfinder_block,
+        count=lambda examples: -(-examples // pathfinder_pictures.BLOCK),
+        divided=_pictures,
+    ),
+}
 
 
 @contextlib.contextmanager

@@ -22,8 +22,6 @@ from polaformer_jax.data.lra import store
 from polaformer_jax.data.lra.facts import DATA_SETS
 from polaformer_jax.errors import UserError
 
-_GENERATED = ("lra_listops", "lra_listops_short", "lra_pathfinder")
-
 
 def prepare(
     name: str,
@@ -48,17 +46,16 @@ def prepare(
     Raises:
       UserError: unknown name, arguments that do not fit it, one prepared with other settings, or missing data.
     """
-    from polaformer_jax.data.lra import collected, generated, listops
+    from polaformer_jax.data.lra import collected, generated
 
     if name not in DATA_SETS:
         raise UserError(f"there is no data set {name!r}, expected one of {', '.join(DATA_SETS)}")
-    if name in _GENERATED:
+    if name in generated.DATA_SETS:
         if source is not None:
             raise UserError(f"{name} is generated: it takes no --source")
         if seed < 0 or (examples is not None and examples < 1):
             raise UserError(f"--seed is {seed} and --num-examples {examples}, expected at least 0 and at least 1")
-        default = generated.PATHFINDER_EXAMPLES if name == "lra_pathfinder" else generated.LISTOPS_EXAMPLES
-        wanted = {"seed": seed, "examples": examples or default}
+        wanted = {"seed": seed, "examples": examples or generated.DATA_SETS[name].examples}
     else:
         if seed or examples is not None:
             raise UserError(f"{name} is not generated: it takes neither --seed nor --num-examples")
@@ -77,14 +74,9 @@ def prepare(
             )
         return directory, index, True
     check_local(data_dir, name)
-    if name in _GENERATED:
-        given = {"seed": seed, "examples": examples, "processes": generated.cores() if processes is None else processes}
-        if name == "lra_pathfinder":
-            generated.prepare_pathfinder(data_dir, **given)
-        elif name == "lra_listops":
-            generated.prepare_listops(data_dir, **given)
-        else:
-            generated.prepare_listops(data_dir, **given, name=name, between=listops.SHORT_LENGTHS)
+    if name in generated.DATA_SETS:
+        processes = generated.cores() if processes is None else processes
+        generated.prepare(name, data_dir, seed=seed, examples=examples, processes=processes)
     elif name == "lra_text":
         collected.prepare_text(data_dir, source)
     elif name == "lra_image":
