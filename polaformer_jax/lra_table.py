@@ -15,10 +15,13 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import ml_collections
 from etils import epath
 
+from configs.lra import get_config
 from polaformer_jax import atomic
 from polaformer_jax.errors import UserError
+from polaformer_jax.training.workdir import changed_fields, read_config
 
 CSV = Path("docs/results/lra.csv")
 README = Path("README.md")
@@ -33,13 +36,13 @@ TITLES = {
     "image_lra": "Image",
     "listops_short": "ListOps of up to 255 symbols",
 }
-# Of the paper, in %, the five tasks of the Arena; softmax attention as measured with the same code as the others (see
-# configs/lra.py).
+# Of the paper, in %; softmax attention as measured with the same code as the others (see configs/lra.py).
+_ARENA = ("listops", "text", "retrieval", "pathfinder", "image_lra")
 PUBLISHED = {
-    ("polarity", 3.0): (37.35, 73.06, 80.50, 70.53, 42.15),
-    ("polarity", 5.0): (38.76, 72.33, 80.37, 68.98, 41.91),
-    ("polarity", 7.0): (37.60, 71.93, 81.47, 69.09, 42.77),
-    ("softmax", None): (38.37, 61.95, 80.69, 65.26, 40.57),
+    ("polarity", 3.0): dict(zip(_ARENA, (37.35, 73.06, 80.50, 70.53, 42.15), strict=True)),
+    ("polarity", 5.0): dict(zip(_ARENA, (38.76, 72.33, 80.37, 68.98, 41.91), strict=True)),
+    ("polarity", 7.0): dict(zip(_ARENA, (37.60, 71.93, 81.47, 69.09, 42.77), strict=True)),
+    ("softmax", None): dict(zip(_ARENA, (38.37, 61.95, 80.69, 65.26, 40.57), strict=True)),
 }
 
 
@@ -52,6 +55,8 @@ class Row:
       accuracy: in %.
       time: of the training steps, in seconds.
       commit: of the code that trained, with a plus where files were changed since.
+      data: where the data came from.
+      changes: the fields of the config that differ from those of `configs/lra.py`, as the command line takes them.
     """
 
     task: str
@@ -64,6 +69,8 @@ class Row:
     time: float
     hardware: str
     commit: str
+    data: str
+    changes: str
 
 
 COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
@@ -102,29 +109,41 @@ def row_of(workdir: epath.PathLike) -> Row:
         checkpoint on the test split.
     """
     workdir = epath.Path(workdir)
-    config, training, result = (_json(workdir / name) for name in ("config.json", "training.json", "eval.json"))
-    task = config["task"]
-    if task["name"] not in TITLES:
-        raise UserError(f"{workdir} is a training of the task {task['name']}, expected one of {', '.join(TITLES)}")
-    wanted = config["data"]["test_split"]
-    if result["split"] != wanted or result.get("kind") != config["eval"]["weights"]:
+    config = read_config(workdir)
+    training, result = (_json(workdir / name) for name in ("training.json", "eval.json"))
+    task = config.task
+    if task.name not in TITLES:
+        raise UserError(f"{workdir} is a training of the task {task.name}, expected one of {', '.join(TITLES)}")
+    wanted = config.data.test_split
+    if result["split"] != wanted or result.get("kind") != config.eval.weights:
         raise UserError(
             f"{workdir}/eval.json is of {result.get('kind')} weights on the split {result['split']!r}, expected"
-            f" {config['eval']['weights']} on {wanted!r}: python eval.py --workdir {workdir}"
+            f" {config.eval.weights} on {wanted!r}: python eval.py --workdir {workdir}"
         )
-    polarity = task["attention"] == "polarity"
     return Row(
-        task=task["name"],
-        tokenisation=task["tokenisation"] or "",
-        attention=task["attention"],
-        alpha=float(config["model"]["alpha"]) if polarity else None,
-        seed=config["seed"],
+        task=task.name,
+        tokenisation=task.tokenisation or "",
+        attention=task.attention,
+        alpha=float(config.model.alpha) if task.attention == "polarity" else None,
+        seed=config.seed,
         steps=training["steps"],
         accuracy=round(100 * result["accuracy"], 2),
         time=training["seconds"],
         hardware=training["hardware"],
         commit=training["commit"],
+        data=result["origin"],
+        changes=_changes(config),
     )
+
+
+def _changes(config: ml_collections.ConfigDict) -> str:
+    """What was changed of the task's recipe, other options than those of a row."""
+    names = ("attention", "tokenisation", "alpha")
+    given = {"seed": config.seed, "steps": config.train.steps}
+    given |= dict(zip(names, (config.task.attention, config.task.tokenisation, config.model.alpha), strict=True))
+    options = [f"{name}={value}" for name, value in given.items() if value is not None]
+    recipe = get_config(",".join([config.task.name, *options]))
+    return " ".join(f"{field}={value}" for field, (_, value) in changed_fields(recipe, config).items())
 
 
 def _json(path: epath.Path) -> dict:
@@ -159,15 +178,16 @@ def table(rows: Sequence[Row]) -> str:
     """
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        key = (row.task, row.tokenisation, row.attention, row.alpha, row.steps, row.hardware)
+        settings = "; ".join(filter(None, (row.data, row.changes)))
+        key = (row.task, row.tokenisation, row.attention, row.alpha, row.steps, row.hardware, settings)
         groups.setdefault(key, []).append(row)
     lines = [
-        "| task | attention | published | ours | steps | seeds | training | hardware |",
-        "|---|---|---|---|---|---|---|---|",
+        "| task | attention | published | ours | steps | seeds | training | hardware | data; what was changed |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for place, task in enumerate(TITLES):
+    for task in TITLES:
         measured = {key[1:]: found for key, found in groups.items() if key[0] == task}
-        published = {kind: figures[place] for kind, figures in PUBLISHED.items() if place < len(figures)}
+        published = {kind: figures[task] for kind, figures in PUBLISHED.items() if task in figures}
         kinds = {(_published_tokenisation(task), *kind) for kind in published} | {key[:3] for key in measured}
         for tokenisation, attention, alpha in sorted(kinds, key=_order):
             wanted = (tokenisation, attention, alpha)
@@ -177,12 +197,12 @@ def table(rows: Sequence[Row]) -> str:
             theirs = "–" if theirs is None else f"{theirs:.2f}"
             name = f"{TITLES[task]}, {tokenisation.replace('_', ' ')}" if tokenisation else TITLES[task]
             kind = f"{attention}, α = {alpha:g}" if alpha is not None else attention
-            for (steps, hardware), found in sorted(of_kind, key=lambda item: item[0]):
+            for (steps, hardware, settings), found in sorted(of_kind, key=lambda item: item[0]):
                 seconds = statistics.mean(row.time for row in found)
-                cells = (theirs, _accuracy(found), f"{steps:,}", len(found), _time(seconds), hardware)
+                cells = (theirs, _accuracy(found), f"{steps:,}", len(found), _time(seconds), hardware, settings)
                 lines.append(f"| {name} | {kind} | {' | '.join(map(str, cells))} |")
             if not of_kind:
-                lines.append(f"| {name} | {kind} | {theirs} | – | – | – | – | – |")
+                lines.append(f"| {name} | {kind} | {theirs} | – | – | – | – | – | – |")
     return "\n".join(lines)
 
 

@@ -35,7 +35,8 @@ def root(tmp_path):
 def test_a_folder_is_a_source(root):
     source = open_source(config(root), "train")
     assert isinstance(source, Source)
-    assert source.name == "pictures/train" and source.class_names == CLASSES and source.num_classes == 3
+    assert source.name == "pictures/train" and source.origin == str(root)
+    assert source.class_names == CLASSES and source.num_classes == 3
     assert len(source) == 12
     assert paths(source) == [f"train/{name}/{name}_{number}.JPEG" for name in CLASSES for number in range(4)]
     for i in (0, 5, 11):

@@ -11,7 +11,7 @@ from polaformer_jax.errors import UserError
 from polaformer_jax.lra_table import Row
 
 ROOT = Path(__file__).parent.parent
-ROW = Row("listops", "no_brackets", "polarity", 3.0, 0, 5000, 37.5, 5400.0, "CPU, 2 cores", "abcdef1")
+ROW = Row("listops", "no_brackets", "polarity", 3.0, 0, 5000, 37.5, 5400.0, "CPU, 2 cores", "abcdef1", "seed 0", "")
 
 
 def line_of(rows, *parts):
@@ -34,12 +34,13 @@ def test_rows_come_back_as_they_were_written(tmp_path):
 
 
 def test_what_was_not_run_is_a_dash():
-    assert line_of([], "Text", "α = 5")[2:] == ["72.33", "–", "–", "–", "–", "–"]
+    assert line_of([], "Text", "α = 5")[2:] == ["72.33", "–", "–", "–", "–", "–", "–"]
     assert len(lra_table.table([]).splitlines()) == 2 + 5 * 4
 
 
 def test_a_run_stands_beside_the_published_figure():
-    assert line_of([ROW], "ListOps", "α = 3")[2:] == ["37.35", "37.50", "5,000", "1", "1 h 30 min", "CPU, 2 cores"]
+    expected = ["37.35", "37.50", "5,000", "1", "1 h 30 min", "CPU, 2 cores", "seed 0"]
+    assert line_of([ROW], "ListOps", "α = 3")[2:] == expected
 
 
 def test_seeds_are_one_line_and_their_mean():
@@ -50,7 +51,14 @@ def test_seeds_are_one_line_and_their_mean():
 def test_other_steps_and_tokenisations_are_lines_of_their_own():
     rows = [ROW, dataclasses.replace(ROW, steps=500), dataclasses.replace(ROW, tokenisation="brackets", time=50.0)]
     assert line_of(rows, "ListOps, no brackets", "α = 3", " 500 ")[2] == "37.35"
-    assert line_of(rows, "ListOps, brackets", "α = 3")[2:] == ["–", "37.50", "5,000", "1", "1 min", "CPU, 2 cores"]
+    expected = ["–", "37.50", "5,000", "1", "1 min", "CPU, 2 cores", "seed 0"]
+    assert line_of(rows, "ListOps, brackets", "α = 3")[2:] == expected
+
+
+def test_other_data_and_settings_are_lines_of_their_own():
+    rows = [ROW, dataclasses.replace(ROW, changes="optimizer.lr=0.001"), dataclasses.replace(ROW, data="seed 1")]
+    last = [line.split("|")[-2].strip() for line in lra_table.table(rows).splitlines() if "37.50" in line]
+    assert last == ["seed 0", "seed 0; optimizer.lr=0.001", "seed 1"]
 
 
 def test_attention_that_nothing_was_published_for():
@@ -64,14 +72,14 @@ def test_a_file_that_is_none(tmp_path):
     with pytest.raises(UserError, match="begins with task,accuracy, expected task,tokenisation,attention"):
         lra_table.read(file)
     lra_table.write(file, [ROW])
-    file.write_text(file.read_text() + "text,,polarity,3.0,zero,1,1,1,CPU,a\n")
+    file.write_text(file.read_text() + "text,,polarity,3.0,zero,1,1,1,CPU,a,b,\n")
     with pytest.raises(UserError, match="line 3: invalid literal for int.*'zero'"):
         lra_table.read(file)
 
 
 def test_a_folder_that_is_no_finished_training(tmp_path, capsys):
     assert lra_table.main(["--csv", str(tmp_path / "a.csv"), "add", str(tmp_path)]) == 1
-    assert "config.json does not exist: expected the work directory of a finished training" in capsys.readouterr().err
+    assert "config.json does not exist" in capsys.readouterr().err
     for name, content in (("config", {"task": {"name": "image"}}), ("training", {}), ("eval", {})):
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="is a training of the task image, expected one of listops"):

@@ -91,6 +91,8 @@ def test_the_result_becomes_a_row(finished, tmp_path, capsys):
     assert [row[name] for name in ("task", "tokenisation", "attention", "alpha", "seed", "steps")] == [
         "listops", "no_brackets", "polarity", "3.0", "0", "6",
     ]  # fmt: skip
+    assert row["data"] == "made up" and "train.batch_size=8" in row["changes"].split()
+    assert "lr" not in row["changes"] and "data_dir" not in row["changes"]
     assert float(row["accuracy"]) == pytest.approx(100 * result.evaluation.metrics["accuracy"], abs=0.01)
 
 

@@ -61,7 +61,9 @@ def test_every_test_image_is_counted_once(finished):
     _, workdir, result = finished
     assert result.evaluation.counted == 360
     assert result.evaluation.skipped == 0
-    assert json.loads((workdir / "eval.json").read_text())["images"] == 360
+    written = json.loads((workdir / "eval.json").read_text())
+    assert written["images"] == 360
+    assert written["origin"] == "tfds sklearn_digits/1.0.0"
 
 
 def test_scalars_are_written_for_tensorboard(finished):
@@ -198,7 +200,8 @@ class Unreadable:
 
     def __init__(self, source, bad):
         self._source, self._bad = source, bad
-        self.name, self.num_classes, self.class_names = source.name, source.num_classes, source.class_names
+        self.name, self.origin = source.name, source.origin
+        self.num_classes, self.class_names = source.num_classes, source.class_names
 
     def __len__(self):
         return len(self._source)

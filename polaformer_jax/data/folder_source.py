@@ -52,7 +52,7 @@ class FolderSource:
                 "data set prepared with tfds: data.source=tfds"
             )
         folder = Path(os.path.abspath(os.path.expanduser(root)))
-        self.name = f"{name or folder.name}/{split}"
+        self.name, self.origin = f"{name or folder.name}/{split}", str(folder)
         if not folder.is_dir():
             raise UserError(f"data folder {folder} does not exist; expected {_LAYOUT}, ROOT given by data.data_dir")
         directory = _split_directory(folder, split)

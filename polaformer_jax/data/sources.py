@@ -19,11 +19,13 @@ class Source(Protocol):
 
     Attributes:
       name: what the split is called in messages, e.g. `sklearn_digits/test`.
+      origin: where the data comes from, for people, e.g. `tfds sklearn_digits/1.0.0`.
       num_classes: labels are in `[0, num_classes)`.
       class_names: one name a class in label order; None if the data has none.
     """
 
     name: str
+    origin: str
     num_classes: int
     class_names: tuple[str, ...] | None
 

@@ -130,6 +130,7 @@ class TfdsSource:
         import tensorflow_datasets as tfds
 
         builder = tfds.builder_from_directory(self._directory)
+        self.origin = f"tfds {builder.info.full_name}"
         label = check_features(builder.info.features, self.name)
         self.num_classes = label.num_classes
         self.class_names = tuple(label.names) if label.names else None

@@ -37,6 +37,7 @@ class Evaluation:
     counted: int  # examples that the metrics are means of
     skipped: int  # examples that could not be decoded (data.on_error="skip")
     split: str
+    origin: str  # of the data
     examples: str  # what they are called: images, sequences
     examples_per_second: float  # from the first batch's arrival on: without compilation and the start of workers
     outputs: dict[str, np.ndarray]  # (n,) each, in the order of the split: prediction, label (int), probability, mask
@@ -69,7 +70,8 @@ class Evaluator:
         self._examples = experiment.modality.examples
         self._mesh = experiment.mesh
         self._batches: Passes = experiment.eval_batches(self.split)
-        self._num_examples = len(experiment.source(self.split))
+        source = experiment.source(self.split)
+        self._num_examples, self._origin = len(source), source.origin
         self._step: Callable = experiment.eval_step
         experiment.eval_step.program(experiment.abstract_batch(experiment.eval_batch_size))
 
@@ -119,6 +121,7 @@ class Evaluator:
             counted=counted,
             skipped=self._num_examples - counted,
             split=self.split,
+            origin=self._origin,
             examples=self._examples,
             examples_per_second=counted / seconds,
             outputs=joined,
@@ -127,8 +130,8 @@ class Evaluator:
 
 def report(config: ml_collections.ConfigDict, evaluation: Evaluation, evaluated: dict[str, Any]) -> dict[str, Any]:
     """What `eval.json` holds: the model, the data, what was evaluated (weights or checkpoint), and the result."""
-    data = {"model": config.model.name, "data": config.data.name, "split": evaluation.split}
-    return {**data, **evaluated, **evaluation.summary()}
+    data = {"data": config.data.name, "origin": evaluation.origin, "split": evaluation.split}
+    return {"model": config.model.name, **data, **evaluated, **evaluation.summary()}
 
 
 def write_json(path: epath.PathLike, content: dict[str, Any]) -> None:

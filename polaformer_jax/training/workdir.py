@@ -71,14 +71,19 @@ def _completed(stored: dict[str, Any]) -> dict[str, Any]:
 
 def differences(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) -> list[str]:
     """One line for each field of the identity whose value differs."""
+    return [f"{field}: {there!r} there, {now!r} now" for field, (there, now) in changed_fields(old, new).items()]
+
+
+def changed_fields(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) -> dict[str, tuple[Any, Any]]:
+    """The two values of each field of the identity whose value differs, sorted by field."""
     before, now = flatten(as_json(old)), flatten(as_json(new))
     missing = "(absent)"
-    return [
-        f"{field}: {before.get(field, missing)!r} there, {now.get(field, missing)!r} now"
-        for field in sorted(before.keys() | now.keys())
-        if before.get(field, missing) != now.get(field, missing)
-        and not any(field == name or field.startswith(f"{name}.") for name in NOT_IDENTITY)
-    ]
+    values = {field: (before.get(field, missing), now.get(field, missing)) for field in before.keys() | now.keys()}
+    return {
+        field: (there, here)
+        for field, (there, here) in sorted(values.items())
+        if there != here and not any(field == name or field.startswith(f"{name}.") for name in NOT_IDENTITY)
+    }
 
 
 @contextlib.contextmanager
