@@ -19,10 +19,9 @@ train: $(VENV)/.runtime
 # Two processes; and the quick tests leave out most of XLA's optimisations, whose time they would spend on programs that
 # run once. The slow ones are compiled as users' programs are.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
-QUICK := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
 
 test: lint
-	XLA_FLAGS="$(QUICK)" $(PYTEST) -m "not slow"
+	XLA_FLAGS="$$($(BIN)/python tests/quick.py)" $(PYTEST) -m "not slow"
 
 test-all: lint
 	$(PYTEST) -m slow

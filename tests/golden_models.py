@@ -16,9 +16,6 @@ FOLDER = Path(__file__).parent / "golden"
 SMALL = json.loads((FOLDER / "small.json").read_text())
 FULL = json.loads((FOLDER / "full.json").read_text())
 
-# Options for `jax.jit`: half of the time to compile, and the same results but for rounding.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
 # The official constructor has these as arguments; in ours they are constants of the family.
 _FIXED = ("family", "patch_size", "norm_eps")
 

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from polaformer_jax.attention import PolarityAttention, polarity_attention
-from tests.golden_models import QUICK
+from tests.quick import QUICK
 
 # heads, head width, query grid, spatial reduction, kernel, alpha
 CASES = [

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from polaformer_jax.attention import PolarityAttention, polarity_attention
-from tests.golden_models import QUICK
+from tests.quick import QUICK
 from tests.test_attention import by_definition, draw
 
 HEADS, WIDTH, KERNEL, TOKENS = 2, 4, 5, 12

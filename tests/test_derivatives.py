@@ -9,7 +9,7 @@ import pytest
 
 from polaformer_jax.attention import signed_features
 from polaformer_jax.layers import gelu
-from tests.golden_models import QUICK
+from tests.quick import QUICK
 
 
 def plain_features(q, k, *, power, scale, positional_encoding, alpha):

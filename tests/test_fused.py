@@ -20,7 +20,7 @@ from polaformer_jax.fused import gpu, tpu
 from polaformer_jax.training import sharding
 from polaformer_jax.training.experiment import Experiment
 from tests import small_models
-from tests.golden_models import QUICK
+from tests.quick import QUICK
 from tests.test_attention import draw
 from tests.test_sharding import config_of, mesh_of
 

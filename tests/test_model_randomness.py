@@ -8,7 +8,7 @@ from flax import nnx
 
 import polaformer_jax as pf
 from polaformer_jax import layers
-from tests.golden_models import QUICK
+from tests.quick import QUICK
 from tests.small_models import FAMILIES, build, noise, split
 
 # --- randomness

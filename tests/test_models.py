@@ -11,7 +11,8 @@ from flax import nnx
 
 import polaformer_jax as pf
 from polaformer_jax import layers, pola_swin, zoo
-from tests.golden_models import FULL, QUICK
+from tests.golden_models import FULL
+from tests.quick import QUICK
 from tests.small_models import FAMILIES, all_finite, build, noise, split
 
 OFFICIAL = [name for name in pf.list_models() if "nano" not in name and name != "pola_sequence"]

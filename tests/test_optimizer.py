@@ -13,7 +13,8 @@ from configs.defaults import defaults
 from polaformer_jax.training.optimizer import clip_by_global_norm, decay_mask, make_optimizer
 from polaformer_jax.training.step import TrainState, make_train_step
 from polaformer_jax.weights import flatten, rules
-from tests.golden_models import FOLDER, QUICK, SMALL, build_small, images
+from tests.golden_models import FOLDER, SMALL, build_small, images
+from tests.quick import QUICK
 
 GOLDEN = json.loads((FOLDER / "adamw_steps.json").read_text())
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.golden_models import FOLDER, FULL, QUICK, build_full, float32_tolerance, images, relative_error
+from tests.golden_models import FOLDER, FULL, build_full, float32_tolerance, images, relative_error
+from tests.quick import QUICK
 
 
 def names(*quick: str) -> list:

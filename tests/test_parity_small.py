@@ -8,7 +8,8 @@ from flax import nnx
 
 from polaformer_jax import weights
 from polaformer_jax.weights import rules
-from tests.golden_models import FOLDER, QUICK, SMALL, build_small, float32_tolerance, images, relative_error
+from tests.golden_models import FOLDER, SMALL, build_small, float32_tolerance, images, relative_error
+from tests.quick import QUICK
 
 
 @pytest.mark.parametrize("name", SMALL)

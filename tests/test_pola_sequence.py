@@ -16,7 +16,7 @@ from polaformer_jax.data import preview
 from polaformer_jax.errors import UserError
 from polaformer_jax.pola_sequence import ATTENTIONS, Sequences, relu_attention
 from polaformer_jax.prediction import evaluation_transform
-from tests.golden_models import QUICK
+from tests.quick import QUICK
 from tests.small_models import all_finite, split
 
 SMALL = {"num_classes": 3, "vocabulary": 11, "max_length": 24, "dim": 8, "depth": 1, "mlp_dim": 12, "head_dim": 10}

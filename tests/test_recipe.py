@@ -17,7 +17,7 @@ from polaformer_jax.training.optimizer import head_only, layer_depths, make_opti
 from polaformer_jax.training.step import TrainState, make_train_step
 from polaformer_jax.training.tasks import ImageClassification
 from tests import small_models
-from tests.golden_models import QUICK
+from tests.quick import QUICK
 
 PLAIN = ImageClassification(5, label_smoothing=0.1)
 FULL = dataclasses.replace(PLAIN, erase_prob=0.25, mixup=0.8, cutmix=1.0)

@@ -24,7 +24,7 @@ from polaformer_jax.training.experiment import Experiment
 from polaformer_jax.training.step import TrainState, make_train_step
 from polaformer_jax.training.tasks import ImageClassification
 from tests import small_models
-from tests.golden_models import QUICK
+from tests.quick import QUICK
 
 
 def mesh_of(data, fsdp):

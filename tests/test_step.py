@@ -10,7 +10,7 @@ from flax import nnx
 import polaformer_jax as pf
 from polaformer_jax.training.step import TrainState, make_eval_step, make_train_step, purpose_key
 from polaformer_jax.training.tasks import ImageClassification
-from tests.golden_models import QUICK
+from tests.quick import QUICK
 
 TASK = ImageClassification(10, label_smoothing=0.1)
 OPTIMIZER = optax.adamw(1e-3)
