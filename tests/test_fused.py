@@ -2,9 +2,11 @@
 
 import contextlib
 import functools
+import inspect
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -178,7 +180,9 @@ def lowered(platform, implementation, shape="one head", mesh=None):
 
 
 def abstract_mesh(platform, kind, size=8):
-    device = jax.sharding.AbstractDevice(kind, num_cores=None, platform=platform)
+    names = inspect.signature(jax.sharding.AbstractDevice).parameters  # jax 0.10.0 has no `platform`
+    given = {"num_cores": None, "platform": platform}
+    device = jax.sharding.AbstractDevice(kind, **{name: value for name, value in given.items() if name in names})
     return jax.sharding.AbstractMesh((size,), ("data",), (AxisType.Auto,), abstract_device=device)
 
 
@@ -189,7 +193,7 @@ def test_a_tpu_has_the_kernel_where_the_mesh_is_known_and_others_only_if_told(mo
     assert "while" not in lowered("cpu", "auto", mesh=mesh)  # the interpreter of kernels is a loop
     cpus = mesh_of(8, 1).abstract_mesh
     assert "while" not in lowered("cpu", "auto", mesh=cpus) and "while" in lowered("cpu", "pallas", mesh=cpus)
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind="TPU v5 lite")])
     assert calls not in lowered("tpu", "auto")  # eight devices, and no mesh says how the batch lies on them
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     jax.clear_caches()
@@ -242,7 +246,7 @@ def test_an_unknown_implementation_is_refused():
 
 def test_the_training_step_of_a_tpu_has_the_kernel(monkeypatch):
     """The step says on which mesh the batch lies."""
-    monkeypatch.setattr(fused, "target", lambda: "tpu")  # the devices of that mesh are this machine's
+    monkeypatch.setattr(fused, "for_tpu", lambda: True)  # the devices of that mesh are this machine's
     made = Experiment(config_of(), num_examples=64)
     step = made.trace_train_step(made.abstract_batch(16)).lower(lowering_platforms=("tpu",))
     assert step.as_text().count("tpu_custom_call") >= 2  # there and back; blocks of one shape share theirs

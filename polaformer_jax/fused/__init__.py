@@ -26,16 +26,17 @@ def usable(channels: int, width: int) -> bool:
     it), or because there is one device.
     """
     known = not jax.sharding.get_abstract_mesh().empty or jax.device_count() == 1
-    if not known or target() != "tpu":
+    if not known or not for_tpu():
         return False
     tpu = _kernel_of_tpus()
     return tpu.group_of(channels, width) <= tpu.LARGEST_GROUP
 
 
-def target() -> str:
-    """The platform for which a program is traced: that of the mesh that is set, else of the default device."""
+def for_tpu() -> bool:
+    """Whether a program is being traced for a TPU: for devices of the mesh that is set, else for the default one."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
+    kind = jax.devices()[0].device_kind if device is None else device.device_kind
+    return kind.startswith("TPU")
 
 
 def has_kernel(platform: str, width: int) -> bool:
