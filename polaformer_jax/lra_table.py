@@ -115,10 +115,11 @@ def row_of(workdir: epath.PathLike) -> Row:
     if task.name not in TITLES:
         raise UserError(f"{workdir} is a training of the task {task.name}, expected one of {', '.join(TITLES)}")
     wanted = config.data.test_split
-    if result["split"] != wanted or result.get("kind") != config.eval.weights:
+    if result["split"] != wanted or result.get("kind") != config.eval.weights or "origin" not in result:
         raise UserError(
-            f"{workdir}/eval.json is of {result.get('kind')} weights on the split {result['split']!r}, expected"
-            f" {config.eval.weights} on {wanted!r}: python eval.py --workdir {workdir}"
+            f"{workdir}/eval.json is of {result.get('kind')} weights on the split {result['split']!r}"
+            f" from {result.get('origin')}, expected {config.eval.weights} on {wanted!r}, and where its data came"
+            f" from: python eval.py --workdir {workdir}"
         )
     return Row(
         task=task.name,

@@ -120,7 +120,12 @@ def test_another_split_can_be_evaluated(finished, tmp_path):
     for name in ("config.json", "training.json"):
         shutil.copy(workdir / name, copy)
     shutil.copy(workdir.parent / "dev.json", copy / "eval.json")
-    with pytest.raises(UserError, match="eval.json is of raw weights on the split 'dev', expected raw on 'test'"):
+    with pytest.raises(UserError, match="raw weights on the split 'dev' from made up, expected raw on 'test'"):
+        lra_table.row_of(copy)
+    result = json.loads((workdir / "eval.json").read_text())
+    del result["origin"]
+    (copy / "eval.json").write_text(json.dumps(result))
+    with pytest.raises(UserError, match="on the split 'test' from None, expected .* where its data came from"):
         lra_table.row_of(copy)
 
 
