@@ -17,13 +17,13 @@ from tests.golden.fill import image
 from tests.golden_models import (
     FOLDER,
     FULL,
-    QUICK,
     float32_tolerance,
     images,
     official_tensors,
     relative_error,
 )
 from tests.golden_models import SMALL as ENTRIES
+from tests.quick import QUICK
 from tests.torch_files import official_checkpoint, write_pth
 
 
