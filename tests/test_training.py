@@ -267,7 +267,6 @@ def stopped(finished, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_same_end(finished, stopped, tmp_path):
     config, straight, _ = finished
     shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
@@ -275,7 +274,6 @@ def test_a_stopped_run_goes_on_to_the_same_end(finished, stopped, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, final_params(config, straight), final_params(config, tmp_path))
 
 
-@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoints(finished, stopped, tmp_path, monkeypatch):
     config, _, _ = finished
     shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
