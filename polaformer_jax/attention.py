@@ -95,14 +95,14 @@ def polarity_attention(
         return _by_one_kernel(arrays)
     if not fused.usable(q.shape[2], power.shape[3]):
         return _by_operations(arrays)
-    by_tpu = functools.partial(_by_one_kernel, platform="tpu")
+    by_tpu = functools.partial(_by_one_kernel, on_tpu=True)
     return jax.lax.platform_dependent(arrays, tpu=by_tpu, default=_by_operations)
 
 
-def _by_one_kernel(arrays: dict[str, jax.Array], *, platform: str | None = None) -> jax.Array:
+def _by_one_kernel(arrays: dict[str, jax.Array], *, on_tpu: bool = False) -> jax.Array:
     """What `polarity_attention` returns, from what it has made of its arguments; s and p are (h, d).
 
-    For the one platform, or for any if None.
+    `on_tpu`: nothing else will run it.
     """
     arrays, mask = dict(arrays), arrays["mask"]
     width, full = arrays["s"].shape[1], arrays["s"].dtype
@@ -115,7 +115,7 @@ def _by_one_kernel(arrays: dict[str, jax.Array], *, platform: str | None = None)
     else:
         arrays["mask"] = mask[:, None].astype(arrays["q"].dtype)
         arrays["count"] = jnp.maximum(jnp.sum(mask, axis=1), 1).astype(full).reshape(-1, 1, 1)
-    return fused.fused_attention(arrays, width=width, eps=NORMALISER_EPS, platform=platform)
+    return fused.fused_attention(arrays, width=width, eps=NORMALISER_EPS, on_tpu=on_tpu)
 
 
 def _by_operations(arrays: dict[str, jax.Array]) -> jax.Array:

@@ -44,7 +44,7 @@ def has_kernel(platform: str, width: int) -> bool:
     return platform == "tpu" or (platform == "gpu" and _kernel_of_gpus(width) is not None)
 
 
-def fused_attention(arrays: dict[str, jax.Array], *, width: int, eps: float, platform: str | None = None) -> jax.Array:
+def fused_attention(arrays: dict[str, jax.Array], *, width: int, eps: float, on_tpu: bool = False) -> jax.Array:
     """y of `polarity_attention`, ([o1, o2] + u) * g.
 
     Args:
@@ -53,12 +53,12 @@ def fused_attention(arrays: dict[str, jax.Array], *, width: int, eps: float, pla
             count: (B, 1, 1), how many keys there are, as s. mask, or none: (B, 1, n), zero at keys that are not there,
             whose values are zero.
         width: channels of a head, d. eps: added to the denominators.
-        platform: "tpu", where no other will run it, which is traced sooner; None: whatever it will be.
+        on_tpu: whether nothing but a TPU will run it: it is traced sooner then.
 
     Returns:
         (B, N, C) in the dtype of `q`. Where a mesh is set, its devices share the batch.
     """
-    return _fused(_Setting(width, eps, platform, jax.sharding.get_abstract_mesh()), arrays)
+    return _fused(_Setting(width, eps, on_tpu, jax.sharding.get_abstract_mesh()), arrays)
 
 
 class _Setting(NamedTuple):
@@ -66,7 +66,7 @@ class _Setting(NamedTuple):
 
     width: int
     eps: float
-    platform: str | None
+    on_tpu: bool
     mesh: AbstractMesh
 
 
@@ -91,14 +91,14 @@ _fused.defvjp(_fwd, _bwd)
 
 def _run(direction: str, setting: _Setting, arrays: dict[str, jax.Array]):
     """`direction` of the kernel, each device with its examples. All results have a batch."""
-    width, eps, platform, mesh = setting
+    width, eps, on_tpu, mesh = setting
 
     def by(kernel, interpret: bool):
         plan = kernel.plan(arrays["q"], arrays["k"], width, eps, "mask" in arrays)
         return functools.partial(getattr(kernel, direction), plan, interpret)
 
     def on_one_device(examples):
-        if platform == "tpu":
+        if on_tpu:
             return by(_kernel_of_tpus(), False)(examples)
         kernels = {"tpu": by(_kernel_of_tpus(), False)}
         if (gpu := _kernel_of_gpus(width)) is not None:
