@@ -189,10 +189,10 @@ def test_the_official_model_of_the_same_sizes_takes_turns_with_ours(checkout, tm
     given += [f"--official={checkout}", f"--official-python={sys.executable}", "--official-by", "compiled", "eager"]
     assert main(["model", *given]) == 0
     rows = rows_of(path)
-    assert [(row["mode"], row["code"], row["calls"]) for row in rows] == [
-        ("forward", "ours", "2"),
-        ("forward", "official, compiled", "2"),
-        ("forward", "official", "2"),
+    assert [(row["mode"], row["code"], row["calls"], row["devices"]) for row in rows] == [
+        ("forward", "ours", "2", "2"),
+        ("forward", "official, compiled", "2", "1"),
+        ("forward", "official", "2", "1"),
     ]
     assert rows[1]["compile_s"] != ""
     assert (rows[2]["compile_s"], rows[2]["memory_gib"], rows[2]["gflops"]) == ("", "", "")

@@ -38,7 +38,7 @@ class Row(NamedTuple):
         case: the model and its images.
         mode: "forward", "gradient" or "step".
         code: `OURS`, or which official one.
-        devices: how many there were.
+        devices: of JAX, on which the batch lay; the official code runs on one.
         device_kind: what JAX calls them.
         subject: what was timed.
         timing: seconds a batch.
@@ -128,7 +128,7 @@ def measure(
                 raise
             raise UserError(f"{case} does not fit into the device's memory: take smaller --batch-sizes") from error
     return [
-        Row(case, mode, who, len(devices), devices[0].device_kind, each, timings[mode, who])
+        Row(case, mode, who, len(devices) if who == OURS else 1, devices[0].device_kind, each, timings[mode, who])
         for (mode, who), each in subjects.items()
     ]
 
