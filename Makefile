@@ -16,11 +16,12 @@ train: $(VENV)/.runtime
 	$(BIN)/python -m polaformer_jax.data.prepare sklearn_digits --data-dir $(DATA)
 	$(BIN)/python train.py --config $(CONFIG) --config.data.data_dir=$(DATA) --workdir $(WORKDIR)
 
-# Two processes, without most of XLA's optimisations: their time is spent on programs that run once.
-PYTEST = XLA_FLAGS="$$($(BIN)/python tests/quick.py)" $(BIN)/python -m pytest -q -n 2 --dist loadfile
+# Two processes; and the quick tests leave out most of XLA's optimisations, whose time they would spend on programs that
+# run once. The slow ones are compiled as users' programs are.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test: lint
-	$(PYTEST) -m "not slow"
+	XLA_FLAGS="$$($(BIN)/python tests/quick.py)" $(PYTEST) -m "not slow"
 
 test-all: lint
 	$(PYTEST) -m slow

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from tests.golden_models import FOLDER, FULL, build_full, float32_tolerance, images, relative_error
-from tests.quick import QUICK, USUAL
+from tests.quick import QUICK
 
 
 def names(*quick: str) -> list:
@@ -36,5 +36,5 @@ def test_float64(name, x64):
 
 @pytest.mark.parametrize("name", names())
 def test_float32(name):
-    _, logits = run(name, jnp.float32, USUAL)
+    _, logits = run(name, jnp.float32, {})
     assert relative_error(logits, np.load(FOLDER / "full.npz")[f"{name}/logits"]) < float32_tolerance(FULL[name])
