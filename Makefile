@@ -21,7 +21,7 @@ train: $(VENV)/.runtime
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test: lint
-	XLA_FLAGS="$$($(BIN)/python tests/quick.py)" $(PYTEST) -m "not slow"
+	XLA_FLAGS="$$($(BIN)/python tests/support/quick.py)" $(PYTEST) -m "not slow"
 
 test-all: lint
 	$(PYTEST) -m slow

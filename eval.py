@@ -13,7 +13,7 @@ import json
 from absl import flags
 from ml_collections import config_flags
 
-from polaformer_jax import command_line
+from polaformer_jax.cli import command_line
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file; without it, the config of the run in --workdir.", lock_config=True
@@ -32,14 +32,14 @@ def main(argv: list[str]) -> None:
     # Imported here, since processes that read data import this file again.
     import jax
 
-    from configs.defaults import defaults
-    from polaformer_jax.host_memory import keep_freed_memory
-    from polaformer_jax.training import distributed, evaluation, progress
+    from polaformer_jax.config import defaults
+    from polaformer_jax.hardware.host_memory import keep_freed_memory
+    from polaformer_jax.training import evaluation, progress, runtime
 
     keep_freed_memory()
     progress.set_up_logging()
     # Without --config, the hosts are those that the environment names: those of the training may be others.
-    with distributed.session((CONFIG.value or defaults()).distributed):
+    with runtime.session((CONFIG.value or defaults()).distributed):
         result = evaluation.evaluate(
             CONFIG.value,
             WORKDIR.value,

@@ -10,9 +10,9 @@ with status 75, on which a scheduler can queue the run again.
 from absl import flags
 from ml_collections import config_flags
 
-from polaformer_jax import command_line
+from polaformer_jax.cli import command_line
 from polaformer_jax.errors import UserError
-from polaformer_jax.training.stopping import StopRequests
+from polaformer_jax.training.signals import StopRequests
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/digits.py:swin.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps checkpoints, logs and pictures.")
@@ -32,13 +32,13 @@ def _train(stop: StopRequests) -> None:
     # Imported here, since processes that read data import this file again.
     import jax
 
-    from polaformer_jax.host_memory import keep_freed_memory
-    from polaformer_jax.training import distributed, loop, progress, report
+    from polaformer_jax.hardware.host_memory import keep_freed_memory
+    from polaformer_jax.training import loop, progress, report, runtime
     from polaformer_jax.training.experiment import Experiment
 
     keep_freed_memory()
     progress.set_up_logging()
-    with distributed.session(CONFIG.value.distributed):
+    with runtime.session(CONFIG.value.distributed):
         if DRY_RUN.value:
             print(report.describe_dry(Experiment(CONFIG.value)))
             return

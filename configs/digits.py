@@ -10,7 +10,7 @@ Expected: at least 97.5 % of the test digits (there is no published figure). Opt
 what the ImageNet recipe adds: RandAugment, random erasing, mixup, CutMix, and a moving average of the weights.
 """
 
-from configs.defaults import augment_officially, defaults, parse_arg
+from polaformer_jax.config import augment_officially, defaults, parse_arg
 from polaformer_jax.errors import UserError
 
 

@@ -12,9 +12,10 @@ Models: those of images in `polaformer_jax.list_models()`. Options: `source=` fo
 the model.
 """
 
-from configs.defaults import augment_officially, defaults, parse_arg
-from polaformer_jax import list_models, zoo
+from polaformer_jax import list_models
+from polaformer_jax.config import augment_officially, defaults, parse_arg
 from polaformer_jax.errors import UserError
+from polaformer_jax.models import registry
 
 
 def get_config(arg=None):
@@ -26,7 +27,7 @@ def get_config(arg=None):
     config = defaults()
     config.model.name = arg.model
     config.model.num_classes = None
-    config.model.img_size = config.eval.crop = arg.img_size or zoo.arguments(arg.model)["img_size"]
+    config.model.img_size = config.eval.crop = arg.img_size or registry.arguments(arg.model)["img_size"]
     # At 384 pixels and more the whole image is seen, as the official evaluation does.
     config.eval.resize = config.eval.crop if config.eval.crop >= 384 else round(config.eval.crop * 256 / 224)
     config.data.source = arg.source

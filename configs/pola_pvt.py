@@ -8,7 +8,7 @@ launch on 8 devices: t 1024, s 512, m 512, b 256. Options: `img_size=`, a multip
 proportion).
 """
 
-from configs.defaults import augment_officially, defaults, parse_arg
+from polaformer_jax.config import augment_officially, defaults, parse_arg
 
 
 def get_config(arg=None):

@@ -8,7 +8,7 @@ official launch on 8 devices: t and s 1024, b 512, b_384 256. b_384 is meant to 
 (`--config.init.weights`). No options.
 """
 
-from configs.defaults import augment_officially, defaults, parse_arg
+from polaformer_jax.config import augment_officially, defaults, parse_arg
 
 
 def get_config(arg=None):

@@ -19,9 +19,10 @@ from flax import nnx
 
 import polaformer_jax as pf
 from configs.digits import get_config
-from polaformer_jax.data import sources, transforms
+from polaformer_jax.data import sources
+from polaformer_jax.data.images import transforms
 from polaformer_jax.training import export, loop
-from polaformer_jax.training.tasks import normalise
+from polaformer_jax.training.tasks.task import normalise
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # checkpoints are talkative
 folder = Path(tempfile.mkdtemp())
@@ -67,7 +68,7 @@ print(type(model).__name__, "with", len(file.tensors), "tensors;", file.metadata
 # %% [markdown]
 # ## Predict
 #
-# From the command line: `python -m polaformer_jax.predict --weights digits.safetensors IMAGE...`
+# From the command line: `python -m polaformer_jax.cli.predict --weights digits.safetensors IMAGE...`
 
 # %%
 source = sources.open_source(config.data, "test")

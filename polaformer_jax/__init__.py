@@ -9,41 +9,30 @@ otherwise each pay for Flax (a second and 150 MB a process).
 
 import importlib
 
-_HOME = {
-    "attention_maps": "maps",
-    "create_model": "creation",
-    "list_models": "zoo",
-    "PolaPVT": "pola_pvt",
-    "PolaSequence": "pola_sequence",
-    "PolaSwin": "pola_swin",
-    "PolarityAttention": "attention",
-    "polarity_attention": "attention",
+_EXPORTS = {
+    "attention_maps": "analysis.attention_maps",
+    "create_model": "weights.creation",
+    "list_models": "models.registry",
+    "PolaPVT": "models.pola_pvt",
+    "PolaSequence": "models.pola_sequence",
+    "PolaSwin": "models.pola_swin",
+    "PolarityAttention": "models.attention",
+    "polarity_attention": "models.attention",
     "load_weights": "weights",
     "save_weights": "weights",
 }
-_ROOMS = (
-    "attention",
-    "creation",
-    "data",
-    "layers",
-    "pola_pvt",
-    "pola_sequence",
-    "pola_swin",
-    "training",
-    "weights",
-    "zoo",
-)
+_SUBPACKAGES = ("analysis", "config", "data", "errors", "inference", "models", "training", "weights")
 
-__all__ = sorted(_HOME)
+__all__ = sorted(_EXPORTS)
 
 
 def __getattr__(name: str):
-    if name in _HOME:
-        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    if name in _ROOMS:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    if name in _SUBPACKAGES:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__():
-    return sorted(list(globals()) + list(_HOME) + list(_ROOMS))
+    return sorted([*globals(), *_EXPORTS, *_SUBPACKAGES])

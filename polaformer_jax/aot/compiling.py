@@ -12,9 +12,9 @@ import ml_collections
 
 from polaformer_jax.aot.collectives import Collective, collectives
 from polaformer_jax.aot.roofline import Estimate, estimate
-from polaformer_jax.chips import Chip, chip_of
-from polaformer_jax.costs import is_out_of_memory, memory_needed
 from polaformer_jax.errors import UserError
+from polaformer_jax.hardware.chips import Chip, chip_of
+from polaformer_jax.hardware.costs import is_out_of_memory, memory_needed
 from polaformer_jax.training.experiment import Experiment
 
 _USED = re.compile(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm")

@@ -6,7 +6,7 @@ what chips send each other. All three overlap in it, and each runs at its publis
 
 import dataclasses
 
-from polaformer_jax.chips import Chip
+from polaformer_jax.hardware.chips import Chip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,11 +17,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from polaformer_jax import fused, tables
-from polaformer_jax.attention import polarity_attention
 from polaformer_jax.benchmark import options, sweep
 from polaformer_jax.benchmark.sweep import Job, Point
 from polaformer_jax.errors import UserError
+from polaformer_jax.files import tables
+from polaformer_jax.models import kernels
+from polaformer_jax.models.attention import polarity_attention
 
 MODES = ("forward", "gradient")
 KERNEL = 5  # of the depthwise convolution
@@ -71,7 +72,7 @@ RATIOS = (("softmax", "polarity"), ("polarity", "floor"), ("kernel", "floor"))
 
 def here(width: int) -> tuple[str, ...]:
     """The names of `ATTENTIONS` to be measured on this process's devices: the kernel would be interpreted on some."""
-    kernel = fused.has_kernel(jax.default_backend(), width)
+    kernel = kernels.has_kernel(jax.default_backend(), width)
     return tuple(name for name in ATTENTIONS if kernel or name != "kernel")
 
 

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from polaformer_jax import tables
 from polaformer_jax.benchmark import options
 from polaformer_jax.benchmark.timing import Timing, seconds_of, take_turns
-from polaformer_jax.chips import chip_of
-from polaformer_jax.host_memory import keep_freed_memory
+from polaformer_jax.files import tables
+from polaformer_jax.hardware.chips import chip_of
+from polaformer_jax.hardware.host_memory import keep_freed_memory
 
 SIDE = {"cpu": 2048}  # of the matrices
 SIDE_OF_ACCELERATORS = 8192

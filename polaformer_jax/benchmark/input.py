@@ -26,8 +26,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from polaformer_jax import tables
 from polaformer_jax.errors import UserError
+from polaformer_jax.files import tables
 
 STAGES = ("read", "decode", "crop", "augment", "batch", "transfer")
 _SIZE = (500, 375)  # the commonest size of ImageNet's images
@@ -98,8 +98,8 @@ def measure(config, *, images: int, batch_size: int, repetitions: int, official:
             f"images is {images}, batch size {batch_size}, repetitions {repetitions}: expected at least 1 repetition, "
             "a batch of at least 1, and at least as many images"
         )
+    from polaformer_jax.data.images.transforms import train_transform
     from polaformer_jax.data.sources import open_source
-    from polaformer_jax.data.transforms import train_transform
 
     theirs = None if official is None else official_transform(official, config)  # fails before anything is measured
     batches = images // batch_size
@@ -135,8 +135,8 @@ def _stages(source, transform, batch_size: int) -> dict[str, _Seconds]:
     """Takes all images through the stages one after the other, as the pipeline does, with a clock in between."""
     import jax
 
-    from polaformer_jax.data import transforms
-    from polaformer_jax.data.rand_augment import RandAugment
+    from polaformer_jax.data.images import transforms
+    from polaformer_jax.data.images.rand_augment import RandAugment
 
     augment = transform.rand_augment and RandAugment.parse(transform.rand_augment)
     total = {stage: np.zeros(2) for stage in STAGES}

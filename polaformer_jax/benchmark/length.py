@@ -15,19 +15,19 @@ import jax.numpy as jnp
 import ml_collections
 from flax import nnx
 
-from polaformer_jax import figures, tables
 from polaformer_jax.benchmark import length_plot, options, sweep
 from polaformer_jax.benchmark.input import load_config
 from polaformer_jax.benchmark.sweep import Job, Point
 from polaformer_jax.data.lra.facts import facts_of
 from polaformer_jax.errors import UserError
-from polaformer_jax.pola_sequence import ATTENTIONS
+from polaformer_jax.files import figures, tables
+from polaformer_jax.models.pola_sequence import ATTENTIONS
 from polaformer_jax.training.checks import SEQUENCES
 from polaformer_jax.training.optimizer import make_optimizer
 from polaformer_jax.training.schedule import durations, learning_rate
-from polaformer_jax.training.sequence_modality import SequenceModality
 from polaformer_jax.training.step import TrainState, make_train_step
-from polaformer_jax.training.tasks import Batch
+from polaformer_jax.training.tasks.sequence_modality import SequenceModality
+from polaformer_jax.training.tasks.task import Batch
 
 MODES = ("forward", "training")
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)

@@ -7,10 +7,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from polaformer_jax import figures
 from polaformer_jax.benchmark.programs import GIB
 from polaformer_jax.benchmark.sweep import Point
-from polaformer_jax.figures import INK
+from polaformer_jax.files import figures
+from polaformer_jax.files.figures import INK
 
 COLOURS = {"polarity": "#2364aa", "relu": "#9aa5b1", "softmax": "#c8382c"}
 NAMES = {"relu": "relu (linear)"}

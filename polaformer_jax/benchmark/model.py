@@ -17,15 +17,15 @@ from typing import NamedTuple
 import jax
 from tqdm import tqdm
 
-from polaformer_jax import tables
 from polaformer_jax.benchmark import official, options, ours
 from polaformer_jax.benchmark.ours import MODES, Case, Subject, experiment, subject
 from polaformer_jax.benchmark.programs import GIB
 from polaformer_jax.benchmark.timing import Timing, take_turns
-from polaformer_jax.chips import chip_of
-from polaformer_jax.costs import is_out_of_memory
 from polaformer_jax.errors import UserError
-from polaformer_jax.host_memory import keep_freed_memory
+from polaformer_jax.files import tables
+from polaformer_jax.hardware.chips import chip_of
+from polaformer_jax.hardware.costs import is_out_of_memory
+from polaformer_jax.hardware.host_memory import keep_freed_memory
 from polaformer_jax.training.experiment import Experiment
 
 OURS = "ours"

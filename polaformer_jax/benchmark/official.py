@@ -14,9 +14,9 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from polaformer_jax import zoo
 from polaformer_jax.benchmark.ours import CLASSES, Case, Subject
 from polaformer_jax.errors import UserError
+from polaformer_jax.models import registry
 
 Opener = Callable[[Case, Sequence[str], str], "Official"]
 
@@ -129,12 +129,12 @@ class Official:
             stderr=self._messages,
             text=True,
         )
-        family, _ = zoo.lookup(case.model)
+        family, _ = registry.lookup(case.model)
         try:
             answer = self._ask(
                 {
                     "family": family.__name__,
-                    "arguments": dict(zoo.arguments(case.model, num_classes=CLASSES, img_size=case.img_size)),
+                    "arguments": dict(registry.arguments(case.model, num_classes=CLASSES, img_size=case.img_size)),
                     "batch": case.batch,
                     "dtype": case.dtype,
                     "device": "cuda" if platform == "gpu" else "cpu",

@@ -12,13 +12,13 @@ import numpy as np
 import optax
 from flax import nnx
 
-from configs.defaults import augment_officially, defaults
-from polaformer_jax import zoo
 from polaformer_jax.benchmark import options, programs
 from polaformer_jax.benchmark.timing import seconds_of
+from polaformer_jax.config import augment_officially, defaults
 from polaformer_jax.data.sources import IMAGENET_EXAMPLES
 from polaformer_jax.errors import UserError
-from polaformer_jax.pola_sequence import PolaSequence
+from polaformer_jax.models import registry
+from polaformer_jax.models.pola_sequence import PolaSequence
 from polaformer_jax.training.experiment import Experiment
 from polaformer_jax.training.sharding import Constraints, batch_sharding, replicated
 
@@ -66,11 +66,11 @@ def cases(args: argparse.Namespace) -> list[Case]:
     options.check_positive("--batch-sizes", *args.batch_sizes)
     options.check_positive("--img-size", args.img_size)
     for model in args.models:
-        if zoo.lookup(model)[0] is PolaSequence:
+        if registry.lookup(model)[0] is PolaSequence:
             raise UserError(f"{model} is a model of sequences, expected one of images; see `benchmark length`")
     combinations = itertools.product(args.models, args.batch_sizes, args.dtypes)
     return [
-        Case(model, args.img_size or zoo.arguments(model)["img_size"], batch, dtype)
+        Case(model, args.img_size or registry.arguments(model)["img_size"], batch, dtype)
         for model, batch, dtype in dict.fromkeys(combinations)
     ]
 

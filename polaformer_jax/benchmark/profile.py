@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 import jax
 
-from polaformer_jax import tables
 from polaformer_jax.benchmark import options, ours
 from polaformer_jax.errors import UserError
-from polaformer_jax.host_memory import keep_freed_memory
+from polaformer_jax.files import tables
+from polaformer_jax.hardware.host_memory import keep_freed_memory
 
 # These hold other operations, which are counted themselves.
 _HOLDERS = ("while", "call", "conditional")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from polaformer_jax.costs import is_out_of_memory, memory_needed, product_flops
+from polaformer_jax.hardware.costs import is_out_of_memory, memory_needed, product_flops
 
 GIB = 2**30
 CPU_SHARE, DEVICE_SHARE = 0.5, 0.9  # of the memory there is, that programs may have unless told otherwise

@@ -21,11 +21,11 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from polaformer_jax import tables
 from polaformer_jax.benchmark import official, options, ours
 from polaformer_jax.benchmark.ours import Case
 from polaformer_jax.benchmark.timing import Timing, take_turns
 from polaformer_jax.errors import UserError
+from polaformer_jax.files import tables
 
 _WORKER = "polaformer_jax.benchmark.start_worker"
 COLD, WARM = "ours, nothing compiled", "ours, compilation cache"

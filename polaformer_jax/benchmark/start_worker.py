@@ -7,7 +7,7 @@ import sys
 def main(given: dict) -> None:
     import jax
 
-    from polaformer_jax.host_memory import keep_freed_memory
+    from polaformer_jax.hardware.host_memory import keep_freed_memory
 
     keep_freed_memory()
     jax.config.update("jax_compilation_cache_dir", given["cache"])

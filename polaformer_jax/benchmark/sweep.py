@@ -7,13 +7,13 @@ from typing import NamedTuple
 import jax
 from tqdm import tqdm
 
-from polaformer_jax import tables
 from polaformer_jax.benchmark import options, programs
 from polaformer_jax.benchmark.programs import GIB, Program
 from polaformer_jax.benchmark.timing import Timing, seconds_of, take_turns
-from polaformer_jax.costs import is_out_of_memory
 from polaformer_jax.errors import UserError
-from polaformer_jax.host_memory import keep_freed_memory
+from polaformer_jax.files import tables
+from polaformer_jax.hardware.costs import is_out_of_memory
+from polaformer_jax.hardware.host_memory import keep_freed_memory
 
 
 class Job(NamedTuple):

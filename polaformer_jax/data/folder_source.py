@@ -16,9 +16,9 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from polaformer_jax import atomic
 from polaformer_jax.data.sources import Record
 from polaformer_jax.errors import UserError
+from polaformer_jax.files import atomic
 
 EXTENSIONS = (".jpeg", ".jpg", ".png")  # in any case
 _LAYOUT = "ROOT/train/CLASS/*.jpeg and ROOT/val/CLASS/*.jpeg (also jpg and png)"

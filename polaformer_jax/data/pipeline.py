@@ -12,8 +12,8 @@ import grain
 import numpy as np
 from absl import logging
 
+from polaformer_jax.data.images.transforms import CorruptImageError, Example, Transform
 from polaformer_jax.data.sources import Source
-from polaformer_jax.data.transforms import CorruptImageError, Example, Transform
 from polaformer_jax.data.workers import Stream
 from polaformer_jax.errors import UserError
 

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from etils import epath
 
 from polaformer_jax.data import tfds_source
-from polaformer_jax.data.local_only import check_local
 from polaformer_jax.errors import UserError
+from polaformer_jax.files.paths import check_local
 
 
 def prepare(name: str, data_dir: epath.PathLike, *, manual_dir: epath.PathLike | None = None) -> tfds_source.Prepared:

@@ -16,10 +16,10 @@ from collections.abc import Iterator, Sequence
 from etils import epath
 from tqdm import tqdm
 
-from polaformer_jax import atomic
 from polaformer_jax.data import tfds_source
-from polaformer_jax.data.local_only import check_local
 from polaformer_jax.errors import UserError
+from polaformer_jax.files import atomic
+from polaformer_jax.files.paths import check_local
 
 
 def to_arrayrecord(name: str, data_dir: epath.PathLike, out_dir: epath.PathLike | None = None) -> tfds_source.Prepared:

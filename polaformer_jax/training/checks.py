@@ -6,7 +6,7 @@ import jax
 
 from polaformer_jax.data.lra import facts as lra
 from polaformer_jax.errors import UserError
-from polaformer_jax.pola_sequence import ATTENTIONS
+from polaformer_jax.models.pola_sequence import ATTENTIONS
 from polaformer_jax.training.checkpoints import GREATER_IS_BETTER
 
 SEQUENCES = tuple(lra.TASKS)

@@ -14,10 +14,11 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from polaformer_jax import atomic, weights
+from polaformer_jax import weights
 from polaformer_jax.data.pipeline import Passes
 from polaformer_jax.data.sources import Source
 from polaformer_jax.errors import UserError
+from polaformer_jax.files import atomic
 from polaformer_jax.training import checkpoints
 from polaformer_jax.training.experiment import Experiment
 from polaformer_jax.training.export import about

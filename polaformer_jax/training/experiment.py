@@ -12,13 +12,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from polaformer_jax import weights
-from polaformer_jax.costs import product_flops
 from polaformer_jax.data import sources
 from polaformer_jax.data.pipeline import Passes
 from polaformer_jax.data.workers import Stream
 from polaformer_jax.errors import UserError
-from polaformer_jax.initial_values import Keys
-from polaformer_jax.training import debugging, modality, sharding
+from polaformer_jax.hardware.costs import product_flops
+from polaformer_jax.models.initializers import Keys
+from polaformer_jax.training import debugging, sharding, tasks
 from polaformer_jax.training.checks import check_config
 from polaformer_jax.training.compiled import CompiledByShape, abstract
 from polaformer_jax.training.optimizer import head_only, make_optimizer
@@ -26,7 +26,7 @@ from polaformer_jax.training.progress import log
 from polaformer_jax.training.schedule import Durations, durations, learning_rate
 from polaformer_jax.training.sharding import with_shardings
 from polaformer_jax.training.step import TrainState, make_eval_step, make_train_step
-from polaformer_jax.training.tasks import Task
+from polaformer_jax.training.tasks.task import Task
 
 
 def build_model(config: ml_collections.ConfigDict, rngs: nnx.Rngs | Keys) -> nnx.Module:
@@ -36,7 +36,7 @@ def build_model(config: ml_collections.ConfigDict, rngs: nnx.Rngs | Keys) -> nnx
       UserError: the model's constructor refuses a value.
     """
     try:
-        return modality.of(config).build_model(rngs)
+        return tasks.of(config).build_model(rngs)
     except ValueError as error:
         raise UserError(f"config.model: {error}") from error
 
@@ -71,12 +71,12 @@ class Experiment:
         self._devices = devices
         self._num_examples = num_examples
         self.config = config = config.copy_and_resolve_references()
-        self.modality = modality.of(config)
+        self.modality = tasks.of(config)
         if config.model.num_classes is None:
             if num_examples is not None:
                 raise UserError("model.num_classes=None: there is no data set here to take it from, give a number")
             config.model.num_classes = self.eval_source.num_classes
-            self.modality = modality.of(config)
+            self.modality = tasks.of(config)
         model = nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0)))
         self.arguments: dict[str, Any] = dict(model.arguments)
         graphdef, params = nnx.split(model)

@@ -14,7 +14,7 @@ from flax import nnx
 
 from polaformer_jax import weights
 from polaformer_jax.errors import UserError
-from polaformer_jax.training import checkpoints, modality, sharding
+from polaformer_jax.training import checkpoints, sharding, tasks
 from polaformer_jax.training.experiment import build_model
 from polaformer_jax.training.progress import log
 from polaformer_jax.training.workdir import read_config
@@ -24,7 +24,7 @@ def about(
     config: ml_collections.ConfigDict, class_names: tuple[str, ...] | None, facts: Mapping[str, Any]
 ) -> dict[str, str]:
     """What a file of weights says beside its model: how inputs are prepared, the names of the classes, and facts."""
-    metadata = {name: json.dumps(value) for name, value in modality.of(config).about().items()}
+    metadata = {name: json.dumps(value) for name, value in tasks.of(config).about().items()}
     metadata["facts"] = json.dumps({"data": config.data.name, **facts})
     return metadata if class_names is None else {**metadata, "classes": json.dumps(class_names)}
 
@@ -62,7 +62,7 @@ def export(
         workdir, abstract, checkpoint, best_metric=checkpoints.metric_name(config), kind=kind
     )
     try:
-        class_names = modality.of(config).open_source(config.data.eval_split).class_names
+        class_names = tasks.of(config).open_source(config.data.eval_split).class_names
     except UserError as error:
         log.warning("the file will have no class names, for the data is not here: %s", error)
         class_names = None

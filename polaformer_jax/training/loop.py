@@ -17,21 +17,21 @@ from clu import parameter_overview
 from etils import epath
 
 from polaformer_jax.errors import Interrupted, UserError
-from polaformer_jax.training import debugging, pictures, record
+from polaformer_jax.training import debugging, record, reports
 from polaformer_jax.training.agreement import Agreement
 from polaformer_jax.training.checkpoints import COUNTS, Checkpoints, metric_name
 from polaformer_jax.training.evaluation import Evaluation, Evaluator, Stopped, report, write_json
 from polaformer_jax.training.experiment import Experiment
 from polaformer_jax.training.progress import Progress, log
 from polaformer_jax.training.report import Result
-from polaformer_jax.training.scalars import make_writer
 from polaformer_jax.training.sharding import to_devices
+from polaformer_jax.training.signals import StopRequests
 from polaformer_jax.training.step import TrainState
-from polaformer_jax.training.stopping import StopRequests
 from polaformer_jax.training.utilisation import Utilisation
 from polaformer_jax.training.watchdog import Watchdog
 from polaformer_jax.training.window import Window
 from polaformer_jax.training.workdir import claim, writable
+from polaformer_jax.training.writers import make_writer
 
 SAVE, STOP = 1, 2  # what a process may wish for at a step; the greater one includes the other
 
@@ -279,7 +279,7 @@ def _conclude(experiment: Experiment, workdir: epath.Path, checkpoints: Checkpoi
         write_json(workdir / "eval.json", report(experiment.config, evaluation, evaluated))
         if experiment.config.log.pictures:
             source = experiment.source(split)
-            drawn = pictures.draw_all(workdir, evaluation, source, experiment.modality.picture_of(source))
+            drawn = reports.draw_all(workdir, evaluation, source, experiment.modality.picture_of(source))
     return Result(evaluation, step, checkpoints.directory / str(step), drawn)
 
 

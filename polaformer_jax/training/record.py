@@ -8,9 +8,9 @@ from pathlib import Path
 import jax
 from etils import epath
 
-from polaformer_jax import atomic
+from polaformer_jax.files import atomic
 from polaformer_jax.training.experiment import Experiment
-from polaformer_jax.training.scalars import read_scalars
+from polaformer_jax.training.writers import read_scalars
 
 FILE = "training.json"
 

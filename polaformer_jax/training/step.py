@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from polaformer_jax.training.metrics import Sums, masked
 from polaformer_jax.training.sharding import Constraints
-from polaformer_jax.training.tasks import Batch, Task
+from polaformer_jax.training.tasks.task import Batch, Task
 
 # A key of its own for each purpose, so that a new one never changes the numbers drawn for another.
 PURPOSES = {"dropout": 0, "erase": 1, "mix": 2}

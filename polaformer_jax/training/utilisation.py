@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from polaformer_jax.chips import chip_of
+from polaformer_jax.hardware.chips import chip_of
 from polaformer_jax.training.compiled import shapes
 from polaformer_jax.training.experiment import Experiment
 

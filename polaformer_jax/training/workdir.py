@@ -15,9 +15,9 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from configs.defaults import defaults
-from polaformer_jax import atomic
+from polaformer_jax.config import defaults
 from polaformer_jax.errors import UserError
+from polaformer_jax.files import atomic
 from polaformer_jax.weights import flatten
 
 # Fields that say where, on what and how visibly a run runs. All others make its identity: they change its result.

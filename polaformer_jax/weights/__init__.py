@@ -11,8 +11,8 @@ from collections.abc import Collection, Mapping, Sequence
 
 from flax import nnx
 
-from polaformer_jax import zoo
 from polaformer_jax.errors import WeightsError
+from polaformer_jax.models import registry
 from polaformer_jax.weights import safetensors_file
 from polaformer_jax.weights.files import Layout, WeightsFile, read_file
 from polaformer_jax.weights.fitting import Change, Fit, summary
@@ -161,5 +161,5 @@ def check_suffix(path: str | os.PathLike) -> None:
 def model_metadata(model: nnx.Module) -> dict[str, str]:
     """What a file says of its model: its name in the zoo if it has one, its family, and the constructor's arguments."""
     family, arguments = type(model).__name__, dict(model.arguments)
-    name = zoo.name_of(family, arguments) or family
+    name = registry.name_of(family, arguments) or family
     return {"model": name, "family": family, "arguments": json.dumps(arguments)}

@@ -17,8 +17,9 @@ import tqdm
 from etils import epath
 from flax import nnx
 
-from polaformer_jax import creation, weights
+from polaformer_jax import weights
 from polaformer_jax.errors import UserError, WeightsError
+from polaformer_jax.weights import creation
 
 TOLERANCE = 1e-5  # relative L2 error of float32 logits against a reference; PyTorch's own is at most 2.6e-6
 

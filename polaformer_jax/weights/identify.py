@@ -12,9 +12,9 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from polaformer_jax import zoo
-from polaformer_jax.backbone import STRIDES
 from polaformer_jax.errors import WeightsError
+from polaformer_jax.models import registry
+from polaformer_jax.models.backbone import STRIDES
 from polaformer_jax.weights import rules
 from polaformer_jax.weights.files import WeightsFile
 
@@ -71,7 +71,7 @@ def identify(file: WeightsFile, *, img_size: int | None = None) -> Identity:
     if recorded is None:
         return Identity(family, shown, assumed)
     try:
-        wrong = zoo.differences(family, recorded, shown) if file.metadata.get("family") == family else ["family"]
+        wrong = registry.differences(family, recorded, shown) if file.metadata.get("family") == family else ["family"]
     except (TypeError, ValueError, AttributeError) as error:  # whatever JSON can hold may stand there
         raise WeightsError(f"{file.path}: the arguments of its model cannot be understood ({error})") from error
     if wrong:

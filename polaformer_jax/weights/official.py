@@ -6,8 +6,8 @@ import numpy as np
 from flax import nnx
 
 from polaformer_jax.errors import WeightsError
-from polaformer_jax.pola_sequence import PolaSequence
-from polaformer_jax.pola_swin import PolaSwin, SwinBlock, WindowAttention, relative_position_index, shift_mask
+from polaformer_jax.models.pola_sequence import PolaSequence
+from polaformer_jax.models.pola_swin import PolaSwin, SwinBlock, WindowAttention, relative_position_index, shift_mask
 from polaformer_jax.weights import rules
 from polaformer_jax.weights.params import flatten
 

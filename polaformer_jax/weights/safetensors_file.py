@@ -15,8 +15,8 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from polaformer_jax import atomic
 from polaformer_jax.errors import WeightsError
+from polaformer_jax.files import atomic
 
 FORMAT = "polaformer_jax/1"  # the tag in the metadata of a file that we wrote
 

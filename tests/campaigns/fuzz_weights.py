@@ -15,8 +15,8 @@ from absl import app, flags
 from tqdm import tqdm
 
 from polaformer_jax.weights import read_file
-from tests import fuzzing
-from tests.mutations import MUTATIONS, mutant
+from tests.support import fuzzing
+from tests.support.mutations import MUTATIONS, mutant
 
 _FILES = flags.DEFINE_integer("files", 10_000, "Number of files.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Each seed gives other files.")

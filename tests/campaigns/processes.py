@@ -7,7 +7,7 @@ import sys
 import time
 import traceback
 
-from tests.forked_scripts import cache_all_programs
+from tests.support.forked_scripts import cache_all_programs
 
 LIMIT_S = 400  # for any process to end
 
@@ -50,14 +50,14 @@ def _log_to(path):
 def _train(config, workdir):
     """As train.py does it; the exit status."""
     from polaformer_jax.errors import Interrupted, UserError
-    from polaformer_jax.training import distributed, loop, progress
-    from polaformer_jax.training.stopping import StopRequests
+    from polaformer_jax.training import loop, progress, runtime
+    from polaformer_jax.training.signals import StopRequests
 
     cache_all_programs()
     try:
         with StopRequests() as stop:
             progress.set_up_logging()
-            with distributed.session(config.distributed):
+            with runtime.session(config.distributed):
                 loop.train(config, workdir, stop=stop)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -17,10 +17,10 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from polaformer_jax.data.local_only import check_local
 from polaformer_jax.data.lra import store
 from polaformer_jax.data.lra.facts import DATA_SETS
 from polaformer_jax.errors import UserError
+from polaformer_jax.files.paths import check_local
 
 
 def prepare(

@@ -20,9 +20,9 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
-from polaformer_jax import atomic
 from polaformer_jax.data.lra.facts import SPLITS
 from polaformer_jax.errors import UserError
+from polaformer_jax.files import atomic
 
 VERSION = "1.0.0"  # another one when a generator or the layout changes
 _FIRST_LENGTH = struct.Struct("<I")

@@ -1,0 +1,292 @@
+"""Where a block looks: its attention weights, recovered from its own queries and keys.
+
+Linear attention never forms its weights. They exist all the same: each stream of `polarity_attention` is A v, and row i
+of A says how much query token i takes from each key token. Here A is formed, some rows at a time.
+"""
+
+import dataclasses
+import functools
+import math
+import operator
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from polaformer_jax.errors import UserError
+from polaformer_jax.models.attention import NORMALISER_EPS, PolarityAttention, signed_features
+from polaformer_jax.models.backbone import STRIDES, Backbone
+from polaformer_jax.models.layers import Block, product, wide
+from polaformer_jax.models.pola_swin import SwinBlock
+
+STREAMS = ("same", "opposite", "softmax")
+_ENTRIES = 1 << 22  # attention weights held at once, of each stream
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """One attention of a block.
+
+    Attributes:
+        weights: (batch, heads, height, width) on the grid of the keys: a row of the attention matrix, or the mean of
+            its rows. Softmax rows sum to 1. A row of a linear stream sums to s / (s + 1e-6), where s is the normaliser
+            without its 1e-6: mostly just below 1, less where queries and keys hardly meet, and 0 where they do not.
+        entropy: (batch, heads) in nats, of the row divided by its sum; averaged over the rows where `weights` is.
+            Rows that are zero throughout have no entropy and do not count; NaN if there are no others.
+    """
+
+    weights: np.ndarray
+    entropy: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionMaps:
+    """Where one block looks.
+
+    Attributes:
+        stage, block: which block, counted from 0.
+        streams: of a linear block "same" (same-signed) and "opposite" (opposite-signed), of a softmax block "softmax".
+        uniform_entropy: log n, the entropy of a token that looks at all n keys within its reach alike.
+    """
+
+    stage: int
+    block: int
+    streams: Mapping[str, Stream]
+    uniform_entropy: float
+
+
+def attention_maps(
+    model: Backbone,
+    images: jax.Array,
+    *,
+    stage: int,
+    block: int = -1,
+    token: tuple[int, int] | None = None,
+) -> AttentionMaps:
+    """Where a block of a model looks in each image.
+
+    The weights are the model's own, formed from its queries and keys: of a linear block, with Q = [q+, q-],
+    Q' = [q-, q+], K = [k+, k-] as in `polarity_attention`,
+
+        A_same[i, j]     = (Q_i  K_j / n) / (Q_i  mean_n(K) + 1e-6)        A_same v1 is the same-signed stream,
+        A_opposite[i, j] = (Q'_i K_j / n) / (Q'_i mean_n(K) + 1e-6)        A_opposite v2 the opposite-signed one.
+
+    Windows of Pola-Swin are put back where they lie in the image, their cyclic shift undone: a token has weights within
+    its window alone, and zeros elsewhere. Takes time O(N n) of N query and n key tokens, and memory O(N + n).
+
+    Args:
+        images: normalised, as the model takes them.
+        stage, block: counted from 0, or from the end where negative.
+        token: (row, column) of the query token on the stage's grid of (img_size / stride)² tokens, strides 4, 8, 16,
+            32; None averages over all query tokens.
+
+    Raises:
+        ValueError: there is no such stage, block or token, or the images do not fit the model.
+    """
+    if not isinstance(model, Backbone):
+        raise UserError(f"the model is a {type(model).__name__}, and maps are drawn over images")
+    stage, block = resolve_block(model, stage, block)
+    side = model.img_size // STRIDES[stage]
+    members = _members(model.blocks(stage)[block], side)  # (windows, tokens of a window)
+    window = position = None
+    if token is not None:
+        row, column = resolve_token(token, side)
+        window, position = np.argwhere(members == row * side + column)[0]
+
+    graphdef, params = nnx.split(model)
+    sums = jax.device_get(
+        _sums(graphdef, nnx.to_pure_dict(params), jnp.asarray(images), position, stage=stage, block=block)
+    )
+    keys = next(iter(sums.values())).rows.shape[-1]
+    if keys != members.shape[1]:  # spatially reduced keys lie on a grid of their own
+        members = np.arange(keys)[None]
+    return AttentionMaps(
+        stage=stage,
+        block=block,
+        streams={name: _placed(sums[name], members, window, queries=side**2) for name in STREAMS if name in sums},
+        uniform_entropy=math.log(keys),
+    )
+
+
+def last_linear_block(model: Backbone) -> tuple[int, int]:
+    """(stage, block) of the last block of type L, or else of type S.
+
+    Blocks of a single token, which has nothing to choose from, count only where there are no others.
+    """
+
+    def rank(place: tuple[int, int]) -> tuple:
+        stage, block = place
+        linear = isinstance(model.blocks(stage)[block].attn, PolarityAttention)
+        return model.img_size > STRIDES[stage], linear, place
+
+    return max(((i, j) for i in range(len(STRIDES)) for j in range(len(model.blocks(i)))), key=rank)
+
+
+def resolve_block(model: Backbone, stage: int, block: int) -> tuple[int, int]:
+    """Stage and block counted from 0.
+
+    Raises:
+        ValueError: there is no such stage, or no such block in it.
+    """
+    stage = _index("stage", stage, len(STRIDES), f"{type(model).__name__} has {len(STRIDES)} stages")
+    depth = len(model.blocks(stage))
+    return stage, _index("block", block, depth, f"stage {stage} has {depth} block{'' if depth == 1 else 's'}")
+
+
+def resolve_token(token: tuple[int, int], side: int) -> tuple[int, int]:
+    """(row, column) counted from 0.
+
+    Raises:
+        ValueError: it is no pair, or not on a grid of side x side tokens.
+    """
+    grid = f"the stage's grid has {side}x{side} tokens"
+    if len(token) != 2:
+        raise ValueError(f"token {token!r}: expected (row, column); {grid}")
+    return _index("token row", token[0], side, grid), _index("token column", token[1], side, grid)
+
+
+def _index(what: str, value: int, count: int, there_is: str) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = count
+    if not -count <= number < count:
+        raise ValueError(
+            f"{what} {value!r}: expected an integer from 0 to {count - 1} (or -1 for the last one): {there_is}"
+        )
+    return number % count
+
+
+def polarity_weights(q_signed: jax.Array, k_signed: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The weights of the same-signed and of the opposite-signed stream.
+
+    Args:
+        q_signed: [q+, q-] (B, m, h, 2d) of any m query tokens, k_signed: [k+, k-] (B, n, h, 2d) of all key tokens, as
+            `signed_features` returns them.
+
+    Returns:
+        Two arrays (B, h, m, n), at least float32.
+    """
+    width = q_signed.shape[-1] // 2
+    k_mean = jnp.mean(k_signed, axis=1, dtype=wide(k_signed.dtype)).astype(k_signed.dtype)  # (B, h, 2d)
+
+    def weights(q):
+        normaliser = product("bmhk,bhk->bhm", q, k_mean) + NORMALISER_EPS
+        return product("bmhk,bnhk->bhmn", q, k_signed) / k_signed.shape[1] / normaliser[..., None]
+
+    return weights(q_signed), weights(jnp.roll(q_signed, width, axis=-1))  # the halves exchanged: [q-, q+]
+
+
+class _Sums(NamedTuple):
+    """Sums over query tokens, of each window of each image."""
+
+    rows: jax.Array  # (B, windows, h, n) of the rows of the attention matrix
+    entropy: jax.Array  # (B, windows, h) of the entropies of those rows that are not zero throughout
+    counted: jax.Array  # (B, windows, h) the number of those rows
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "stage", "block"))
+def _sums(graphdef, params, images: jax.Array, position, *, stage: int, block: int) -> dict[str, _Sums]:
+    """By stream; over all query tokens, or where `position` is given over that one of each window."""
+    model = nnx.merge(graphdef, params)
+    chosen = model.blocks(stage)[block]
+    x = chosen.norm1(model.tokens_before(images, stage=stage, block=block))  # (B, N, C)
+    x = chosen.to_windows(x) if isinstance(chosen, SwinBlock) else x  # (B * windows, N / windows, C)
+    tokens = x.shape[1]
+    rows = _linear_rows(chosen.attn, x) if isinstance(chosen.attn, PolarityAttention) else _softmax_rows(chosen, x)
+
+    def sums(start, count):
+        return {name: _summed(weights) for name, weights in rows(start, count).items()}
+
+    if position is not None:
+        total = sums(position, 1)
+    else:
+        entries = max(weights.size for weights in jax.eval_shape(lambda: rows(0, 1)).values())
+        count = max(c for c in range(1, tokens + 1) if tokens % c == 0 and (c == 1 or c * entries <= _ENTRIES))
+        first = sums(0, count)
+
+        def add(total, start):
+            return jax.tree.map(jnp.add, total, sums(start, count)), None
+
+        total, _ = jax.lax.scan(add, first, jnp.arange(count, tokens, count))
+    return jax.tree.map(lambda a: a.reshape(images.shape[0], -1, *a.shape[1:]), total)
+
+
+def _linear_rows(attn: PolarityAttention, x: jax.Array) -> Callable:
+    q, k, _, _ = attn.project(x)
+    q, k = signed_features(
+        q,
+        k,
+        power=attn.power[...],
+        scale=attn.scale[...],
+        positional_encoding=attn.positional_encoding[...],
+        alpha=attn.alpha,
+    )
+
+    def rows(start, count):
+        same, opposite = polarity_weights(jax.lax.dynamic_slice_in_dim(q, start, count, axis=1), k)
+        return {"same": same, "opposite": opposite}  # (B', h, count, n)
+
+    return rows
+
+
+def _softmax_rows(block: Block, x: jax.Array) -> Callable:
+    q, k, _ = block.attn.project(x)
+    bias = block.attn.bias(block.mask, wide(q.dtype)) if isinstance(block, SwinBlock) else None  # (1, W or 1, h, n, n)
+
+    def rows(start, count):
+        own = jax.lax.dynamic_slice_in_dim(q, start, count, axis=1)
+        scores = product("bqhd,bkhd->bhqk", own, k) * q.shape[-1] ** -0.5
+        if bias is not None:
+            own = jax.lax.dynamic_slice_in_dim(bias, start, count, axis=3)
+            scores = (scores.reshape(-1, *own.shape[1:]) + own).reshape(scores.shape)
+        return {"softmax": jax.nn.softmax(scores, axis=-1)}  # (B', h, count, n)
+
+    return rows
+
+
+def _summed(weights: jax.Array) -> _Sums:
+    entropy, seen = row_entropy(weights)  # (B', h, m) each
+    return _Sums(jnp.sum(weights, axis=2), jnp.sum(entropy, axis=-1), jnp.sum(seen, axis=-1))
+
+
+def row_entropy(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Entropy, in nats, of rows of weights of at least 0, each divided by its sum.
+
+    Args:
+        weights: (..., n).
+
+    Returns:
+        (...) entropies, 0 for a row of zeros, and whether a row has a weight that is not 0.
+    """
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    seen = total > 0
+    return jnp.sum(jax.scipy.special.entr(weights / jnp.where(seen, total, 1)), axis=-1), seen[..., 0]
+
+
+def _members(block: Block, side: int) -> np.ndarray:
+    """(windows, tokens of a window): which token of the image each one is."""
+    tokens = np.arange(side**2)
+    if not isinstance(block, SwinBlock):
+        return tokens[None]
+    return np.asarray(block.to_windows(jnp.asarray(tokens).reshape(1, -1, 1)))[..., 0]
+
+
+def _placed(sums: _Sums, members: np.ndarray, window: int | None, *, queries: int) -> Stream:
+    """On the whole grid: the row of one query token, which lies in `window`, or the mean of all."""
+    rows, entropy, counted = sums
+    batch, _, heads, _ = rows.shape
+    here = slice(None) if window is None else slice(window, window + 1)
+    weights = np.zeros((batch, heads, members.size), rows.dtype)
+    weights[:, :, members[here]] = rows[:, here].transpose(0, 2, 1, 3)  # (B, h, windows, n)
+    if window is None:
+        weights /= queries
+    entropy, counted = entropy[:, here].sum(axis=1), counted[:, here].sum(axis=1)  # (B, h)
+    side = math.isqrt(members.size)
+    return Stream(
+        weights=weights.reshape(batch, heads, side, side),
+        entropy=np.where(counted > 0, entropy / np.maximum(counted, 1), np.nan).astype(rows.dtype),
+    )

@@ -1,0 +1,268 @@
+"""The results on the Long Range Arena: one row a run in a CSV file, and the README's table made from it.
+
+python -m polaformer_jax.analysis.lra_results add runs/listops_alpha3       # a finished training's result as a row
+python -m polaformer_jax.analysis.lra_results readme                        # the table in README.md, written anew
+python -m polaformer_jax.analysis.lra_results                               # only printed
+"""
+
+import argparse
+import csv
+import dataclasses
+import io
+import json
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import ml_collections
+from etils import epath
+
+from configs.lra import get_config
+from polaformer_jax.errors import UserError
+from polaformer_jax.files import atomic
+from polaformer_jax.training.workdir import changed_fields, read_config
+
+CSV = Path("docs/results/lra.csv")
+README = Path("README.md")
+BEGIN = "<!-- begin of the table that `python -m polaformer_jax.analysis.lra_results readme` writes -->"
+END = "<!-- end of the table -->"
+
+TITLES = {
+    "listops": "ListOps",
+    "text": "Text",
+    "retrieval": "Retrieval",
+    "pathfinder": "Pathfinder",
+    "image_lra": "Image",
+    "listops_short": "ListOps of up to 255 symbols",
+}
+# Of the paper, in %; softmax attention as measured with the same code as the others (see configs/lra.py).
+_ARENA = ("listops", "text", "retrieval", "pathfinder", "image_lra")
+PUBLISHED = {
+    ("polarity", 3.0): dict(zip(_ARENA, (37.35, 73.06, 80.50, 70.53, 42.15), strict=True)),
+    ("polarity", 5.0): dict(zip(_ARENA, (38.76, 72.33, 80.37, 68.98, 41.91), strict=True)),
+    ("polarity", 7.0): dict(zip(_ARENA, (37.60, 71.93, 81.47, 69.09, 42.77), strict=True)),
+    ("softmax", None): dict(zip(_ARENA, (38.37, 61.95, 80.69, 65.26, 40.57), strict=True)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One run: the test accuracy of the checkpoint that dev accuracy chose.
+
+    Attributes:
+      tokenisation: empty where a task has one only. alpha: None where the attention has none.
+      accuracy: in %.
+      time: of the training steps, in seconds.
+      commit: of the code that trained, with a plus where files were changed since.
+      data: where the data came from.
+      changes: the fields of the config that differ from those of `configs/lra.py`, as the command line takes them.
+    """
+
+    task: str
+    tokenisation: str
+    attention: str
+    alpha: float | None
+    seed: int
+    steps: int
+    accuracy: float
+    time: float
+    hardware: str
+    commit: str
+    data: str
+    changes: str
+
+
+COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
+
+
+def read(path: epath.PathLike) -> list[Row]:
+    """The rows of a CSV file; a UserError names the line that is no row."""
+    lines = csv.reader(epath.Path(path).read_text().splitlines())
+    header = tuple(next(lines, ()))
+    if header != COLUMNS:
+        raise UserError(f"{path} begins with {','.join(header)}, expected {','.join(COLUMNS)}")
+    rows = []
+    for number, cells in enumerate(lines, 2):
+        try:
+            cell = dict(zip(COLUMNS, cells, strict=True))
+            numbers = {
+                "alpha": float(cell["alpha"]) if cell["alpha"] else None,
+                "seed": int(cell["seed"]),
+                "steps": int(cell["steps"]),
+                "accuracy": float(cell["accuracy"]),
+                "time": float(cell["time"]),
+            }
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: {error}") from error
+        if cell["task"] not in TITLES:
+            raise UserError(f"{path}, line {number}: task {cell['task']!r}, expected one of {', '.join(TITLES)}")
+        rows.append(Row(**{**cell, **numbers}))
+    return rows
+
+
+def row_of(workdir: epath.PathLike) -> Row:
+    """The result of a finished training in its work directory.
+
+    Raises:
+      UserError: it is no finished training of a Long Range Arena task, or what was evaluated last is not the best
+        checkpoint on the test split.
+    """
+    workdir = epath.Path(workdir)
+    config = read_config(workdir)
+    training, result = (_json(workdir / name) for name in ("training.json", "eval.json"))
+    task = config.task
+    if task.name not in TITLES:
+        raise UserError(f"{workdir} is a training of the task {task.name}, expected one of {', '.join(TITLES)}")
+    wanted = config.data.test_split
+    if result["split"] != wanted or result.get("kind") != config.eval.weights or "origin" not in result:
+        raise UserError(
+            f"{workdir}/eval.json is of {result.get('kind')} weights on the split {result['split']!r}"
+            f" from {result.get('origin')}, expected {config.eval.weights} on {wanted!r}, and where its data came"
+            f" from: python eval.py --workdir {workdir}"
+        )
+    return Row(
+        task=task.name,
+        tokenisation=task.tokenisation or "",
+        attention=task.attention,
+        alpha=float(config.model.alpha) if task.attention == "polarity" else None,
+        seed=config.seed,
+        steps=training["steps"],
+        accuracy=round(100 * result["accuracy"], 2),
+        time=training["seconds"],
+        hardware=training["hardware"],
+        commit=training["commit"],
+        data=result["origin"],
+        changes=_changes(config),
+    )
+
+
+def _changes(config: ml_collections.ConfigDict) -> str:
+    """What was changed of the task's recipe, other options than those of a row."""
+    names = ("attention", "tokenisation", "alpha")
+    given = {"seed": config.seed, "steps": config.train.steps}
+    given |= dict(zip(names, (config.task.attention, config.task.tokenisation, config.model.alpha), strict=True))
+    options = [f"{name}={value}" for name, value in given.items() if value is not None]
+    recipe = get_config(",".join([config.task.name, *options]))
+    return " ".join(f"{field}={value}" for field, (_, value) in changed_fields(recipe, config).items())
+
+
+def _json(path: epath.Path) -> dict:
+    if not path.exists():
+        raise UserError(f"{path} does not exist: expected the work directory of a finished training")
+    return json.loads(path.read_text())
+
+
+def append(path: epath.PathLike, row: Row) -> bool:
+    """Adds a row at the end of the file, which is made if need be; False if this very row is there already."""
+    path = epath.Path(path)
+    rows = read(path) if path.exists() else []
+    if row in rows:
+        return False
+    write(path, [*rows, row])
+    return True
+
+
+def write(path: epath.PathLike, rows: Iterable[Row]) -> None:
+    lines = [COLUMNS, *(dataclasses.astuple(row) for row in rows)]
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    atomic.write(path, text.getvalue())
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The table in Markdown: a line for each published figure, a dash where nothing was run, and one for all else.
+
+    Runs that differ in the seed alone are one line, their mean, with the standard deviation from two on.
+    """
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        settings = "; ".join(filter(None, (row.data, row.changes)))
+        key = (row.task, row.tokenisation, row.attention, row.alpha, row.steps, row.hardware, settings)
+        groups.setdefault(key, []).append(row)
+    lines = [
+        "| task | attention | published | ours | steps | seeds | training | hardware | data; what was changed |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for task in TITLES:
+        measured = {key[1:]: found for key, found in groups.items() if key[0] == task}
+        published = {kind: figures[task] for kind, figures in PUBLISHED.items() if task in figures}
+        kinds = {(_published_tokenisation(task), *kind) for kind in published} | {key[:3] for key in measured}
+        for tokenisation, attention, alpha in sorted(kinds, key=_order):
+            wanted = (tokenisation, attention, alpha)
+            of_kind = [(key[3:], found) for key, found in measured.items() if key[:3] == wanted]
+            same = tokenisation == _published_tokenisation(task)
+            theirs = published.get((attention, alpha)) if same else None
+            theirs = "–" if theirs is None else f"{theirs:.2f}"
+            name = f"{TITLES[task]}, {tokenisation.replace('_', ' ')}" if tokenisation else TITLES[task]
+            kind = f"{attention}, α = {alpha:g}" if alpha is not None else attention
+            for (steps, hardware, settings), found in sorted(of_kind, key=lambda item: item[0]):
+                seconds = statistics.mean(row.time for row in found)
+                cells = (theirs, _accuracy(found), f"{steps:,}", len(found), _time(seconds), hardware, settings)
+                lines.append(f"| {name} | {kind} | {' | '.join(map(str, cells))} |")
+            if not of_kind:
+                lines.append(f"| {name} | {kind} | {theirs} | – | – | – | – | – | – |")
+    return "\n".join(lines)
+
+
+def _published_tokenisation(task: str) -> str:
+    return "no_brackets" if task == "listops" else ""
+
+
+def _order(kind: tuple[str, str, float | None]) -> tuple:
+    tokenisation, attention, alpha = kind
+    return tokenisation == "brackets", ("polarity", "softmax", "relu").index(attention), alpha or 0
+
+
+def _accuracy(rows: Sequence[Row]) -> str:
+    values = [row.accuracy for row in rows]
+    mean = f"{statistics.mean(values):.2f}"
+    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
+def _time(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"
+
+
+def with_table(readme: str, rows: Sequence[Row]) -> str:
+    """The README's text with its table made anew; a UserError if it has no place for one."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise UserError(f"{README} has no place for the table: the two lines\n{BEGIN}\n{END}")
+    return f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{after}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m polaformer_jax.analysis.lra_results", description="Results on the Long Range Arena."
+    )
+    parser.add_argument("--csv", default=CSV, help=f"file of the results [{CSV}]")
+    commands = parser.add_subparsers(dest="command")
+    add = commands.add_parser("add", help="add the results of finished trainings")
+    add.add_argument("workdir", nargs="+", help="work directory of a training")
+    readme = commands.add_parser("readme", help="write the table into the README")
+    readme.add_argument("--file", default=README, help=f"[{README}]")
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "add":
+            for workdir in args.workdir:
+                row = row_of(workdir)
+                state = "added" if append(args.csv, row) else "is there already"
+                print(f"{workdir}: {state}: {row}")
+        elif args.command == "readme":
+            path = epath.Path(args.file)
+            atomic.write(path, with_table(path.read_text(), read(args.csv)))
+        else:
+            print(table(read(args.csv)))
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return getattr(error, "status", 1)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""Tables of what was measured: text in columns for people, and CSV."""
+
+import csv
+import io
+import os
+from collections.abc import Iterable, Mapping, Sequence
+
+from etils import epath
+
+from polaformer_jax.errors import UserError
+from polaformer_jax.files import atomic
+
+
+def columns(head: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> str:
+    """Rows under a head, the first `left` columns aligned to the left and the others to the right."""
+    lines = [list(head), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            f"{cell:<{width}}" if index < left else f"{cell:>{width}}"
+            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def number(value: float | None, form: str) -> str:
+    """The value in this form; a dash for None."""
+    return "-" if value is None else format(value, form)
+
+
+def write_csv(path: epath.PathLike, rows: Sequence[Mapping[str, object]]) -> None:
+    """Writes rows that have the same keys, whole or not at all; None is an empty cell.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    try:
+        atomic.write(path, text.getvalue())
+    except OSError as error:
+        raise UserError(f"--csv {os.fspath(path)} cannot be written: {error}") from error

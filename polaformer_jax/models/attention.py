@@ -1,0 +1,332 @@
+"""Polarity-aware linear attention: the idea of the paper, alone.
+
+`polarity_attention` is the pure function, `PolarityAttention` the module that owns its parameters and the linear layers
+around it. Source: Meng et al., "PolaFormer: Polarity-aware Linear Attention for Vision Transformers", ICLR 2025,
+arXiv 2501.15061; parameter names as in the authors' PyTorch code, https://github.com/ZacharyMeng/PolaFormer.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from polaformer_jax.models import kernels
+from polaformer_jax.models.depthwise import depthwise_conv, lengthen
+from polaformer_jax.models.initializers import zeros
+from polaformer_jax.models.layers import ConvParams, PatchConv, dropout, layer_norm, linear, product, wide
+from polaformer_jax.models.powers import signed_powers, signed_powers_gradients
+
+NORMALISER_EPS = 1e-6
+IMPLEMENTATIONS = ("auto", "xla", "pallas")
+
+
+@functools.partial(
+    jax.jit, static_argnames=("grid", "alpha", "implementation")
+)  # traced once for all blocks of one shape
+def polarity_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    g: jax.Array,
+    *,
+    power: jax.Array,
+    scale: jax.Array,
+    positional_encoding: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array,
+    grid: tuple[int, ...],
+    alpha: float = 4.0,
+    mask: jax.Array | None = None,
+    implementation: str = "auto",
+) -> jax.Array:
+    """Attention of N query tokens to n key tokens in time O(N + n), with signs kept apart.
+
+    With h heads of width d = C/h (channel c belongs to head c // d), per head and with s = softplus(scale):
+
+        p   = 1 + alpha * sigmoid(power)                            the learnable power, one per head and channel
+        q± = relu(±q / s)^p        k± = relu(±(k + E) / s)^p        E = positional_encoding
+        same-signed stream:      o1 = [q+, q-] ([k+, k-]^T v1 / n) / ([q+, q-] mean_n([k+, k-])^T + 1e-6)
+        opposite-signed stream:  o2 = [q-, q+] ([k+, k-]^T v2 / n) / ([q-, q+] mean_n([k+, k-])^T + 1e-6)
+        y   = ([o1, o2] + conv(v)) * g                              v1, v2: first and last d/2 channels of v
+
+    | here                  | paper                                  | official name          | shape            |
+    |-----------------------|----------------------------------------|------------------------|------------------|
+    | p                     | the power p of the rescaling g(x; w, b)| `power`                | (1, h, 1, d)     |
+    | s                     | learnable scale of queries and keys    | `scale`                | (1, 1, C)        |
+    | E                     | position table of the keys             | `positional_encoding`  | (1, n, C)        |
+    | g                     | learnable polarity coefficients G      | part of `qg` / `qkvg`  | (B, N, C)        |
+    | conv                  | depth-wise convolution on the values   | `dwc`                  | kernel_size, d   |
+
+    Both streams share [k+, k-] and its mean, so one product K^T [v1, v2] and one product Q M replace four: M is
+    (2d, d + 2), the numerators of both streams and their two denominators, and swapping the two d-row halves of the
+    second stream's columns has the effect of exchanging q+ and q-. |x|^p is computed once and masked by sign.
+
+    Args:
+        q, g: (B, N, C). k, v: (B, n, C), where N is a multiple of n. Their dtype is that of the matrix products;
+            power, normaliser and accumulation are at least float32.
+        kernel, bias: of the depthwise convolution, (size, size, 1, d) and (d,); one kernel serves all heads.
+            A kernel with one spatial axis belongs to a grid with one axis.
+        grid: how the N tokens lie: (height, width) of an image or a window, (N,) of a sequence.
+        alpha: largest power minus one, >= 0. Gradients are finite at exact zeros for all of these.
+        mask: (B, N) bool, True at the tokens that are there; None: all of them. Only where N = n. The others add
+            nothing to [k+, k-]^T v or the mean, n counts without them, and the convolution sees zeros in their place,
+            so that padding an example changes nothing of its own tokens. (What stands at the others means nothing.)
+        implementation: "xla", operations that XLA compiles; "pallas", one kernel (`models.kernels`), which
+            TPUs and CUDA GPUs have (these for heads of 16, 32, 64, ... channels), and which elsewhere is interpreted,
+            slowly; "auto": the kernel on TPUs, else XLA.
+
+    Returns:
+        (B, N, C) in the dtype of `q`.
+    """
+    if mask is not None and mask.shape != k.shape[:2]:
+        raise ValueError(f"mask has shape {mask.shape}, expected one value for each key, {k.shape[:2]}")
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation {implementation!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
+    if mask is not None:
+        v = jnp.where(mask[:, :, None], v, 0)
+    u = depthwise_conv(lengthen(v, q.shape[1]), kernel, bias, grid=grid)
+    arrays = {"q": q, "k": k, "v": v, "g": g, "u": u, "table": positional_encoding, "mask": mask}
+    arrays["s"], arrays["p"] = _rescaling(power, scale, alpha, u.dtype)
+    if implementation == "xla" or q.shape[1] == 1:  # for one token there is nothing to fuse
+        return _by_operations(arrays)
+    if implementation == "pallas":
+        return _by_one_kernel(arrays)
+    if not kernels.usable(q.shape[2], power.shape[3]):
+        return _by_operations(arrays)
+    by_tpu = functools.partial(_by_one_kernel, on_tpu=True)
+    return jax.lax.platform_dependent(arrays, tpu=by_tpu, default=_by_operations)
+
+
+def _by_one_kernel(arrays: dict[str, jax.Array], *, on_tpu: bool = False) -> jax.Array:
+    """What `polarity_attention` returns, from what it has made of its arguments; s and p are (h, d).
+
+    `on_tpu`: nothing else will run it.
+    """
+    arrays, mask = dict(arrays), arrays["mask"]
+    width, full = arrays["s"].shape[1], arrays["s"].dtype
+    batch, keys, _ = arrays["k"].shape
+    arrays["u"] = arrays["u"].astype(arrays["q"].dtype)
+    arrays["s"], arrays["p"] = arrays["s"].reshape(1, -1), arrays["p"].reshape(1, -1)
+    if mask is None:
+        del arrays["mask"]
+        arrays["count"] = jnp.full((batch, 1, 1), keys, full)
+    else:
+        arrays["mask"] = mask[:, None].astype(arrays["q"].dtype)
+        arrays["count"] = jnp.maximum(jnp.sum(mask, axis=1), 1).astype(full).reshape(-1, 1, 1)
+    return kernels.fused_attention(arrays, width=width, eps=NORMALISER_EPS, on_tpu=on_tpu)
+
+
+def _by_operations(arrays: dict[str, jax.Array]) -> jax.Array:
+    """The same by products of whole arrays."""
+    q, k, v, g, u, mask, s, p = (arrays[name] for name in ("q", "k", "v", "g", "u", "mask", "s", "p"))
+    _, tokens, channels = q.shape
+    keys, (heads, width) = k.shape[1], s.shape
+    half, narrow, full = width // 2, q.dtype, s.dtype
+
+    q_signed = _signed_powers(q, None, s, p)  # (B, N, h, 2d)
+    k_signed = _signed_powers(k, arrays["table"], s, p)  # (B, n, h, 2d)
+    if mask is None:
+        k_mean = jnp.mean(k_signed, axis=1, dtype=full)[..., None]  # (B, h, 2d, 1)
+    else:
+        k_signed = jnp.where(mask[:, :, None, None], k_signed, 0)
+        keys = jnp.maximum(jnp.sum(mask, axis=1), 1).astype(full).reshape(-1, 1, 1, 1)  # (B, 1, 1, 1)
+        k_mean = jnp.sum(k_signed, axis=1, dtype=full)[..., None] / keys
+    kv = product("bnhk,bnhe->bhke", k_signed, _split(v, heads)) / keys  # (B, h, 2d, d)
+    same = jnp.concatenate([kv[..., :half], k_mean], axis=-1)
+    opposite = jnp.roll(jnp.concatenate([kv[..., half:], k_mean], axis=-1), width, axis=-2)  # the halves swapped
+    m = jnp.concatenate([same, opposite], axis=-1).astype(narrow)  # (B, h, 2d, d + 2)
+    qm = product("bnhk,bhke->bnhe", q_signed, m)  # (B, N, h, d + 2)
+    o_same = qm[..., :half] / (qm[..., half : half + 1] + NORMALISER_EPS)
+    o_opposite = qm[..., half + 1 : width + 1] / (qm[..., width + 1 :] + NORMALISER_EPS)
+    o = jnp.concatenate([o_same, o_opposite], axis=-1).reshape(-1, tokens, channels)
+    return ((o + u) * g).astype(narrow)
+
+
+def signed_features(
+    q: jax.Array,
+    k: jax.Array,
+    *,
+    power: jax.Array,
+    scale: jax.Array,
+    positional_encoding: jax.Array,
+    alpha: float,
+) -> tuple[jax.Array, jax.Array]:
+    """[q+, q-] (B, N, h, 2d) and [k+, k-] (B, n, h, 2d) of `polarity_attention`, in the dtype of `q`."""
+    s, p = _rescaling(power, scale, alpha, wide(q.dtype))
+    return _signed_powers(q, None, s, p), _signed_powers(k, positional_encoding, s, p)
+
+
+def _rescaling(power: jax.Array, scale: jax.Array, alpha: float, full) -> tuple[jax.Array, jax.Array]:
+    """s and p, (h, d)."""
+    _, heads, _, width = power.shape
+    s = jax.nn.softplus(scale.astype(full)).reshape(heads, width)
+    return s, (1 + alpha * jax.nn.sigmoid(power.astype(full))).reshape(heads, width)
+
+
+def _split(x: jax.Array, heads: int) -> jax.Array:
+    return x.reshape(*x.shape[:2], heads, -1)  # (B, N, C) -> (B, N, h, d)
+
+
+@jax.custom_vjp
+def _signed_powers(x: jax.Array, offset: jax.Array | None, s: jax.Array, p: jax.Array) -> jax.Array:
+    """[relu(z)^p, relu(-z)^p] of z = (x + offset) / s, in the dtype of x. At z = 0 both are zero, and so are their
+    gradients, as p >= 1.
+
+    The derivative is written out so that nothing but x is kept for it: what differentiation keeps of a power are its
+    base, its logarithm and its value, each as large as x in float32.
+
+    Args:
+        x: (B, N, C). offset: (1, N, C), None for zeros. s, p: (h, d).
+
+    Returns:
+        (B, N, h, 2d)
+    """
+    z = _rescaled(x, offset, s)
+    return jnp.concatenate(signed_powers(z, p[None, None]), axis=-1).astype(x.dtype)
+
+
+def _rescaled(x: jax.Array, offset: jax.Array | None, s: jax.Array) -> jax.Array:
+    """(B, N, C) -> (B, N, h, d), at least float32."""
+    x = x.astype(s.dtype)
+    if offset is not None:
+        x = x + offset.astype(s.dtype)
+    return _split(x, s.shape[0]) / s[None, None]
+
+
+def _signed_powers_fwd(x, offset, s, p):
+    return _signed_powers(x, offset, s, p), (x, offset, s, p)
+
+
+def _signed_powers_bwd(residuals, gradient):
+    x, offset, s, p = residuals
+    z, width = _rescaled(x, offset, s), p.shape[1]
+    gradient = gradient.astype(s.dtype)
+    x_gradient, s_gradient, p_gradient = signed_powers_gradients(
+        z, s[None, None], p[None, None], gradient[..., :width], gradient[..., width:], axes=(0, 1)
+    )
+    x_gradient = x_gradient.reshape(x.shape)
+    offset_gradient = None if offset is None else jnp.sum(x_gradient, axis=0, keepdims=True).astype(offset.dtype)
+    return x_gradient.astype(x.dtype), offset_gradient, s_gradient[0, 0], p_gradient[0, 0]
+
+
+_signed_powers.defvjp(_signed_powers_fwd, _signed_powers_bwd)
+
+
+class PolarityAttention(nnx.Module):
+    """The linear layers, tables and kernel around `polarity_attention`, and the output projection.
+
+    Args:
+        dim: channels C. num_heads: h; C/h must be even, for each stream takes half of a head's value channels.
+        grid: (height, width) on which the query tokens lie; (length,) of sequences, which may be shorter.
+        projections: "qkvg", one layer whose output is q, k, v, g in this order (Pola-Swin), or "qg_kv", two layers with
+            outputs q, g and k, v (Pola-PVT).
+        sr_ratio: spatial reduction of keys and values by `sr` and `norm`, only with "qg_kv"; 1 is none.
+            It divides the grid.
+        kernel_size: of the depthwise convolution, odd.
+        attention_impl: the `implementation` of `polarity_attention`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        grid: tuple[int, ...],
+        projections: str,
+        qkv_bias: bool = True,
+        sr_ratio: int = 1,
+        alpha: float = 4.0,
+        kernel_size: int = 5,
+        attention_impl: str = "auto",
+        drop_rate: float = 0.0,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        problems = polarity_problems(alpha=alpha, kernel_size=kernel_size, attention_impl=attention_impl)
+        if dim % num_heads or dim // num_heads % 2:
+            problems.append(f"dim {dim} over {num_heads} heads: the heads must divide it, into even widths")
+        if projections not in ("qkvg", "qg_kv"):
+            problems.append(f"projections {projections!r}: expected 'qkvg' or 'qg_kv'")
+        elif projections == "qkvg" and sr_ratio != 1:
+            problems.append(f"sr_ratio {sr_ratio} with projections 'qkvg': keys can be reduced with 'qg_kv' only")
+        if len(grid) == 1 and sr_ratio != 1:
+            problems.append(f"sr_ratio {sr_ratio} with the grid {grid} of a sequence: keys of images can be reduced")
+        if any(side % sr_ratio for side in grid):
+            problems.append(f"sr_ratio {sr_ratio} does not divide the grid {grid}")
+        if problems:
+            raise ValueError("PolarityAttention: " + "; ".join(problems))
+
+        width = dim // num_heads
+        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        if projections == "qkvg":
+            self.qkvg = linear(dim, 4 * dim, use_bias=qkv_bias, **types)
+        else:
+            self.qg = linear(dim, 2 * dim, use_bias=qkv_bias, **types)
+            self.kv = linear(dim, 2 * dim, use_bias=qkv_bias, **types)
+        if sr_ratio > 1:
+            self.sr = PatchConv(sr_ratio, dim, dim, **types)
+            self.norm = layer_norm(dim, epsilon=1e-5, **types)  # whatever the model's own epsilon
+        self.proj = linear(dim, dim, **types)
+        self.dwc = ConvParams((kernel_size,) * len(grid), 1, width, param_dtype=param_dtype, rngs=rngs)
+        self.power = zeros((1, num_heads, 1, width), param_dtype=param_dtype, rngs=rngs)
+        self.scale = zeros((1, 1, dim), param_dtype=param_dtype, rngs=rngs)
+        keys = math.prod(grid) // sr_ratio**2
+        self.positional_encoding = zeros((1, keys, dim), param_dtype=param_dtype, rngs=rngs)
+        self.grid, self.sr_ratio, self.alpha = tuple(grid), sr_ratio, alpha
+        self.projections, self.drop_rate, self.attention_impl = projections, drop_rate, attention_impl
+
+    def __call__(self, x: jax.Array, key: jax.Array | None = None, *, mask: jax.Array | None = None) -> jax.Array:
+        """(B, N, C) -> (B, N, C); `key` draws the dropout after the output projection, None means evaluation.
+
+        `mask` (B, N): see `polarity_attention`.
+        """
+        q, k, v, g = self.project(x)
+        table, grid = self.positional_encoding[...], self.grid
+        if len(grid) == 1:  # a sequence of any length up to the table's
+            grid = x.shape[1:2]
+            table = table[:, : x.shape[1]]
+        y = polarity_attention(
+            q,
+            k,
+            v,
+            g,
+            power=self.power[...],
+            scale=self.scale[...],
+            positional_encoding=table,
+            kernel=self.dwc.kernel[...],
+            bias=self.dwc.bias[...],
+            grid=grid,
+            alpha=self.alpha,
+            mask=mask,
+            implementation=self.attention_impl,
+        )
+        return dropout(self.proj(y), self.drop_rate, key)
+
+    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Tokens (B, N, C) -> q, k, v, g: queries and gates (B, N, C), keys and values (B, n, C)."""
+        if self.projections == "qkvg":
+            q, k, v, g = jnp.split(self.qkvg(x), 4, axis=-1)
+        else:
+            q, g = jnp.split(self.qg(x), 2, axis=-1)
+            k, v = jnp.split(self.kv(self._reduced(x)), 2, axis=-1)
+        return q, k, v, g
+
+    def _reduced(self, x: jax.Array) -> jax.Array:
+        if self.sr_ratio == 1:
+            return x
+        return self.norm(self.sr(x.reshape(x.shape[0], *self.grid, -1)))  # (B, N / sr_ratio², C)
+
+
+def polarity_problems(*, alpha: float, kernel_size: int, attention_impl: str) -> list[str]:
+    """What is wrong with the hyper-parameters of the attention, one line each."""
+    problems = []
+    if not 0 <= alpha < math.inf:  # a negative one would make powers below 1, whose slope at 0 is infinite
+        problems.append(f"alpha {alpha}: expected a finite number >= 0 (the official models have 4)")
+    if isinstance(kernel_size, bool) or kernel_size != int(kernel_size) or kernel_size < 1 or kernel_size % 2 == 0:
+        problems.append(f"kernel_size {kernel_size}: expected an odd number, 1, 3, 5, ...; an even one has no centre")
+    if attention_impl not in IMPLEMENTATIONS:
+        problems.append(f"attention_impl {attention_impl!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
+    return problems

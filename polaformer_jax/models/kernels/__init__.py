@@ -1,0 +1,143 @@
+"""Polarity attention in one kernel: one pass over keys and values, one over queries, gates and convolved values.
+
+What `models.attention` writes as powers, products and quotients of whole arrays, each of which goes to memory and back,
+happens here block by block. The sums over keys never leave the chip, and gradients compute them and the feature maps
+anew.
+"""
+
+import functools
+import importlib.util
+import math
+import types
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+
+_WITHOUT_BATCH = ("table", "s", "p")
+
+
+def usable(channels: int, width: int) -> bool:
+    """Whether "auto" may choose the kernel: on a TPU.
+
+    The matrices of a group of heads have to find room in a core's memory. And it has to be known how the batch lies on
+    the devices, for the compiler splits no kernel: from the mesh that is set (`jax.set_mesh`; steps of the training do
+    it), or because there is one device.
+    """
+    known = not jax.sharding.get_abstract_mesh().empty or jax.device_count() == 1
+    if not known or not for_tpu():
+        return False
+    tpu = _kernel_of_tpus()
+    return tpu.group_of(channels, width) <= tpu.LARGEST_GROUP
+
+
+def for_tpu() -> bool:
+    """Whether a program is being traced for a TPU: for devices of the mesh that is set, else for the default one."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    kind = jax.devices()[0].device_kind if device is None else device.device_kind
+    return kind.startswith("TPU")
+
+
+def has_kernel(platform: str, width: int) -> bool:
+    """Whether devices of a platform, as `jax.default_backend` calls it, have a kernel for heads of such a width."""
+    return platform == "tpu" or (platform == "gpu" and _kernel_of_gpus(width) is not None)
+
+
+def fused_attention(arrays: dict[str, jax.Array], *, width: int, eps: float, on_tpu: bool = False) -> jax.Array:
+    """y of `polarity_attention`, ([o1, o2] + u) * g.
+
+    Args:
+        arrays: q, g, u: (B, N, C), u the convolved values. k, v: (B, n, C), all in one dtype, that of the products.
+            table: (1, n, C), added to the keys. s, p: (1, C), at least float32.
+            count: (B, 1, 1), how many keys there are, as s. mask, or none: (B, 1, n), zero at keys that are not there,
+            whose values are zero.
+        width: channels of a head, d. eps: added to the denominators.
+        on_tpu: whether nothing but a TPU will run it: it is traced sooner then.
+
+    Returns:
+        (B, N, C) in the dtype of `q`. Where a mesh is set, its devices share the batch.
+    """
+    return _fused(_Setting(width, eps, on_tpu, jax.sharding.get_abstract_mesh()), arrays)
+
+
+class _Setting(NamedTuple):
+    """All that a program of the kernel depends on but its arrays; see `fused_attention`."""
+
+    width: int
+    eps: float
+    on_tpu: bool
+    mesh: AbstractMesh
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused(setting: _Setting, arrays: dict[str, jax.Array]) -> jax.Array:
+    return _run("forward", setting, arrays)
+
+
+def _fwd(setting, arrays):
+    return _fused(setting, arrays), arrays
+
+
+def _bwd(setting, arrays, y_bar):
+    q, k, v, g, u, s, p = _run("backward", setting, arrays | {"y_bar": y_bar})
+    table = jnp.sum(k, axis=0, keepdims=True, dtype=s.dtype).astype(arrays["table"].dtype)
+    bars = {"q": q, "k": k, "v": v, "g": g, "u": u, "table": table, "s": jnp.sum(s, axis=0), "p": jnp.sum(p, axis=0)}
+    return (jax.tree.map(jnp.zeros_like, arrays) | bars,)  # zeros of the count and the mask
+
+
+_fused.defvjp(_fwd, _bwd)
+
+
+def _run(direction: str, setting: _Setting, arrays: dict[str, jax.Array]):
+    """`direction` of the kernel, each device with its examples. All results have a batch."""
+    width, eps, on_tpu, mesh = setting
+
+    def by(kernel, interpret: bool):
+        plan = kernel.plan(arrays["q"], arrays["k"], width, eps, "mask" in arrays)
+        return functools.partial(getattr(kernel, direction), plan, interpret)
+
+    def on_one_device(examples):
+        if on_tpu:
+            return by(_kernel_of_tpus(), False)(examples)
+        kernels = {"tpu": by(_kernel_of_tpus(), False)}
+        if (gpu := _kernel_of_gpus(width)) is not None:
+            kernels["cuda"] = by(gpu, False)
+        return jax.lax.platform_dependent(examples, **kernels, default=by(_interpreted(), True))
+
+    axes = {
+        name: size
+        for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+        if kind == AxisType.Auto
+    }
+    if not axes:  # no mesh, or the caller has split the batch
+        return on_one_device(arrays)
+    shared = arrays["q"].shape[0] % math.prod(axes.values()) == 0
+    by_example = PartitionSpec(tuple(axes)) if shared else PartitionSpec()
+    specs = {name: PartitionSpec() if name in _WITHOUT_BATCH else by_example for name in arrays}
+    return jax.shard_map(
+        on_one_device, mesh=mesh, in_specs=(specs,), out_specs=by_example, axis_names=set(axes), check_vma=False
+    )(arrays)
+
+
+# Imported where they are needed: Pallas takes a while.
+
+
+def _kernel_of_tpus() -> types.ModuleType:
+    from polaformer_jax.models.kernels import tpu
+
+    return tpu
+
+
+def _interpreted() -> types.ModuleType:
+    """The kernel for devices that have none."""
+    return _kernel_of_tpus()
+
+
+def _kernel_of_gpus(width: int) -> types.ModuleType | None:
+    """None for heads of such a width; or where jax lacks Triton, which it deprecates since 0.11."""
+    if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
+        return None
+    from polaformer_jax.models.kernels import gpu
+
+    return gpu if gpu.has_width(width) else None

@@ -1,0 +1,132 @@
+"""The arithmetic of the fused attention on blocks of tokens: plain functions of arrays, the same for all kernels.
+
+A block is (tokens, G): G channels of one example, which are whole heads of `width` channels. Heads are no axis here.
+Products are of G with G channels, and what lies between two heads is set to zero. The sums over keys, (4, G, G), are
+
+    k+^T v, k-^T v,  and  k+^T 1, k-^T 1, in whose columns the sums of k+ and k- are repeated,
+
+so that numerators and denominators are products alike, each value channel with a denominator of its own. Notation is
+that of `polaformer_jax.models.attention`; `x_bar` is the gradient of x.
+"""
+
+import types
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+
+from polaformer_jax.models.layers import wide
+from polaformer_jax.models.powers import signed_powers, signed_powers_gradients
+
+
+class Plan(NamedTuple):
+    """How a kernel cuts its arrays: all that it knows when it is compiled.
+
+    Attributes:
+        queries, keys: tokens of an example.
+        channels: C. group: those of a block, G, which are whole heads. width: those of a head.
+        query_block, key_block: tokens of a block; the last one may end beyond the arrays.
+        eps: added to the denominators.
+    """
+
+    queries: int
+    keys: int
+    channels: int
+    group: int
+    width: int
+    query_block: int
+    key_block: int
+    eps: float
+
+    @classmethod
+    def of(cls, q: jax.Array, k: jax.Array, **cut) -> "Plan":
+        """For queries (B, N, C) and keys (B, n, C); `cut` has the other attributes."""
+        _, queries, channels = q.shape
+        return cls(queries=queries, keys=k.shape[1], channels=channels, **cut)
+
+    @property
+    def query_blocks(self) -> int:
+        return pl.cdiv(self.queries, self.query_block)
+
+    @property
+    def key_blocks(self) -> int:
+        return pl.cdiv(self.keys, self.key_block)
+
+
+def named(names, refs) -> tuple[types.SimpleNamespace, tuple]:
+    """A kernel's inputs by name, and its other references."""
+    return types.SimpleNamespace(**dict(zip(names, refs, strict=False))), refs[len(names) :]
+
+
+def dot(a: jax.Array, b: jax.Array, over: tuple[int, int]) -> jax.Array:
+    """Sum over axis `over[0]` of a and axis `over[1]` of b, both of two axes; at least float32."""
+    full = wide(a.dtype)
+    exact = jax.lax.Precision.HIGHEST if a.dtype == full else None
+    axes = (((over[0],), (over[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, axes, preferred_element_type=full, precision=exact)
+
+
+def signed(z: jax.Array, p: jax.Array, narrow) -> tuple[jax.Array, jax.Array]:
+    """relu(z)^p and relu(-z)^p in the type `narrow`."""
+    plus, minus = signed_powers(z, p)
+    return plus.astype(narrow), minus.astype(narrow)
+
+
+def matrices(sums, count: jax.Array, width: int, narrow) -> list[jax.Array]:
+    """What q+ and q- are multiplied with: for the numerators, then for the denominators, each (G, G).
+
+    In the columns of the opposite-signed stream the two are exchanged. The map is its own transpose: given gradients
+    of its results it gives gradients of the sums.
+    """
+    row, column = (jax.lax.broadcasted_iota(jnp.int32, sums[0].shape, axis) for axis in (0, 1))
+    one_head = jax.lax.div(row, np.int32(width)) == jax.lax.div(column, np.int32(width))
+    same = jax.lax.rem(column, np.int32(width)) < width // 2
+    pairs = ((sums[0], sums[1]), (sums[1], sums[0]), (sums[2], sums[3]), (sums[3], sums[2]))
+    return [(jnp.where(one_head, jnp.where(same, a, b), 0) / count).astype(narrow) for a, b in pairs]
+
+
+def key_sums(z, values, there, p) -> list[jax.Array]:
+    """What a block adds to the sums over keys. `there`: (tokens, G), ones, and zeros at hidden keys, where z is 0."""
+    plus, minus = signed(z, p, values.dtype)
+    return [dot(keys, columns, (0, 0)) for columns in (values, there) for keys in (plus, minus)]
+
+
+def streams(plus, minus, m, eps: float) -> tuple[jax.Array, jax.Array]:
+    """Both streams' outputs of queries (q+, q-), and one over their denominators."""
+    numerator = dot(plus, m[0], (1, 0)) + dot(minus, m[1], (1, 0))
+    inverse = 1 / (dot(plus, m[2], (1, 0)) + dot(minus, m[3], (1, 0)) + eps)
+    return numerator * inverse, inverse
+
+
+def output(z, p, g, u, m, eps: float) -> jax.Array:
+    """(o + u) * g of a block of queries, at least float32."""
+    full = z.dtype
+    return (streams(*signed(z, p, g.dtype), m, eps)[0] + u.astype(full)) * g.astype(full)
+
+
+def query_bars(z, s, p, g, u, y_bar, m, eps: float):
+    """Gradients of q, g and u of a block, of s and p (1, G), and of `m`, a list."""
+    full, narrow = z.dtype, g.dtype
+    plus, minus = signed(z, p, narrow)
+    o, inverse = streams(plus, minus, m, eps)
+    y_bar = y_bar.astype(full)
+    o_bar = y_bar * g.astype(full)
+    g_bar = y_bar * (o + u.astype(full))
+    numerator_bar, denominator_bar = (o_bar * inverse).astype(narrow), (-o_bar * o * inverse).astype(narrow)
+    plus_bar = dot(numerator_bar, m[0], (1, 1)) + dot(denominator_bar, m[2], (1, 1))
+    minus_bar = dot(numerator_bar, m[1], (1, 1)) + dot(denominator_bar, m[3], (1, 1))
+    m_bar = [dot(queries, bar, (0, 0)) for bar in (numerator_bar, denominator_bar) for queries in (plus, minus)]
+    q_bar, s_bar, p_bar = signed_powers_gradients(z, s, p, plus_bar, minus_bar, axes=(0,))
+    return q_bar, g_bar, o_bar, s_bar, p_bar, m_bar
+
+
+def key_bars(z, s, p, values, there, sums_bar):
+    """Gradients of k and v of a block, and of s and p (1, G), from those of the sums over keys."""
+    plus, minus = signed(z, p, values.dtype)
+    v_bar = dot(plus, sums_bar[0], (1, 0)) + dot(minus, sums_bar[1], (1, 0))
+    plus_bar = dot(values, sums_bar[0], (1, 1)) + dot(there, sums_bar[2], (1, 1))
+    minus_bar = dot(values, sums_bar[1], (1, 1)) + dot(there, sums_bar[3], (1, 1))
+    k_bar, s_bar, p_bar = signed_powers_gradients(z, s, p, plus_bar, minus_bar, axes=(0,))
+    return k_bar, v_bar, s_bar, p_bar

@@ -1,0 +1,270 @@
+"""What both model families are built of: patch embedding, MLP, pre-norm block, stochastic depth, windows.
+
+Attribute names are those of the official PyTorch code (https://github.com/ZacharyMeng/PolaFormer), so that a path in
+the parameter tree reads like a key of its `state_dict`. Tokens are (batch, tokens, channels).
+
+Modules take `key=None`: None means evaluation, a key means training with dropout and stochastic depth.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from polaformer_jax.models.initializers import normal_init, ones_init, placed, uniform_init, zeros_init
+
+
+def wide(dtype) -> jnp.dtype:
+    """The type of sums, powers, quotients and softmax beside products in `dtype`: at least float32."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """`einsum` whose sums, and so its result, are at least float32, whatever the type of the operands."""
+    full = wide(a.dtype)
+
+    def accumulate(a, b):
+        return jnp.einsum(subscripts, a, b, preferred_element_type=full)
+
+    if a.dtype == full:
+        return accumulate(a, b)
+    # XLA's CPU back end lacks batched products of bfloat16 with a float32 result; widened operands give the same.
+    return jax.lax.platform_dependent(
+        a, b, cpu=lambda a, b: accumulate(a.astype(full), b.astype(full)), default=accumulate
+    )
+
+
+@jax.custom_vjp
+def _apply_kernel(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """(..., in) by (in, out) -> (..., out).
+
+    On a CPU the kernel's gradient is a sum over one axis, of what was flattened. Over more, XLA first transposes there,
+    which made an MLP and its gradients take 1.2 to 1.4 times as long. TPU programs move more bytes if flattened.
+    """
+    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def _apply_kernel_bwd(residuals, gradient):
+    x, kernel = residuals
+
+    def over_all(x, gradient):
+        axes = tuple(range(x.ndim - 1))
+        return jax.lax.dot_general(x, gradient, ((axes, axes), ((), ())))
+
+    def flattened(x, gradient):
+        return over_all(x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1]))
+
+    kernel_gradient = jax.lax.platform_dependent(x, gradient, cpu=flattened, default=over_all)
+    x_gradient = jax.lax.dot_general(gradient, kernel, (((gradient.ndim - 1,), (1,)), ((), ())))
+    return x_gradient, kernel_gradient
+
+
+_apply_kernel.defvjp(lambda x, kernel: (_apply_kernel(x, kernel), (x, kernel)), _apply_kernel_bwd)
+
+
+def _dot_general(x: jax.Array, kernel: jax.Array, dimensions, **options) -> jax.Array:
+    """What `nnx.Linear` asks for: always the last axis by the first, with options that `linear` leaves unset."""
+    return _apply_kernel(x, kernel)
+
+
+def linear(features_in: int, features_out: int, *, use_bias: bool = True, dtype, param_dtype, rngs) -> nnx.Linear:
+    """A linear layer with the official initial values: normal(0.02), bias 0."""
+    return nnx.Linear(
+        features_in,
+        features_out,
+        use_bias=use_bias,
+        dot_general=_dot_general,
+        kernel_init=placed(normal_init, rngs),
+        bias_init=placed(zeros_init, rngs),
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=rngs,
+    )
+
+
+def layer_norm(features: int, *, epsilon: float, dtype, param_dtype, rngs) -> nnx.LayerNorm:
+    """LayerNorm with statistics in at least float32; two passes, for E[x²] - E[x]² cancels."""
+    return nnx.LayerNorm(
+        features,
+        epsilon=epsilon,
+        use_fast_variance=False,
+        scale_init=placed(ones_init, rngs),
+        bias_init=placed(zeros_init, rngs),
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=rngs,
+    )
+
+
+class ConvParams(nnx.Module):
+    """Kernel (height, width, in, out) and bias (out,) of a convolution, with PyTorch's initial values.
+
+    Both are uniform within ±1/sqrt(fan_in), fan_in = height * width * in. How they are applied is up to the owner.
+    A convolution along a sequence has one size, (width,).
+    """
+
+    def __init__(self, size: tuple[int, ...], features_in: int, features_out: int, *, param_dtype, rngs: nnx.Rngs):
+        bound = float(np.prod(size) * features_in) ** -0.5
+        shape = (*size, features_in, features_out)
+        uniform = placed(uniform_init, rngs)
+        self.kernel = nnx.Param(uniform(rngs.params(), shape, param_dtype, bound=bound))
+        self.bias = nnx.Param(uniform(rngs.params(), shape[-1:], param_dtype, bound=bound))
+
+
+class PatchConv(ConvParams):
+    """Convolution whose stride is its kernel size: cut into patches, then one matrix product."""
+
+    def __init__(self, size: int, features_in: int, features_out: int, *, dtype, param_dtype, rngs: nnx.Rngs):
+        super().__init__((size, size), features_in, features_out, param_dtype=param_dtype, rngs=rngs)
+        self.size, self.dtype = size, dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(B, H, W, in) -> (B, H/size * W/size, out)"""
+        batch, height, width, channels = x.shape
+        r = self.size
+        x = x.reshape(batch, height // r, r, width // r, r, channels).transpose(0, 1, 3, 2, 4, 5)
+        x = x.reshape(batch, -1, r * r * channels).astype(self.dtype)  # (B, tokens, size * size * in)
+        kernel = self.kernel[...].reshape(r * r * channels, -1).astype(self.dtype)
+        return _apply_kernel(x, kernel) + self.bias[...].astype(self.dtype).reshape(1, 1, -1)
+
+
+class PatchEmbed(nnx.Module):
+    """Non-overlapping patches to tokens, with LayerNorm (eps 1e-5 in both families) where `patch_norm`."""
+
+    def __init__(self, size: int, features_in: int, features_out: int, *, patch_norm: bool = True, **types):
+        self.proj = PatchConv(size, features_in, features_out, **types)
+        self.norm = layer_norm(features_out, epsilon=1e-5, **types) if patch_norm else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(B, H, W, in) -> (B, H/size * W/size, out)"""
+        x = self.proj(x)
+        return x if self.norm is None else self.norm(x)
+
+
+@jax.custom_vjp
+def gelu(x: jax.Array) -> jax.Array:
+    """Exact GELU, x (1 + erf(x / √2)) / 2, computed in at least float32.
+
+    The derivative is written out so that nothing but x is kept for it; differentiation would keep three such arrays,
+    and they are the largest of a block.
+    """
+    wider = x.astype(wide(x.dtype))
+    return (wider * _normal_cdf(wider)).astype(x.dtype)
+
+
+def _normal_cdf(x: jax.Array) -> jax.Array:
+    return 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
+def _gelu_fwd(x):
+    return gelu(x), x
+
+
+def _gelu_bwd(x, gradient):
+    wider = x.astype(wide(x.dtype))
+    density = jnp.exp(-0.5 * wider * wider) / math.sqrt(2 * math.pi)
+    return (((_normal_cdf(wider) + wider * density) * gradient).astype(x.dtype),)
+
+
+gelu.defvjp(_gelu_fwd, _gelu_bwd)
+
+
+class Mlp(nnx.Module):
+    """fc1, exact GELU, dropout, fc2, dropout."""
+
+    def __init__(self, dim: int, hidden: int, *, drop_rate: float, **types):
+        self.fc1 = linear(dim, hidden, **types)
+        self.fc2 = linear(hidden, dim, **types)
+        self.drop_rate = drop_rate
+
+    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        key1, key2 = split_key(key, 2)
+        x = dropout(gelu(self.fc1(x)), self.drop_rate, key1)
+        return dropout(self.fc2(x), self.drop_rate, key2)
+
+
+class Block(nnx.Module):
+    """Pre-norm residual block: attention, then MLP, with stochastic depth drawn apart for the two residuals."""
+
+    def __init__(
+        self,
+        attn: nnx.Module,
+        dim: int,
+        *,
+        mlp_ratio: float,
+        epsilon: float,
+        drop_rate: float,
+        drop_path: float,
+        **types,
+    ):
+        self.norm1 = layer_norm(dim, epsilon=epsilon, **types)
+        self.attn = attn
+        self.norm2 = layer_norm(dim, epsilon=epsilon, **types)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop_rate=drop_rate, **types)
+        self.drop_path = drop_path
+
+    def __call__(self, x: jax.Array, key: jax.Array | None = None, **context) -> jax.Array:
+        """(B, N, C) -> (B, N, C); `context` is what the attention takes besides, such as a mask."""
+        key_attn, key_path1, key_mlp, key_path2 = split_key(key, 4)
+        x = x + stochastic_depth(self.mix(self.norm1(x), key_attn, **context), self.drop_path, key_path1)
+        return x + stochastic_depth(self.mlp(self.norm2(x), key_mlp), self.drop_path, key_path2)
+
+    def mix(self, x: jax.Array, key: jax.Array | None, **context) -> jax.Array:
+        """Tokens exchange information, (B, N, C) -> (B, N, C); Pola-Swin does it within windows."""
+        return self.attn(x, key, **context)
+
+
+def rematerialised(block: Block, x: jax.Array, key: jax.Array | None, **context) -> jax.Array:
+    """`block(x, key, **context)`, whose activations are computed anew in the backward pass rather than kept."""
+    graphdef, params = nnx.split(block)
+
+    def apply(params, x, key, context):
+        return nnx.merge(graphdef, params)(x, key, **context)
+
+    return jax.checkpoint(apply)(params, x, key, context)
+
+
+def split_key(key: jax.Array | None, count: int) -> list:
+    return [None] * count if key is None else list(jax.random.split(key, count))
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    if key is None or rate == 0:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+
+
+def stochastic_depth(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Drops the whole branch x for each sample with probability `rate`; kept ones are scaled by 1 / (1 - rate)."""
+    if key is None or rate == 0:
+        return x
+    kept = jax.random.bernoulli(key, 1 - rate, (x.shape[0], *(1 for _ in x.shape[1:])))
+    return jnp.where(kept, x / (1 - rate), 0)
+
+
+def drop_path_rates(rate: float, depths: tuple[int, ...]) -> list[list[float]]:
+    """Rates that rise linearly from 0 to `rate` over all blocks of all stages, as one list a stage."""
+    rates = iter(np.linspace(0, rate, sum(depths)).tolist())
+    return [[next(rates) for _ in range(depth)] for depth in depths]
+
+
+def partition_windows(x: jax.Array, window: int, *, grid: int) -> jax.Array:
+    """(B, grid², C) -> (B * windows, window², C); the windows of an image lie together, row by row."""
+    batch, _, channels = x.shape
+    if window == grid:
+        return x
+    count = grid // window
+    x = x.reshape(batch, count, window, count, window, channels).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch * count**2, window**2, channels)
+
+
+def merge_windows(x: jax.Array, window: int, *, grid: int) -> jax.Array:
+    """The inverse of `partition_windows`."""
+    channels = x.shape[-1]
+    if window == grid:
+        return x
+    count = grid // window
+    x = x.reshape(-1, count, count, window, window, channels).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(-1, grid**2, channels)

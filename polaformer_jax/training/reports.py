@@ -1,0 +1,156 @@
+"""Pictures of a run: its curves, its confusion matrix, and test images with what the model said, mistakes first."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from etils import epath
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from polaformer_jax.data.sources import Source
+from polaformer_jax.files import figures
+from polaformer_jax.files.figures import FAINT, INK
+from polaformer_jax.training.evaluation import Evaluation
+from polaformer_jax.training.writers import read_scalars
+
+TRAIN, TEST, WRONG = "#9aa5b1", "#2364aa", "#c8382c"
+NAMED_CLASSES = 25  # with more, a confusion matrix has no room for names and numbers
+GRID = (6, 10)  # rows and columns of test images
+
+
+def draw_all(
+    workdir: epath.Path, evaluation: Evaluation, source: Source, picture_of: Callable[[int], np.ndarray] | None
+) -> list[epath.Path]:
+    """Draws everything into `workdir/pictures`.
+
+    Args:
+      evaluation: of the checkpoint that the pictures show.
+      source: the split that was evaluated.
+      picture_of: gives the image (S, S, 3) uint8 that the model saw of an example; None: there are none to draw.
+
+    Returns:
+      The files.
+    """
+    folder = workdir / "pictures"
+    folder.mkdir(parents=True, exist_ok=True)
+    names = source.class_names or tuple(str(label) for label in range(source.num_classes))
+    drawn = {
+        "curves.png": curves(read_scalars(workdir)),
+        "confusion.png": confusion(evaluation, names),
+    }
+    if picture_of is not None:
+        drawn["predictions.png"] = predictions(evaluation, names, picture_of)
+    paths = []
+    for name, figure in drawn.items():
+        paths.append(folder / name)
+        figures.save(figure, paths[-1])
+    return paths
+
+
+def curves(scalars: dict[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
+    """Loss, accuracy and learning rate over the steps, from what was written for TensorBoard."""
+    figure = figures.new(12, 3.8)
+    panels = zip(figure.subplots(1, 3), ("loss", "accuracy", "learning_rate"), strict=True)
+    for axes, name in panels:
+        figures.tidy(axes)
+        axes.set_title({"learning_rate": "learning rate"}.get(name, name), loc="left", color=INK, fontweight="bold")
+        axes.set_xlabel("step", color=INK)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        if name in scalars:
+            colour = INK if name == "learning_rate" else TRAIN
+            axes.plot(*scalars[name], color=colour, linewidth=1.5, label="training")
+        if f"eval_{name}" in scalars:
+            steps, values = scalars[f"eval_{name}"]
+            axes.plot(steps, values, color=TEST, linewidth=2, marker="o", markersize=3, label="evaluation")
+            axes.legend(frameon=False, labelcolor=INK)
+        if name == "loss":
+            axes.set_ylim(bottom=0)
+        if name == "accuracy":
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+            if "eval_accuracy" in scalars:
+                best = scalars["eval_accuracy"][1].max()
+                axes.axhline(best, color=TEST, linewidth=0.8, linestyle=":")
+                axes.set_title(f"best {100 * best:.2f} %", loc="right", color=TEST, fontsize=10)
+    return figure
+
+
+def confusion(evaluation: Evaluation, names: tuple[str, ...]) -> Figure:
+    """True class by predicted class, in shares of the true class."""
+    seen = evaluation.outputs["mask"]
+    counts = np.zeros((len(names), len(names)), np.int64)
+    np.add.at(counts, (evaluation.outputs["label"][seen], evaluation.outputs["prediction"][seen]), 1)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+
+    few = len(names) <= NAMED_CLASSES
+    side = 2.2 + 0.42 * len(names) if few else 9
+    figure = figures.new(side + 1.1, side)
+    axes = figure.subplots()
+    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    right = counts.trace() / max(counts.sum(), 1)
+    axes.set_title(
+        f"{100 * right:.2f} % of {counts.sum():,} {evaluation.examples}", loc="left", color=INK, fontweight="bold"
+    )
+    axes.set_xlabel("predicted class", color=INK)
+    axes.set_ylabel("true class", color=INK)
+    axes.spines[:].set_color(FAINT)
+    if few:
+        rotation = 90 if max(map(len, names)) > 3 else 0
+        axes.set_xticks(range(len(names)), names, rotation=rotation)
+        axes.set_yticks(range(len(names)), names)
+        axes.tick_params(length=0, labelcolor=INK)
+        for row, column in zip(*np.nonzero(counts), strict=True):
+            wrong = row != column
+            colour = WRONG if wrong else ("white" if shares[row, column] > 0.5 else INK)
+            weight = "bold" if wrong else "normal"
+            axes.text(column, row, counts[row, column], ha="center", va="center", color=colour, fontweight=weight)
+    bar = figure.colorbar(picture, ax=axes, fraction=0.046, pad=0.03, format=PercentFormatter(1.0, decimals=0))
+    bar.outline.set_visible(False)
+    bar.set_label("share of the true class", color=INK)
+    return figure
+
+
+def predictions(evaluation: Evaluation, names: tuple[str, ...], image_of) -> Figure:
+    """A grid of test images. First the mistakes, the surest first; then the right answers, the least sure first.
+
+    Args:
+      image_of: gives the image (S, S, 3) uint8 at an index of the split.
+    """
+    out = evaluation.outputs
+    seen = np.flatnonzero(out["mask"])
+    wrong = out["prediction"][seen] != out["label"][seen]
+    probability = out["probability"][seen]
+    order = seen[np.lexsort((np.where(wrong, -probability, probability), ~wrong))]
+    rows = min(GRID[0], math.ceil(len(order) / GRID[1]))
+    shown = order[: rows * GRID[1]]
+
+    figure = figures.new(1.25 * GRID[1], 1.6 * rows + 0.5)
+    count = int(wrong.sum())
+    mistakes = f"{count} mistake{'' if count == 1 else 's'} in {len(seen):,} images"
+    figure.suptitle(
+        f"{mistakes}: the mistakes, surest first, then the least sure of the right answers",
+        x=0.01,
+        ha="left",
+        color=INK,
+        fontweight="bold",
+    )
+    for axes, index in zip(figure.subplots(rows, GRID[1], squeeze=False).flat, shown, strict=False):
+        true, said = names[out["label"][index]], names[out["prediction"][index]]
+        axes.imshow(image_of(index), interpolation="nearest")
+        mistaken = out["label"][index] != out["prediction"][index]
+        text = f"{_short(said)}, not {_short(true)}" if mistaken else _short(true)
+        axes.set_title(
+            f"{text}\n{100 * out['probability'][index]:.0f} %", fontsize=8, color=WRONG if mistaken else INK, pad=3
+        )
+        axes.spines[:].set_color(WRONG if mistaken else FAINT)
+        axes.spines[:].set_linewidth(2.0 if mistaken else 0.8)
+    for axes in figure.axes:
+        axes.set_xticks([])
+        axes.set_yticks([])
+        if not axes.images:
+            axes.set_visible(False)
+    return figure
+
+
+def _short(name: str, length: int = 12) -> str:
+    return name if len(name) <= length else name[: length - 1] + "…"

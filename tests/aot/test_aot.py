@@ -1,0 +1,268 @@
+"""Compiling ahead of time: what is read from a program, what is estimated, and how the largest batch is found."""
+
+import csv
+import dataclasses
+import importlib.util
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.digits import get_config
+from polaformer_jax.aot.collectives import collectives, totals
+from polaformer_jax.aot.compiling import OutOfMemoryError, compile_step, out_of_memory, topology_devices
+from polaformer_jax.aot.largest import largest
+from polaformer_jax.aot.roofline import estimate
+from polaformer_jax.cli import aot as command
+from polaformer_jax.errors import UserError
+from polaformer_jax.files import tables
+from polaformer_jax.hardware.chips import CHIPS, chip_of
+from polaformer_jax.hardware.costs import product_flops
+
+# --- collectives, as XLA writes them for CPUs and TPUs
+
+PROGRAM = """\
+HloModule jit_step, is_scheduled=true, input_output_alias={ {0}: (0, {}, may-alias) }
+
+%region_0 (a: f32[], b: f32[]) -> f32[] {
+  ROOT %add = f32[] add(%a, %b)
+}
+
+%all-reduce-scatter.1 (input: f32[64,32]) -> f32[8,32] {
+  %all-reduce.9 = f32[64,32]{1,0:T(8,128)} all-reduce(%input), replica_groups=[1,8]<=[8], to_apply=%r
+  ROOT %dynamic-slice = f32[8,32]{1,0} dynamic-slice(%all-reduce.9, %i, %z), dynamic_slice_sizes={8,32}
+}
+
+ENTRY %main (p: f32[64,32]) -> f32[64,32] {
+  %ar = (f32[32]{0}, bf16[2,3]{1,0}) all-reduce(%a, %b), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%r
+  %ag = f32[64,128]{1,0:T(8,128)(2,1)S(1)} all-gather(%p), channel_id=2, replica_groups=[2,4]<=[8], dimensions={0}, \
+metadata={op_name="jit(step)/gather"}
+  %ags = (f32[8,32]{1,0}, f32[64,32]{1,0}) all-gather-start(%p), replica_groups=mesh['x'=4,'y'=2] {'x','y'}
+  %agd = f32[64,32]{1,0} all-gather-done(%ags)
+  %cps = (f32[4]{0}, f32[4]{0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%q), source_target_pairs={{0,1}}
+  %cpd = f32[4]{0} collective-permute-done(%cps)
+  %rs = f32[8,32]{1,0} reduce-scatter(%p), replica_groups=mesh['x'=8] {'x':(1)2}, to_apply=%region_0
+  %ag.2 = f32[64,128]{1,0} all-gather(%p), channel_id=2, replica_groups=[2,4]<=[8], dimensions={0}
+  %f = f32[8,32]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
+  ROOT %t = f32[64,32]{1,0} add(%agd, %all-reduce)
+}
+"""
+
+
+def test_every_kind_is_read():
+    found = collectives(PROGRAM)
+    assert [(item.kind, item.bytes, item.group) for item in found] == [
+        ("reduce-scatter", 1024, 8),  # what a TPU makes of an all-reduce that is cut up at once
+        ("all-reduce", 140, 4),
+        ("all-gather", 32768, 4),
+        ("all-gather", 8192, 8),
+        ("collective-permute", 16, 0),
+        ("reduce-scatter", 1024, 2),
+    ]
+    assert found[2].source == "jit(step)/gather"
+    assert found[2].shapes == (("f32", (64, 128)),)
+
+
+def test_bytes_that_each_chip_sends():
+    moved = {item.kind: item.moved for item in collectives(PROGRAM)[1:5]}
+    assert moved == {"all-reduce": 140 * 2 * 3 / 4, "all-gather": 8192 * 7 / 8, "collective-permute": 16}
+    assert collectives(PROGRAM)[0].moved == 1024 * 7
+
+
+def test_totals():
+    assert totals(collectives(PROGRAM)) == {
+        "all-reduce": (1, 140),
+        "all-gather": (2, 40960),
+        "collective-permute": (1, 16),
+        "reduce-scatter": (2, 2048),
+    }
+    assert totals([]) == {}
+
+
+def test_a_real_program():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    split, whole = (jax.NamedSharding(mesh, jax.P(*axes)) for axes in (("x",), ()))
+    program = jax.jit(lambda x: (x.sum(0), 2 * x), in_shardings=split, out_shardings=whole)
+    found = collectives(program.lower(jnp.ones((16, 3))).compile().as_text())
+    assert {(item.kind, item.bytes, item.group) for item in found} == {("all-reduce", 12, 8), ("all-gather", 192, 8)}
+
+
+# --- the roofline
+
+
+def flops_of(function, *shapes):
+    return product_flops(
+        jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)).jaxpr
+    )
+
+
+def test_products_are_counted():
+    product = 2 * 3 * 4 * 5
+    assert flops_of(lambda a, b: a @ b, (3, 4), (4, 5)) == product
+    assert flops_of(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), (7, 3, 4), (7, 4, 5)) == 7 * product
+    assert flops_of(jax.jit(lambda a, b: jnp.tanh(a @ b) + 1), (3, 4), (4, 5)) == product
+    forward_and_twice_back = jax.value_and_grad(lambda a, b: (a @ b).sum(), (0, 1))
+    assert flops_of(forward_and_twice_back, (3, 4), (4, 5)) == 3 * product
+    twice_back = lambda a, b: forward_and_twice_back(a, b)[1]  # noqa: E731 its value is not asked for
+    assert flops_of(twice_back, (3, 4), (4, 5)) == 2 * product
+    scan = lambda a, b: jax.lax.scan(lambda c, x: (c, x @ b), 0.0, jnp.stack([a] * 6))  # noqa: E731
+    assert flops_of(scan, (3, 4), (4, 5)) == 6 * product
+    branch = lambda a, b: jax.lax.cond(a[0, 0] > 0, lambda: a @ b, lambda: jnp.zeros((3, 5)))  # noqa: E731
+    assert flops_of(branch, (3, 4), (4, 5)) == product
+    assert flops_of(lambda a: a + a, (3, 4)) == 0
+
+
+def test_convolutions_are_counted():
+    def convolve(x, kernel, groups):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=numbers, feature_group_count=groups
+        )
+
+    assert flops_of(lambda x, k: convolve(x, k, 1), (2, 6, 6, 4), (3, 3, 4, 8)) == 2 * (2 * 6 * 6 * 8) * 9 * 4
+    assert flops_of(lambda x, k: convolve(x, k, 4), (2, 6, 6, 4), (3, 3, 1, 4)) == 2 * (2 * 6 * 6 * 4) * 9
+
+
+def test_a_step_takes_as_long_as_the_slowest_of_three():
+    chip = chip_of("TPU v5 lite")
+    found = estimate(chip, flops=197e12, memory_bytes=4 * 819e9, link_bytes=200e9)
+    assert (found.compute, found.memory, found.links) == (1, 4, 1)
+    assert (found.step, found.bound, found.mfu) == (4, "memory", 0.25)
+    assert estimate(chip, flops=197e12, memory_bytes=0, link_bytes=0).mfu == 1
+
+
+def test_chips():
+    assert [chip.name for chip in CHIPS if chip.kind.startswith("TPU")] == ["v4", "v5e", "v5p", "v6e"]
+    assert len({chip.kind for chip in CHIPS}) == len(CHIPS)
+    assert chip_of("TPU v5 lite").flops == 197e12
+    assert chip_of("cpu") is None  # no guess
+    for chip in CHIPS:
+        assert chip.link_bandwidth < chip.memory_bandwidth < chip.flops / 100
+
+
+# --- the largest batch
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("size, base, start", [(1, 10, 8), (3, 50, 8), (0.4, 0, 1), (30, 40, 64), (200, 10, 4)])
+def test_the_largest_batch(size, base, start, known):
+    tried = []
+
+    def used(examples):
+        tried.append(examples)
+        need = base + size * examples
+        return need <= 100, need if need <= 100 or known else None
+
+    found, most = largest(used, start=start, limit=100), int((100 - base) / size)
+    assert most - max(1, most / 16) <= found <= most
+    assert found == 0 or found in tried
+    assert len(tried) == len(set(tried)) <= (6 if known else 10)
+
+
+def test_what_the_compiler_says_of_memory():
+    error = RuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm.")
+    found = out_of_memory(error, get_config())
+    assert isinstance(found, OutOfMemoryError)
+    assert found.used == 20.5 * 2**30
+    assert "train.batch_size=64 does not fit" in str(found)
+    other = RuntimeError("INTERNAL: something else")
+    assert out_of_memory(other, get_config()) is None
+
+
+# --- topologies
+
+
+@pytest.mark.parametrize(
+    "topology, message",
+    [
+        ("v5e", "expected a TPU's, such as v5e:2x4"),
+        ("v5e:2by4", "expected a TPU's"),
+        ("cpu:0", "expected a TPU's"),
+        ("cpu:9", "this process has 8 CPU devices already"),
+    ],
+)
+def test_topologies_that_cannot_be(topology, message):
+    with pytest.raises(UserError, match=message):
+        topology_devices(topology)
+
+
+def test_without_libtpu(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs the TPU compiler, libtpu, though no TPU: .*polaformer_jax\[tpu\]"):
+        topology_devices("v5e:2x4")
+
+
+# --- a whole step, for fake devices
+
+
+def small_config():
+    config = get_config()
+    config.model.kernel_size = 1
+    config.train.batch_size = 16
+    config.mesh.data, config.mesh.fsdp = 2, 2
+    return config
+
+
+@pytest.fixture(scope="module")
+def program():
+    """No data set is there."""
+    config = small_config()
+    config.data.data_dir = "nowhere"
+    return compile_step(config, topology_devices("cpu:4"), num_examples=1000)
+
+
+def test_a_step_is_compiled_without_data(program):
+    assert (program.batch, program.mesh, program.chip) == (16, (2, 2), None)
+    assert program.total_steps == 30 * (1000 // 16)
+    assert program.memory > program.state + program.temporary > 0
+    assert {item.kind for item in program.collectives} >= {"all-reduce", "all-gather"}
+    assert program.estimate is None
+
+
+def test_products_agree_with_the_count_of_xla(program):
+    assert 0.7 < program.products / (4 * program.xla_flops) < 1.0  # which counts the rest of the arithmetic too
+
+
+def test_it_is_described_and_written(program, tmp_path):
+    text = command.describe(program)
+    for part in ("batch 16 on 4 chips: mesh.data=2, mesh.fsdp=2", "all-gather", "peaks of this chip are not known"):
+        assert part in text
+    tables.write_csv(tmp_path / "a.csv", [command.row("cpu:4", program)])
+    (row,) = csv.DictReader((tmp_path / "a.csv").read_text().splitlines())
+    assert (row["model"], row["batch"], row["estimated_step_ms"]) == ("pola_pvt_nano", "16", "")
+    assert float(row["all-gather_mib"]) > 0
+
+
+def test_times_are_called_estimates(program):
+    known = dataclasses.replace(program, chip=CHIPS[1])
+    times = [line for line in command.describe(known).splitlines() if " ms" in line or " h " in line or "%" in line]
+    assert len(times) == 3 and all(line.startswith("ESTIMATE") for line in times)
+    assert command.row("v5e:2x2", known)["estimated_step_ms"] > 0
+
+
+def test_a_batch_that_cannot_be_split_is_refused():
+    with pytest.raises(UserError, match="train.batch_size=6 cannot be split evenly over 4 devices"):
+        compile_step(small_config(), topology_devices("cpu:4"), num_examples=1000, batch_size=6)
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path):
+    words = ["--config", "configs/digits.py", "--topology", "cpu:4", "--config.mesh.fsdp=2", "--num_examples", "1437"]
+    words += ["--config.model.kernel_size=1", "--csv", str(tmp_path / "a.csv")]
+    done = subprocess.run([sys.executable, "-m", "polaformer_jax.aot", *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "batch 64 on 4 chips: mesh.data=2, mesh.fsdp=2" in done.stdout
+    lines = (tmp_path / "a.csv").read_text().splitlines()
+    assert lines[0].startswith("model,topology")
+    assert np.isfinite(float(next(csv.DictReader(lines))["memory_gib"]))
+
+
+def test_the_command_without_a_topology():
+    done = subprocess.run(
+        [sys.executable, "-m", "polaformer_jax.aot", "--config", "configs/digits.py"], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: --config and --topology are needed")

@@ -1,0 +1,74 @@
+"""Memory that is freed stays with the process: the system is not asked for it again."""
+
+import subprocess
+import sys
+import types
+
+import pytest
+
+from polaformer_jax.hardware import host_memory
+
+COUNT_FAULTS = """
+import resource, sys
+import jax, jax.numpy as jnp
+from polaformer_jax.hardware.host_memory import keep_freed_memory
+
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+x = jnp.ones((2048, 64))
+between = jax.jit(lambda x: jnp.tanh(x @ jnp.ones((64, 8192))) @ jnp.ones((8192, 8)))  # 64 MiB of it
+program = between.lower(x).compile()
+for _ in range(20):  # until the heap has stopped growing, which on many cores takes several calls
+    program(x).block_until_ready()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    program(x).block_until_ready()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(mode: str) -> int:
+    done = subprocess.run([sys.executable, "-c", COUNT_FAULTS, mode], check=True, capture_output=True, text=True)
+    return int(done.stdout)
+
+
+def test_calls_take_their_memory_from_what_the_process_has():
+    without, kept = faults("not"), faults("keep")
+    assert without > 4 * 64 * 2**20 // 4096 / 2  # pages of 4 KiB, 64 MiB each call, and half of them to spare
+    assert kept < without / 4
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """The parameters of the calls of mallopt, which are not made."""
+    calls = []
+
+    def mallopt(parameter, value):
+        calls.append(parameter)
+        return 1
+
+    monkeypatch.setattr(host_memory.ctypes, "CDLL", lambda name: types.SimpleNamespace(mallopt=mallopt))
+    return calls
+
+
+def test_where_there_could_be_an_accelerator_nothing_changes(called, monkeypatch):
+    assert host_memory.keep_freed_memory() and len(called) == 3  # the tests' jax_platforms is "cpu"
+    called.clear()
+    monkeypatch.setattr(
+        host_memory, "jax", types.SimpleNamespace(config=types.SimpleNamespace(jax_platforms="cuda,cpu"))
+    )
+    assert not host_memory.keep_freed_memory()
+    monkeypatch.setattr(host_memory, "jax", types.SimpleNamespace(config=types.SimpleNamespace(jax_platforms=None)))
+    monkeypatch.setattr(host_memory.importlib.metadata, "entry_points", lambda group: ["cuda"])
+    assert not host_memory.keep_freed_memory()
+    monkeypatch.setattr(host_memory.importlib.metadata, "entry_points", lambda group: [])
+    monkeypatch.setattr(host_memory.importlib.util, "find_spec", lambda name: name)
+    assert not host_memory.keep_freed_memory()
+    assert not called
+    monkeypatch.setattr(host_memory.importlib.util, "find_spec", lambda name: None)
+    assert host_memory.keep_freed_memory() and called
+
+
+def test_another_c_library_is_left_alone(monkeypatch):
+    monkeypatch.setattr(host_memory.ctypes, "CDLL", lambda name: object())
+    assert not host_memory.keep_freed_memory()

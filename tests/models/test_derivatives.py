@@ -1,0 +1,100 @@
+"""Derivatives that are written out: those of differentiation, and nothing but the arguments is kept for them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from polaformer_jax.models.attention import signed_features
+from polaformer_jax.models.layers import gelu
+from tests.support.quick import QUICK
+
+
+def plain_features(q, k, *, power, scale, positional_encoding, alpha):
+    """`signed_features` by its definition, without a derivative of its own."""
+    heads, width = power.shape[1], power.shape[3]
+    s, p = jax.nn.softplus(scale), 1 + alpha * jax.nn.sigmoid(power.reshape(1, 1, heads, width))
+
+    def signed(x):
+        x = (x / s).reshape(*x.shape[:2], heads, width)
+        # The inner `where` keeps the slope of a power at 0, which is not defined for its exponent, out of the sum.
+        parts = [jnp.where(part > 0, jnp.where(part > 0, part, 1) ** p, 0) for part in (x, -x)]
+        return jnp.concatenate(parts, axis=-1)
+
+    return signed(q), signed(k + positional_encoding)
+
+
+def arguments(dtype=np.float64, zeros=False):
+    rng = np.random.default_rng(0)
+    heads, width, tokens, keys = 2, 4, 6, 3
+    drawn = {
+        "q": rng.normal(size=(2, tokens, heads * width)),
+        "k": rng.normal(size=(2, keys, heads * width)),
+        "power": rng.normal(size=(1, heads, 1, width)),
+        "scale": rng.normal(size=(1, 1, heads * width)),
+        "positional_encoding": rng.normal(size=(1, keys, heads * width)),
+    }
+    if zeros:
+        drawn["q"][:, ::2] = 0
+        drawn["k"][:, 0], drawn["positional_encoding"][:, 0] = 0.5, -0.5
+    return {name: jnp.asarray(a, dtype) for name, a in drawn.items()}
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 4.0])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_signed_powers_have_the_derivatives_of_differentiation(x64, alpha, zeros):
+    given = arguments(zeros=zeros)
+    for order, rtol in ((1, 1e-12), (2, 1e-9)):  # gradients of gradients too
+        found, expected = (gradients(features, given, alpha, order) for features in (signed_features, plain_features))
+        for name in given:
+            np.testing.assert_allclose(found[name], expected[name], rtol=rtol, atol=1e-10, err_msg=f"{name}, {order}")
+
+
+def smooth(x):
+    return jnp.sum(jnp.log1p(x * x))
+
+
+@functools.partial(jax.jit, static_argnames=("features", "order"), compiler_options=QUICK)
+def gradients(features, given, alpha, order):
+    def total(given):
+        q, k = features(**given, alpha=alpha)
+        return smooth(q) + smooth(k - 1)
+
+    if order == 1:
+        return jax.grad(total)(given)
+    return jax.grad(lambda given: sum(smooth(g) for g in jax.tree.leaves(jax.grad(total)(given))))(given)
+
+
+def test_gelu_has_the_derivatives_of_differentiation(x64):
+    x = jnp.concatenate([jnp.linspace(-9, 9, 181), jnp.array([-40.0, 0.0, 40.0])])
+    exact = [lambda x: jnp.sum(jax.nn.gelu(x, approximate=False) ** 2)]
+    ours = [lambda x: jnp.sum(gelu(x) ** 2)]
+    np.testing.assert_allclose(gelu(x), jax.nn.gelu(x, approximate=False), rtol=1e-12, atol=1e-14)
+    for order in (1, 2):
+        exact.append(lambda x, f=exact[-1]: jnp.sum(jnp.sin(jax.grad(f)(x))))
+        ours.append(lambda x, f=ours[-1]: jnp.sum(jnp.sin(jax.grad(f)(x))))
+        np.testing.assert_allclose(jax.grad(ours[order])(x), jax.grad(exact[order])(x), rtol=1e-10, atol=1e-12)
+
+
+def kept_bytes(function, *args) -> int:
+    """What is kept from the forward pass for the backward pass."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(jax.vjp(function, *args)[1]))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_only_the_arguments_are_kept(dtype):
+    x = jnp.ones((64, 64), dtype)
+    assert kept_bytes(gelu, x) == x.nbytes
+    given = arguments(jnp.float32)
+    given |= {"q": jnp.ones((8, 640, 8), dtype), "k": jnp.ones((8, 3, 8), dtype)}
+
+    def features(given):
+        return signed_features(**given, alpha=4.0)
+
+    inputs = given["q"].nbytes + given["k"].nbytes
+    assert inputs <= kept_bytes(features, given) < inputs + 2048  # and parameters
+    assert jax.tree.map(lambda a: a.dtype, jax.grad(lambda g: jnp.sum(features(g)[0]).astype(jnp.float32))(given)) == (
+        jax.tree.map(lambda a: a.dtype, given)
+    )

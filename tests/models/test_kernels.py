@@ -1,0 +1,252 @@
+"""The fused kernels, interpreted: the same function as the operations, whole, in blocks, masked, and over a mesh."""
+
+import contextlib
+import functools
+import inspect
+import os
+import subprocess
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from polaformer_jax.aot.collectives import collectives
+from polaformer_jax.errors import UserError
+from polaformer_jax.models import kernels
+from polaformer_jax.models.attention import polarity_attention
+from polaformer_jax.models.kernels import gpu, tpu
+from polaformer_jax.training import sharding
+from polaformer_jax.training.experiment import Experiment
+from tests.models.test_attention import draw
+from tests.support import small_models
+from tests.support.quick import QUICK
+from tests.training.test_sharding import config_of, mesh_of
+
+# Heads, width, grid, reduction of the keys, and channels in a group.
+SHAPES = {
+    "one head": (1, 8, (4, 6), 1, 8),
+    "heads share a group": (3, 4, (5, 5), 1, 12),
+    "reduced keys": (2, 8, (8, 8), 4, 16),
+    "groups of heads": (8, 32, (3, 3), 1, 128),
+    "a sequence": (2, 4, (1, 37), 1, 8),
+}
+
+
+def arguments(shape, dtype=np.float64, batch=2):
+    heads, width, grid, ratio, _ = SHAPES[shape]
+    given = draw(heads, width, grid, ratio, 3, batch=batch)
+    given["q"][0, 0] = 0  # where powers have no slope
+    given["k"][0, 0] = -given["positional_encoding"][0, 0]
+    return {name: jnp.asarray(value, dtype) for name, value in given.items()}
+
+
+def compiled(given, shape, implementation, mask=None):
+    """A program of the result, and of the gradients of a number that depends on all of it."""
+    grid = SHAPES[shape][2] if mask is None else mask.shape[1:]
+    weights = np.random.default_rng(1).normal(size=given["q"].shape)
+    weights = jnp.asarray(weights if mask is None else weights * mask[:, :, None], given["q"].dtype)
+
+    def total(given):
+        y = polarity_attention(**given, grid=grid, mask=mask, implementation=implementation)
+        return jnp.sum(y * weights), y if mask is None else jnp.where(mask[:, :, None], y, 0)
+
+    return jax.jit(jax.grad(total, has_aux=True)).lower(given).compile(QUICK)
+
+
+def outcome(given, *how, **options):
+    gradients, y = compiled(given, *how, **options)(given)
+    return {**gradients, "y": y}
+
+
+def agree(found, expected, tolerance):
+    for name, array in expected.items():
+        scale = max(float(jnp.max(jnp.abs(array))), 1e-3)
+        np.testing.assert_allclose(found[name], array, rtol=0, atol=tolerance * scale, err_msg=name)
+
+
+@pytest.fixture
+def blocks_of(monkeypatch):
+    """Sets how many tokens a block has at most."""
+
+    def limit(tokens):
+        monkeypatch.setattr(tpu, "BLOCK", tokens * tpu.LANES)
+        jax.clear_caches()  # `polarity_attention` has been traced with another limit
+
+    yield limit
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize(
+    ("shape", "limit", "blocks"),
+    [
+        ("one head", 512, (1, 1)),
+        ("groups of heads", 512, (1, 1)),
+        ("heads share a group", 16, (2, 2)),
+        ("reduced keys", 16, (4, 1)),
+        ("a sequence", 16, (3, 3)),
+    ],
+)
+def test_values_and_gradients_are_those_of_the_operations(shape, limit, blocks, x64, blocks_of):
+    """Whole or in blocks, of which the last is shorter where they do not divide the tokens."""
+    blocks_of(limit)
+    given = arguments(shape)
+    _, width, _, _, group = SHAPES[shape]
+    plan = tpu.plan(given["q"], given["k"], width, 1e-6, False)
+    assert (plan.group, plan.query_blocks, plan.key_blocks) == (group, *blocks)
+    agree(outcome(given, shape, "pallas"), outcome(given, shape, "xla"), 1e-12)
+
+
+@pytest.fixture
+def gpu_kernel(monkeypatch):
+    """The kernel for GPUs is what is interpreted, in blocks of 16 tokens."""
+    monkeypatch.setattr(kernels, "_interpreted", lambda: gpu)
+    monkeypatch.setattr(gpu, "BLOCK", 16)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize(
+    ("shape", "blocks"), [("reduced keys", (4, 1)), pytest.param("heads share a group", (2, 2), marks=pytest.mark.slow)]
+)
+def test_values_and_gradients_on_a_gpu_are_those_of_the_operations(shape, blocks, x64, gpu_kernel):
+    given = arguments(shape)
+    plan = gpu.plan(given["q"], given["k"], SHAPES[shape][1], 1e-6, False)
+    assert (plan.query_blocks, plan.key_blocks) == blocks
+    agree(outcome(given, shape, "pallas"), outcome(given, shape, "xla"), 1e-12)
+
+
+def test_a_mask_hides_keys_on_a_gpu(x64, gpu_kernel):
+    check_mask(tokens=37, lengths=(33, 1))
+
+
+def test_a_mask_hides_keys(x64, blocks_of):
+    blocks_of(16)
+    check_mask(tokens=140, lengths=(133, 1))  # its blocks of keys are of 128: a mask's tokens lie along the lanes
+
+
+def check_mask(tokens, lengths):
+    mask = jnp.arange(tokens).reshape(1, -1) < jnp.array(lengths).reshape(-1, 1)
+    given = {name: jnp.asarray(value) for name, value in draw(2, 4, (1, tokens), 1, 3).items()}
+    given["kernel"] = given["kernel"][1]  # along a sequence
+    agree(outcome(given, "a sequence", "pallas", mask), outcome(given, "a sequence", "xla", mask), 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
+def test_in_fewer_bits_it_is_as_near_to_the_truth(dtype, x64):
+    """As the operations are, but for a factor; in bfloat16 the convolved values are rounded once more."""
+    shape = "heads share a group"
+    given = jax.tree.map(lambda x: x.astype(dtype).astype(jnp.float64), arguments(shape))
+    truth = outcome(given, shape, "xla")
+    parameters = ("power", "scale", "positional_encoding", "kernel", "bias")
+    typed = {name: x.astype("float32" if name in parameters else dtype) for name, x in given.items()}
+
+    def errors(implementation):
+        found = outcome(typed, shape, implementation)
+        return {name: float(jnp.max(jnp.abs(found[name].astype(jnp.float64) - truth[name]))) for name in truth}
+
+    fused, operations = errors("pallas"), errors("xla")
+    slack = {"float32": 1e-6, "bfloat16": 1e-2}[dtype]
+    for name, error in operations.items():
+        assert fused[name] <= 2 * error + slack * float(jnp.max(jnp.abs(truth[name]))), name
+
+
+def test_over_a_mesh_each_device_has_its_examples():
+    shape, mesh = "heads share a group", mesh_of(4, 2)
+    given = arguments(shape, np.float32, batch=16)
+    alone = outcome(given, shape, "pallas")
+    batch = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    placed = {
+        name: jax.device_put(array, batch if name in "qkvg" else sharding.replicated(mesh))
+        for name, array in given.items()
+    }
+    with jax.set_mesh(mesh):
+        found = outcome(placed, shape, "pallas")
+        moved = collectives(compiled(placed, shape, "pallas").as_text())
+    agree(found, alone, 1e-6)
+    assert found["q"].sharding.is_equivalent_to(batch, 3)
+    assert moved and {item.kind for item in moved} <= {"all-reduce"}  # gradients of the parameters, nothing else
+
+
+def lowered(platform, implementation, shape="one head", mesh=None):
+    given = {name: jax.ShapeDtypeStruct(x.shape, jnp.float32) for name, x in arguments(shape, np.float32).items()}
+    program = jax.jit(functools.partial(polarity_attention, grid=SHAPES[shape][2], implementation=implementation))
+    with contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh):
+        return program.trace(**given).lower(lowering_platforms=(platform,)).as_text()
+
+
+def abstract_mesh(platform, kind, size=8):
+    names = inspect.signature(jax.sharding.AbstractDevice).parameters  # jax 0.10.0 has no `platform`
+    given = {"num_cores": None, "platform": platform}
+    device = jax.sharding.AbstractDevice(kind, **{name: value for name, value in given.items() if name in names})
+    return jax.sharding.AbstractMesh((size,), ("data",), (AxisType.Auto,), abstract_device=device)
+
+
+def test_a_tpu_has_the_kernel_where_the_mesh_is_known_and_others_only_if_told(monkeypatch):
+    calls, mesh = "tpu_custom_call", abstract_mesh("tpu", "TPU v5 lite")
+    assert calls in lowered("tpu", "auto", mesh=mesh)
+    assert calls not in lowered("tpu", "xla", mesh=mesh)
+    assert "while" not in lowered("cpu", "auto", mesh=mesh)  # the interpreter of kernels is a loop
+    cpus = mesh_of(8, 1).abstract_mesh
+    assert "while" not in lowered("cpu", "auto", mesh=cpus) and "while" in lowered("cpu", "pallas", mesh=cpus)
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind="TPU v5 lite")])
+    assert calls not in lowered("tpu", "auto")  # eight devices, and no mesh says how the batch lies on them
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    jax.clear_caches()
+    assert calls in lowered("tpu", "auto")
+
+
+def test_the_kernel_is_not_even_imported_for_a_cpu():
+    """Pallas takes a while, and its kernels a good part of a program's tracing."""
+    script = (
+        "import sys, jax, polaformer_jax as pf; from flax import nnx;"
+        "model = pf.create_model('pola_pvt_nano', num_classes=2, kernel_size=1, rngs=nnx.Rngs(0));"
+        "jax.make_jaxpr(lambda images: model(images))(jax.numpy.ones((1, 32, 32, 3)));"
+        "sys.exit('jax.experimental.pallas' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")  # since jax 0.11
+def test_a_gpu_has_its_kernel_if_told():
+    calls, shape = "xla.gpu.triton", "groups of heads"
+    mesh = abstract_mesh("cuda", "NVIDIA H100 80GB HBM3", size=1)
+    assert calls in lowered("cuda", "pallas", shape, mesh) and calls not in lowered("cuda", "auto", shape, mesh)
+    narrow = lowered("cuda", "pallas", "one head", mesh)  # of 8 channels, too narrow for Triton's products
+    assert calls not in narrow and "while" in narrow
+
+
+def test_groups_of_heads_that_need_too_much_memory_are_left_to_xla(monkeypatch):
+    monkeypatch.setattr(tpu, "LARGEST_GROUP", 7)
+    jax.clear_caches()
+    assert "tpu_custom_call" not in lowered("tpu", "auto", mesh=abstract_mesh("tpu", "TPU v5 lite"))
+
+
+@pytest.mark.parametrize("family", ["pvt", pytest.param("swin", marks=pytest.mark.slow)])
+def test_a_model_gives_the_same_logits(family, x64):
+    types = {"dtype": "float64", "param_dtype": "float64"}
+    images = np.random.default_rng(0).normal(size=(2, 32, 32, 3))
+    one, other = (
+        jax.jit(small_models.build(family, attention_impl=name, **types), compiler_options=QUICK)(images)
+        for name in ("xla", "pallas")
+    )
+    np.testing.assert_allclose(other, one, rtol=0, atol=1e-12)
+
+
+def test_an_unknown_implementation_is_refused():
+    with pytest.raises(ValueError, match="implementation 'fast': expected one of auto, xla, pallas"):
+        polarity_attention(**arguments("one head", np.float32), grid=(4, 6), implementation="fast")
+    with pytest.raises(UserError, match="attention_impl='fast': expected one of auto, xla, pallas"):
+        small_models.build("pvt", attention_impl="fast")
+
+
+def test_the_training_step_of_a_tpu_has_the_kernel(monkeypatch):
+    """The step says on which mesh the batch lies."""
+    monkeypatch.setattr(kernels, "for_tpu", lambda: True)  # the devices of that mesh are this machine's
+    made = Experiment(config_of(), num_examples=64)
+    step = made.trace_train_step(made.abstract_batch(16)).lower(lowering_platforms=("tpu",))
+    assert step.as_text().count("tpu_custom_call") >= 2  # there and back; blocks of one shape share theirs

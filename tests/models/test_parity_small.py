@@ -1,0 +1,77 @@
+"""Four small models that reach every branch, against the official code: logits, loss, stages, every gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from polaformer_jax import weights
+from polaformer_jax.weights import rules
+from tests.support.golden_models import GOLDEN_FOLDER, SMALL, build_small, float32_tolerance, images, relative_error
+from tests.support.quick import QUICK
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_float64_logits_and_stages(name, x64):
+    golden = np.load(GOLDEN_FOLDER / f"small_{name}.npz")
+    graphdef, params = build_small(name, jnp.float64)
+    x = images(4, SMALL[name]["spec"]["img_size"], jnp.float64)
+
+    def both(params):
+        model = nnx.merge(graphdef, params)
+        return model(x), _official_stages(model, x)
+
+    logits, stages = jax.jit(both, compiler_options=QUICK)(params)
+    assert relative_error(logits, golden["logits"]) < 1e-9
+    for i, stage in enumerate(stages):
+        assert relative_error(stage, golden[f"stage{i}"]) < 1e-7, f"stage {i}"
+
+
+# The mixed ones have every kind of block between them; the others take as long again.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if "mixed" in name else pytest.mark.slow) for name in SMALL]
+)
+def test_float64_loss_and_gradients(name, x64):
+    golden = np.load(GOLDEN_FOLDER / f"small_{name}.npz")
+    graphdef, params = build_small(name, jnp.float64)
+    x = images(4, SMALL[name]["spec"]["img_size"], jnp.float64)
+
+    def loss(params):
+        logits = nnx.merge(graphdef, params)(x)
+        return -jnp.sum(golden["targets"] * jax.nn.log_softmax(logits), axis=-1).mean()
+
+    found, gradients = jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)(params)
+    assert relative_error(found, golden["loss"]) < 1e-9
+    official = {
+        rules.official_name(path, gradient.ndim): rules.to_official(path, np.asarray(gradient))
+        for path, gradient in weights.flatten(gradients).items()
+    }
+    assert {f"grad/{path}" for path in official} == {key for key in golden.files if key.startswith("grad/")}
+    for path, gradient in official.items():
+        expected = golden[f"grad/{path}"].astype(np.float64)
+        # The floor is for the k bias of softmax attention, whose gradient is zero but for rounding.
+        assert np.linalg.norm(gradient - expected) <= 1e-7 * np.linalg.norm(expected) + 1e-12, path
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param("swin_llss", marks=pytest.mark.slow), "swin_mixed", "pvt_llll", "pvt_mixed_sr"]
+)
+def test_float32_logits(name):
+    golden = np.load(GOLDEN_FOLDER / f"small_{name}.npz")
+    graphdef, params = build_small(name, jnp.float32)
+    x = images(4, SMALL[name]["spec"]["img_size"], jnp.float32)
+    logits = jax.jit(lambda params: nnx.merge(graphdef, params)(x), compiler_options=QUICK)(params)
+    assert logits.dtype == jnp.float32
+    assert relative_error(logits, golden["logits"]) < float32_tolerance(SMALL[name])
+
+
+def _official_stages(model, x):
+    """Stage outputs as the official code has them: in Pola-Swin after the patch merging."""
+    stages = [tokens.reshape(tokens.shape[0], -1, tokens.shape[-1]) for tokens in model.features(x)]
+    if not hasattr(model, "layers"):
+        return stages
+    return [
+        tokens if stage.downsample is None else stage.downsample(tokens)
+        for tokens, stage in zip(stages, model.layers, strict=True)
+    ]

@@ -1,0 +1,40 @@
+"""The documents hold together: the notebook is its script's, and what they point at is there."""
+
+import json
+import re
+
+import pytest
+
+from tests.support import ROOT
+
+
+def test_the_notebook_is_that_of_its_script():
+    """`make docs` builds it; a script that was changed since has other code."""
+    cells = json.loads((ROOT / "docs/quickstart.ipynb").read_text())["cells"]
+    built = ["".join(cell["source"]) for cell in cells]
+    parts = re.split(r"^# %%(?: \[markdown\])?\n", (ROOT / "docs/quickstart.py").read_text(), flags=re.MULTILINE)
+    script = [re.sub(r"^# ?", "", part, flags=re.MULTILINE) if part.startswith("# ") else part for part in parts[1:]]
+    assert [text.strip() for text in built] == [text.strip() for text in script]
+
+
+def test_the_notebook_was_executed_without_an_error():
+    cells = json.loads((ROOT / "docs/quickstart.ipynb").read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    assert not [output for cell in code for output in cell["outputs"] if output["output_type"] == "error"]
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/performance.md", "docs/scaling.md"])
+def test_files_that_documents_name_exist(document):
+    text = (ROOT / document).read_text()
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)\)", text)
+    scripts = re.findall(r"python ([\w/]+\.py)", text)
+    modules = [
+        f"{name.replace('.', '/')}" for name in re.findall(r"python -m (polaformer_jax[\w.]+|tests[\w.]+)", text)
+    ]
+    configs = re.findall(r"configs/\w+\.py", text)
+    for path in {*links, *scripts, *configs}:
+        assert (ROOT / path).exists() or (ROOT / document).parent.joinpath(path).exists(), path
+    for path in set(modules):
+        assert (ROOT / f"{path}.py").exists() or (ROOT / path / "__main__.py").exists(), path
+    assert not re.findall(r"\b(TODO|FIXME|[A-Z]+_SECTION)\b", text)

@@ -1,0 +1,156 @@
+"""Every config resolves to a known text. `python -m tests.test_configs` writes the texts anew."""
+
+import importlib
+import json
+
+import pytest
+from flax import nnx
+
+from polaformer_jax import weights
+from polaformer_jax.config import defaults, parse_arg
+from polaformer_jax.errors import UserError
+from polaformer_jax.training.checks import check_config
+from polaformer_jax.training.experiment import build_model
+from polaformer_jax.training.workdir import as_json
+from tests.support import GOLDEN_FOLDER
+
+GOLDEN = GOLDEN_FOLDER / "configs"
+CONFIGS = {
+    "digits": ("pvt", "swin"),
+    "finetune": ("pola_swin_t", "pola_pvt_b"),
+    "lra": ("listops", "text", "retrieval", "pathfinder", "image_lra", "listops_short"),
+    "pola_pvt": ("t", "s", "m", "b"),
+    "pola_swin": ("t", "s", "b", "b_384"),
+}
+ALL = [(file, model) for file, models in CONFIGS.items() for model in models]
+
+
+def resolve(file, arg):
+    return importlib.import_module(f"configs.{file}").get_config(arg)
+
+
+def text_of(config):
+    return json.dumps(as_json(config), indent=1) + "\n"
+
+
+@pytest.mark.parametrize("file, model", ALL)
+def test_resolved_config(file, model):
+    assert text_of(resolve(file, model)) == (GOLDEN / f"{file}_{model}.json").read_text()
+
+
+@pytest.mark.parametrize("file, model", ALL)
+def test_config_can_work_and_names_a_model(file, model):
+    config = resolve(file, model)
+    check_config(config)
+    assert config.is_locked
+    model = nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0)))
+    assert config.model.num_classes in (None, dict(model.arguments)["num_classes"])  # None: the data set's
+
+
+def test_architecture_can_be_overridden():
+    config = resolve("pola_swin", "t")
+    config.model.alpha = 7.0
+    config.model.attn_type = "LLLL"
+    config.model.window_size = 28
+    config.model.kernel_size = 3
+    params = nnx.to_pure_dict(nnx.split(nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0))))[1])
+    names = weights.flatten(params)
+    assert names["layers.0.blocks.0.attn.positional_encoding"].shape == (1, 28 * 28, 96)
+    assert names["layers.3.blocks.0.attn.dwc.kernel"].shape[:2] == (3, 3)
+
+
+@pytest.mark.parametrize("file", CONFIGS)
+def test_the_first_model_is_the_default(file):
+    assert str(resolve(file, None)) == str(resolve(file, CONFIGS[file][0]))
+
+
+def test_every_docstring_has_the_launch_command_and_what_is_published():
+    for file in CONFIGS:
+        text = importlib.import_module(f"configs.{file}").__doc__
+        assert f"--config configs/{file}.py" in text
+        assert "published" in text.lower()
+
+
+def test_options_follow_the_model():
+    assert resolve("digits", "swin,epochs=3").train.epochs == 3.0
+    assert resolve("pola_pvt", "s,img_size=448").eval.resize == 512
+    assert resolve("digits", "pvt,recipe=full").augment.cutmix == 1.0
+    with pytest.raises(UserError, match="recipe=rich: it is plain or full"):
+        resolve("digits", "pvt,recipe=rich")
+
+
+def test_options_of_the_long_range_arena():
+    config = resolve("lra", "listops,alpha=5,seed=2,steps=5000,tokenisation=brackets")
+    assert (config.model.alpha, config.seed, config.train.steps) == (5.0, 2, 5000)
+    assert (config.task.tokenisation, config.task.attention) == ("brackets", "polarity")
+    config = resolve("lra", "text,attention=softmax,steps=40")
+    assert (config.task.attention, config.model.alpha, config.task.tokenisation) == ("softmax", None, None)
+    assert config.schedule.warmup == 40.0  # no more warm-up than run
+    with pytest.raises(UserError, match="alpha=3: attention=relu has none"):
+        resolve("lra", "listops,attention=relu,alpha=3")
+    with pytest.raises(UserError, match="tokenisation=brackets: text has one only"):
+        resolve("lra", "text,tokenisation=brackets")
+
+
+@pytest.mark.parametrize(
+    "arg, message",
+    [
+        ("huge", "no model 'huge'; it has pvt, swin"),
+        ("pvt,epoch=3", "unknown config option 'epoch=3'; the options are: epochs="),
+        ("pvt,epochs", "unknown config option 'epochs'"),
+        ("pvt,epochs=many", "epochs=many is not of type float"),
+    ],
+)
+def test_bad_options_are_refused(arg, message):
+    with pytest.raises(UserError, match=message):
+        parse_arg(arg, models=("pvt", "swin"), epochs=30.0)
+
+
+def test_unknown_fields_are_refused():
+    with pytest.raises(AttributeError, match="drop_paths"):
+        resolve("digits", None).model.drop_paths = 0.1
+
+
+def test_all_problems_are_reported_at_once():
+    config = defaults()
+    config.train.steps = 10
+    config.train.epochs = 1.0
+    config.eval.crop = 225
+    config.augment.crop_area = (0.5, 1.5)
+    config.data.on_error = "shrug"
+    config.train.batch_size = 0
+    config.model.dtype = "float16"
+    config.optimizer.clip_norm = 0.0
+    config.optimizer.b1 = 1.5
+    config.eval.every = float("inf")
+    config.augment.erase_prob = 1.5
+    config.augment.mixup = -1.0
+    config.eval.weights = "ema"
+    config.optimizer.layer_decay = 0.0
+    config.train.accumulate = 0
+    with pytest.raises(UserError) as error:
+        check_config(config)
+    text = str(error.value)
+    for expected in (
+        "train.epochs=1.0 and train.steps=10: exactly one",
+        "eval.crop=225: it must equal model.img_size=224",
+        "augment.crop_area=(0.5, 1.5): a crop is at most the whole image",
+        "data.on_error='shrug': it is one of stop, skip",
+        "train.batch_size=0: it must be positive",
+        "model.dtype='float16': it is one of bfloat16, float32",
+        "optimizer.clip_norm=0.0: it must be positive, or None",
+        "optimizer.b1=1.5: it must be in [0, 1)",
+        "eval.every=inf: it must be positive and finite",
+        "augment.erase_prob=1.5: it is a probability",
+        "augment.mixup=-1.0: it must not be negative",
+        "eval.weights='ema': there is no moving average without ema.decay",
+        "optimizer.layer_decay=0.0: it must be in (0, 1], or None",
+        "train.accumulate=0: it must be positive",
+    ):
+        assert expected in text
+
+
+if __name__ == "__main__":
+    GOLDEN.mkdir(parents=True, exist_ok=True)
+    for file, model in ALL:
+        (GOLDEN / f"{file}_{model}.json").write_text(text_of(resolve(file, model)))

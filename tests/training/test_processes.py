@@ -1,0 +1,234 @@
+"""Several processes are one training: the same numbers, one end, and a way on from whatever happens to one of them."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from polaformer_jax.training.checkpoints import Checkpoints
+from polaformer_jax.training.evaluation import evaluate
+from polaformer_jax.training.experiment import Experiment
+from polaformer_jax.training.workdir import read_config
+from tests.support.forked_scripts import Group
+from tests.training.test_interruption import TIMES, written
+
+pytestmark = pytest.mark.slow  # a minute for the first two processes
+STEPS = 24
+SETTINGS = {
+    "model.kernel_size": 1,
+    "data.workers": 0,
+    "train.epochs": None,
+    "train.steps": STEPS,
+    "train.batch_size": 8,
+    "schedule.warmup": 2.0,
+    "eval.every": 12.0,
+    "eval.batch_size": 100,  # of 360: the last batch is padded
+    "log.every": 2,
+    "log.pictures": False,
+    "checkpoint.every_steps": 4,
+    "checkpoint.keep_last": 3,
+    "ema.decay": 0.9,
+    "augment.mixup": 0.8,
+}
+classifier_and_whole = pytest.mark.parametrize("trained", ["classifier", "whole"], indirect=True, scope="module")
+classifier = pytest.mark.parametrize("trained", ["classifier"], indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
+def trained(request, digits_dir):
+    """The config's flags, of a training of the whole model or of the classifier alone, which compiles sooner."""
+    changes = {**SETTINGS, "data.data_dir": digits_dir, "init.freeze_backbone": request.param == "classifier"}
+    return ["--config=configs/digits.py", *(f"--config.{name}={value}" for name, value in changes.items())]
+
+
+def group(trained, workdir, processes):
+    return Group(
+        "train.py", [*trained, f"--workdir={workdir}"], processes=processes, logs=workdir.with_name(f"{processes}.logs")
+    )
+
+
+def finish(trained, workdir, processes):
+    """Runs a training to its end; what process 0 has told."""
+    with group(trained, workdir, processes) as running:
+        assert running.statuses() == [0] * processes, running.errors()
+        return running.error(0)
+
+
+@pytest.fixture(scope="module")
+def straight(trained, tmp_path_factory):
+    """The undisturbed training of two processes."""
+    workdir = tmp_path_factory.mktemp("straight") / "run"
+    finish(trained, workdir, 2)
+    return workdir
+
+
+def rewound(straight, workdir, step):
+    """A copy of a finished run as a power cut after the checkpoint of `step` would have left it."""
+    shutil.copytree(straight, workdir)
+    for path in (workdir / "checkpoints").iterdir():
+        if path.name.isdecimal() and int(path.name) > step:
+            shutil.rmtree(path)
+    assert steps_of(workdir)[-1] == step
+
+
+def steps_of(workdir):
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal())
+
+
+def one_device(workdir):
+    """The run's config, for this process."""
+    config = read_config(workdir)
+    config.mesh.data = 1
+    return config
+
+
+def final_arrays(workdir):
+    """Every array of the checkpoint of the last step, by name."""
+    with Checkpoints(workdir / "checkpoints", keep_last=1, best_metric="accuracy", read_only=True) as checkpoints:
+        state = checkpoints.restore(Experiment(one_device(workdir)).abstract_state).state
+    assert state.step == STEPS
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(state)}
+
+
+def assert_same_run(found, wanted):
+    """Bit for bit, in the checkpoint and in TensorBoard."""
+    one, other = final_arrays(found), final_arrays(wanted)
+    assert one.keys() == other.keys() and any("ema" in name for name in one) and any("opt" in name for name in one)
+    assert [name for name in one if one[name].tobytes() != other[name].tobytes()] == []
+    after, before = written(found), written(wanted)
+    assert after.keys() == before.keys() and before["loss"] and before["eval_ema_loss"]
+    for name in before.keys() - TIMES:
+        assert after[name] == before[name], name
+    for name in TIMES:
+        assert [step for step, _ in after[name]] == [step for step, _ in before[name]], name
+
+
+def assert_equal_to_rounding(found, wanted):
+    after, before = written(found), written(wanted)
+    for name in before.keys() - TIMES:
+        assert [step for step, _ in after[name]] == [step for step, _ in before[name]], name
+    for name in ("loss", "grad_norm", "eval_loss", "eval_ema_loss"):
+        np.testing.assert_allclose(*(np.array(of[name])[:, 1] for of in (after, before)), rtol=1e-5, err_msg=name)
+    one, other = final_arrays(found), final_arrays(wanted)
+    # By whole parts of the state: Adam brings any gradient to the size of a step, rounding errors around zero included.
+    for part in ("params", "ema", ".mu", ".nu"):
+        names = [name for name in one if part in name]
+        ours, theirs = (np.concatenate([state[name].ravel() for name in names]) for state in (one, other))
+        assert 0 < np.linalg.norm(theirs), part
+        assert np.linalg.norm(ours - theirs) < 1e-4 * np.linalg.norm(theirs), part
+
+
+@classifier_and_whole
+def test_two_processes_give_the_training_of_one(trained, straight, tmp_path):
+    finish(trained, tmp_path / "run", 1)
+    assert_equal_to_rounding(tmp_path / "run", straight)
+
+
+@classifier
+def test_four_processes_give_the_training_of_two(trained, straight, tmp_path):
+    finish(trained, tmp_path / "run", 4)
+    assert_equal_to_rounding(tmp_path / "run", straight)
+
+
+@classifier
+def test_each_image_is_counted_once_and_only_the_first_process_speaks(trained, straight, tmp_path):
+    result = json.loads((straight / "eval.json").read_text())
+    assert (result["images"], result["skipped"]) == (360, 0)
+    alone = evaluate(one_device(straight), straight, json_path=tmp_path / "eval.json")
+    for name in ("accuracy", "accuracy_top5", "loss"):
+        assert result[name] == pytest.approx(alone[name], rel=1e-5), name
+    assert len(list(straight.glob("events.out.tfevents.*"))) == 1
+    logs = straight.with_name("2.logs")
+    first, second = ((logs / f"{index}.err").read_text() for index in (0, 1))
+    assert f"step {STEPS}/{STEPS}" in first and "360 images" in first
+    assert second.splitlines()[0].endswith("process 1 of 2") and "step" not in second
+    assert "test accuracy" in (logs / "0.out").read_text() and "accuracy" not in (logs / "1.out").read_text()
+
+
+@classifier
+def test_a_signal_to_one_process_stops_both_at_the_same_step(trained, straight, tmp_path):
+    workdir = tmp_path / "run"
+    with group(trained, workdir, 2) as running:
+        running.wait_for(workdir / "checkpoints" / "4")
+        running.processes[1].terminate()
+        assert running.statuses() == [75, 75], running.errors()
+        said = [running.error(index).splitlines()[-1] for index in (0, 1)]
+    stopped_at = steps_of(workdir)[-1]
+    assert 4 < stopped_at < STEPS
+    assert (
+        said
+        == [f"interrupted: the checkpoint of step {stopped_at} of {STEPS} is saved; the same command goes on from it"]
+        * 2
+    )
+    assert f"going on from the checkpoint of step {stopped_at} of {STEPS}" in finish(trained, workdir, 2)
+    assert_same_run(workdir, straight)
+
+
+@classifier
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_process_ends_the_other_and_the_same_command_goes_on(trained, straight, tmp_path, killed):
+    workdir = tmp_path / "run"
+    with group(trained, workdir, 2) as running:
+        running.wait_for(workdir / "checkpoints" / "4")
+        os.kill(running.processes[killed].pid, signal.SIGKILL)
+        statuses = running.statuses()
+        said = running.error(1 - killed)
+    assert statuses[killed] == -signal.SIGKILL
+    ours, of_jax = "another process is gone, and its output says why", "another task died"
+    assert (statuses[1 - killed], True) in ((1, ours in said), (-signal.SIGABRT, of_jax in said)), said
+    assert "disk full" not in said
+    assert "going on from the checkpoint of step" in finish(trained, workdir, 2)
+    assert_same_run(workdir, straight)
+
+
+@classifier
+@pytest.mark.parametrize("processes", [1, 4])
+def test_a_run_goes_on_with_another_number_of_processes(trained, straight, tmp_path, processes):
+    workdir = tmp_path / "run"
+    rewound(straight, workdir, STEPS - 4)
+    assert f"going on from the checkpoint of step {STEPS - 4}" in finish(trained, workdir, processes)
+    assert_equal_to_rounding(workdir, straight)
+
+
+@classifier
+def test_processes_agree_on_a_damaged_checkpoint(trained, straight, tmp_path):
+    workdir = tmp_path / "run"
+    rewound(straight, workdir, STEPS - 4)
+    for path in (workdir / f"checkpoints/{STEPS - 4}/params").rglob("d/*"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert f"going on from the checkpoint of step {STEPS - 8} of" in finish(trained, workdir, 2)
+    assert len(list((workdir / "damaged_checkpoints").iterdir())) == 1
+    assert_same_run(workdir, straight)
+
+
+def evaluated(trained, workdir, folder, processes):
+    """What eval.py prints, by process, and the rows of its table of predictions."""
+    folder.mkdir()
+    arguments = [*trained, f"--workdir={workdir}", f"--json={folder}/eval.json", f"--predictions={folder}/table.csv"]
+    with Group("eval.py", arguments, processes=processes, logs=folder) as running:
+        assert running.statuses() == [0] * processes, running.errors()
+        printed = [running.output(index) for index in range(processes)]
+    with open(folder / "table.csv", newline="") as table:
+        return printed, list(csv.DictReader(table))
+
+
+@classifier
+def test_two_processes_evaluate_as_one(trained, straight, tmp_path):
+    (one,), rows_of_one = evaluated(trained, straight, tmp_path / "one", 1)
+    (first, second), rows = evaluated(trained, straight, tmp_path / "two", 2)
+    alone, together = json.loads(one), json.loads(first[first.index("{") :])
+    assert "{" not in second
+    assert together == json.loads((tmp_path / "two/eval.json").read_text())
+    metrics = ("accuracy", "accuracy_top5", "loss")
+    assert [together.pop(name) for name in metrics] == pytest.approx([alone.pop(name) for name in metrics], rel=1e-5)
+    assert alone.pop("images_per_second") > 0 and together.pop("images_per_second") > 0
+    assert together == alone and together["images"] == 360
+    assert len(rows) == len({row["record"] for row in rows}) == 360
+    for ours, theirs in zip(rows, rows_of_one, strict=True):
+        assert float(ours.pop("probability")) == pytest.approx(float(theirs.pop("probability")), abs=2e-6)
+        assert ours == theirs

@@ -1,0 +1,95 @@
+"""Real signals to real processes: the first asks, the second ends, and where nothing could be lost one is enough."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+SCRIPT = """
+import contextlib, sys, threading, time
+from polaformer_jax.errors import Interrupted
+from polaformer_jax.training.signals import StopRequests
+
+def busy(seconds):  # as in a compilation: no handler of Python's can run meanwhile
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not {stop_early}:
+        pass
+
+with StopRequests() as stop:
+    with stop.deferred() if {deferred} else contextlib.nullcontext():
+        print("ready", flush=True)
+        busy(20)
+    sys.exit(Interrupted.status if stop.requested else 0)
+"""
+
+
+def run(*signals, deferred, stop_early="stop.requested"):
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT.format(deferred=deferred, stop_early=stop_early)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    for number in signals:
+        process.send_signal(number)
+        time.sleep(0.2)  # two of a kind that wait for delivery are one
+    _, errors = process.communicate(timeout=30)
+    return process.returncode, errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_asks_for_a_stop(number):
+    status, errors = run(number, deferred=True)
+    assert status == 75
+    assert f"{signal.Signals(number).name}: a checkpoint will be saved" in errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_at_once(number):
+    status, errors = run(signal.SIGTERM, number, deferred=True, stop_early="False")
+    assert status == 128 + number
+    assert "again: ending at once" in errors
+
+
+def test_where_nothing_can_be_lost_the_first_signal_ends_with_the_same_status():
+    status, errors = run(signal.SIGTERM, deferred=False, stop_early="False")
+    assert status == 75 and "nothing to save" in errors
+
+
+def test_handlers_are_put_back():
+    from polaformer_jax.training.signals import SIGNALS, StopRequests
+
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with StopRequests():
+        assert [signal.getsignal(number) for number in SIGNALS] != before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+WATCHED = """
+import time
+from polaformer_jax.training.watchdog import Watchdog
+
+def hang_here():
+    time.sleep(60)
+
+with Watchdog(1.0) as watchdog:
+    for _ in range(4):
+        watchdog.alive("a step")
+        time.sleep(0.5)
+    watchdog.alive("step 7")
+    hang_here()
+"""
+
+
+def test_a_stuck_step_is_shown_and_ended():
+    ended = subprocess.run([sys.executable, "-c", WATCHED], capture_output=True, text=True, timeout=30)
+    assert ended.returncode == 70
+    assert "in: step 7" in ended.stderr and "hang_here" in ended.stderr and "latest checkpoint" in ended.stderr
+
+
+def test_a_watchdog_that_is_left_lets_the_program_go_on():
+    script = WATCHED.replace("    hang_here()", "") + "time.sleep(2)\n"
+    assert subprocess.run([sys.executable, "-c", script], timeout=30).returncode == 0

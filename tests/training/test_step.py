@@ -1,0 +1,121 @@
+"""The training step: the same on any number of devices, never spoilt, random as a function of the step."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import polaformer_jax as pf
+from polaformer_jax.training.step import TrainState, make_eval_step, make_train_step, purpose_key
+from polaformer_jax.training.tasks.task import ImageClassification
+from tests.support.quick import QUICK
+
+TASK = ImageClassification(10, label_smoothing=0.1)
+OPTIMIZER = optax.adamw(1e-3)
+
+
+def rate(step):
+    return jnp.asarray(1e-3)
+
+
+def small(**types):
+    return pf.create_model(
+        "pola_pvt_nano", num_classes=10, depths=(1, 1, 1, 1), kernel_size=1, drop_path=0.2, rngs=nnx.Rngs(0), **types
+    )
+
+
+@pytest.fixture(scope="module")
+def model():
+    graphdef, params = nnx.split(small())
+    return graphdef, nnx.to_pure_dict(params)
+
+
+@pytest.fixture(scope="module")
+def step(model):
+    return jax.jit(make_train_step(model[0], TASK, OPTIMIZER, rate=rate, seed=0), compiler_options=QUICK)
+
+
+def state_of(params, step=0):
+    return TrainState(step=jnp.asarray(step, jnp.int32), params=params, opt_state=OPTIMIZER.init(params))
+
+
+def batch_of(seed=0, size=16):
+    rng = np.random.default_rng(seed)
+    return {
+        "image": rng.integers(256, size=(size, 32, 32, 3), dtype=np.uint8),
+        "label": rng.integers(10, size=size, dtype=np.int32),
+        "mask": np.ones(size, bool),
+    }
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_its_number(model, step):
+    params = jax.tree.map(jnp.copy, model[1])
+    params["head"]["bias"] = params["head"]["bias"].at[0].set(jnp.inf)
+    before = state_of(params, step=7)
+    after, sums = step(before, batch_of())
+    assert not np.isfinite(sums["loss"][0])
+    assert after.step == 8
+    jax.tree.map(np.testing.assert_array_equal, (before.params, before.opt_state), (after.params, after.opt_state))
+
+
+def test_masked_examples_have_no_influence(model, step):
+    batch = batch_of()
+    batch["mask"][5:] = False
+    other = {name: array.copy() for name, array in batch.items()}
+    other["image"][5:] = 0
+    other["label"][5:] = 3
+    (one, sums), (two, _) = step(state_of(model[1]), batch), step(state_of(model[1]), other)
+    assert sums["loss"][1] == 5
+    assert sums["skipped"][0] == 11
+    jax.tree.map(np.testing.assert_array_equal, one.params, two.params)
+
+
+def test_a_batch_without_any_usable_example_is_finite(model, step):
+    batch = batch_of()
+    batch["mask"][:] = False
+    after, sums = step(state_of(model[1]), batch)
+    assert float(sums["grad_norm"][0]) == 0
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after.params))
+
+
+def test_randomness_is_a_function_of_the_step(model, step):
+    def loss(number):
+        return float(step(state_of(model[1], step=number), batch_of())[1]["loss"][0])
+
+    assert loss(3) == loss(3)
+    assert loss(3) != loss(4)  # stochastic depth draws anew
+
+
+def test_keys_differ_by_seed_and_step():
+    keys = [jax.random.key_data(purpose_key(seed, step, "dropout")).tolist() for seed in (0, 1) for step in (0, 1)]
+    assert len({tuple(key) for key in keys}) == 4
+
+
+@pytest.mark.slow
+def test_bfloat16_keeps_parameters_loss_and_gradients_in_float32(model):
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: small(dtype=jnp.bfloat16)))
+    step = jax.jit(make_train_step(graphdef, TASK, OPTIMIZER, rate=rate, seed=0), compiler_options=QUICK)
+    state, losses = state_of(model[1]), []
+    for _ in range(5):
+        state, sums = step(state, batch_of())
+        losses.append(float(sums["loss"][0] / sums["loss"][1]))
+    assert sums["loss"][0].dtype == sums["grad_norm"][0].dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+    assert losses[-1] < losses[0]
+
+
+def test_the_logged_rate_and_norm_are_those_of_the_step(model, step):
+    _, sums = step(state_of(model[1]), batch_of())
+    assert float(sums["learning_rate"][0]) == pytest.approx(1e-3)
+    assert float(sums["grad_norm"][0]) > 0
+
+
+def test_evaluation_is_not_random(model):
+    evaluate = jax.jit(make_eval_step(model[0], TASK))
+    sums, outputs = evaluate(model[1], batch_of())
+    again, _ = evaluate(model[1], batch_of())
+    assert sums == again
+    assert set(outputs) == {"prediction", "probability", "label", "mask"}
+    assert outputs["prediction"].shape == (16,)
