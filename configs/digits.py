@@ -2,16 +2,17 @@
 
 The 1,797 digits that scikit-learn ships, 1,437 to train on and 360 to test with, brought from 8x8 to 32x32 pixels.
 
-    python -m polaformer_jax.data.prepare sklearn_digits --data-dir data
-    python train.py --config configs/digits.py --workdir runs/digits                # Pola-PVT, or: make train
-    python train.py --config configs/digits.py:swin --workdir runs/digits_swin      # Pola-Swin
+    polaformer prepare sklearn_digits --data-dir data
+    polaformer train --config digits --workdir runs/digits                # Pola-PVT, or: make train
+    polaformer train --config digits:swin --workdir runs/digits_swin      # Pola-Swin
 
 Expected: at least 97.5 % of the test digits (there is no published figure). Options: `epochs=`, and `recipe=full` for
 what the ImageNet recipe adds: RandAugment, random erasing, mixup, CutMix, and a moving average of the weights.
 """
 
-from polaformer_jax.config import augment_officially, defaults, parse_arg
+from polaformer_jax.config import defaults, use_official_augmentation
 from polaformer_jax.errors import UserError
+from polaformer_jax.training.recipes import parse_arg
 
 
 def get_config(arg=None):
@@ -31,7 +32,7 @@ def get_config(arg=None):
     config.augment.crop_area = (0.6, 1.0)
     config.augment.flip = 0.0  # a mirrored digit is no digit
     if arg.recipe == "full":
-        augment_officially(config)
+        use_official_augmentation(config)
         config.ema.decay = 0.99
 
     config.train.epochs = arg.epochs

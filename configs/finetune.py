@@ -1,10 +1,10 @@
 """Fine-tuning of trained weights on a data set of one's own, whose classes are taken from the data.
 
-    python train.py --config configs/finetune.py:pola_swin_t --config.init.weights=pola_swin_t.pth \
+    polaformer train --config finetune:pola_swin_t --config.init.weights=pola_swin_t.pth \
         --config.data.data_dir=flowers --workdir runs/flowers
 
 `flowers/{train,val}/CLASS/*.jpeg` is a folder of images, a folder for each class. A data set of tensorflow-datasets is
-named: `--config configs/finetune.py:pola_swin_t,source=tfds --config.data.name=oxford_flowers102
+named: `--config finetune:pola_swin_t,source=tfds --config.data.name=oxford_flowers102
 --config.data.eval_split=validation`. A start to be tuned: nothing published compares with it. The augmentation is the
 official one, the learning rate a tenth of it and smaller from each layer to the one below, for 30 epochs.
 
@@ -13,9 +13,10 @@ the model.
 """
 
 from polaformer_jax import list_models
-from polaformer_jax.config import augment_officially, defaults, parse_arg
+from polaformer_jax.config import defaults, use_official_augmentation
 from polaformer_jax.errors import UserError
 from polaformer_jax.models import registry
+from polaformer_jax.training.recipes import parse_arg
 
 
 def get_config(arg=None):
@@ -27,7 +28,7 @@ def get_config(arg=None):
     config = defaults()
     config.model.name = arg.model
     config.model.num_classes = None
-    config.model.img_size = config.eval.crop = arg.img_size or registry.arguments(arg.model)["img_size"]
+    config.model.img_size = config.eval.crop = arg.img_size or registry.model_config(arg.model).img_size
     # At 384 pixels and more the whole image is seen, as the official evaluation does.
     config.eval.resize = config.eval.crop if config.eval.crop >= 384 else round(config.eval.crop * 256 / 224)
     config.data.source = arg.source
@@ -35,7 +36,7 @@ def get_config(arg=None):
         config.data.name = "folder"
         config.data.eval_split = "val"
 
-    augment_officially(config)
+    use_official_augmentation(config)
     config.train.epochs = 30.0
     config.train.batch_size = 128
     config.optimizer.lr = 5e-5

@@ -1,8 +1,8 @@
 """The Long Range Arena: long sequences, classified by two layers with polarity-aware attention, or with another.
 
-    python -m polaformer_jax.data.prepare lra_listops --data-dir data
-    python train.py --config configs/lra.py:listops,alpha=3 --workdir runs/listops_alpha3
-    python -m polaformer_jax.analysis.lra_results add runs/listops_alpha3    # as a row of docs/results/lra.csv
+    polaformer prepare lra_listops --data-dir data
+    polaformer train --config lra:listops,alpha=3 --workdir runs/listops_alpha3
+    polaformer lra-table add runs/listops_alpha3    # as a row of docs/results/lra.csv
 
 Tasks: listops, text, retrieval, pathfinder, image_lra; and listops_short, which is no part of the Long Range Arena:
 ListOps of 51 to 255 symbols, for a CPU. Options: `alpha=` (3), `attention=` (polarity, softmax or relu),
@@ -17,9 +17,10 @@ after the first 20 % of the steps chooses the checkpoint, whose test accuracy is
 
 from typing import NamedTuple
 
-from polaformer_jax.config import defaults, parse_arg
+from polaformer_jax.config import defaults
 from polaformer_jax.data.lra.facts import facts_of
 from polaformer_jax.errors import UserError
+from polaformer_jax.training.recipes import parse_arg
 
 
 class Recipe(NamedTuple):

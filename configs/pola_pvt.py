@@ -1,6 +1,6 @@
 """Pola-PVT on ImageNet-1k, 224 pixels.
 
-    python train.py --config configs/pola_pvt.py:t --workdir runs/pola_pvt_t --config.data.data_dir=/data/tfds
+    polaformer train --config pola_pvt:t --workdir runs/pola_pvt_t --config.data.data_dir=/data/tfds
 
 Models: t, s, m, b. Published top-1 (the paper, not measured here): t 78.8 %, s 81.9 %; m and b are not published.
 This is the official recipe: model, augmentation, loss, optimizer and schedule. The batches are those of the official
@@ -8,7 +8,8 @@ launch on 8 devices: t 1024, s 512, m 512, b 256. Options: `img_size=`, a multip
 proportion).
 """
 
-from polaformer_jax.config import augment_officially, defaults, parse_arg
+from polaformer_jax.config import defaults, use_official_augmentation
+from polaformer_jax.training.recipes import parse_arg
 
 
 def get_config(arg=None):
@@ -18,7 +19,7 @@ def get_config(arg=None):
     config.model.img_size = config.eval.crop = arg.img_size
     config.eval.resize = round(arg.img_size * 256 / 224)
 
-    augment_officially(config)
+    use_official_augmentation(config)
     config.train.epochs = 300.0
     config.train.batch_size = {"t": 1024, "s": 512, "m": 512, "b": 256}[arg.model]
     config.optimizer.lr = 5e-4

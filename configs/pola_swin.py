@@ -1,6 +1,6 @@
 """Pola-Swin on ImageNet-1k, 224 pixels, and Pola-Swin-B at 384.
 
-    python train.py --config configs/pola_swin.py:t --workdir runs/pola_swin_t --config.data.data_dir=/data/tfds
+    polaformer train --config pola_swin:t --workdir runs/pola_swin_t --config.data.data_dir=/data/tfds
 
 Models: t, s, b, b_384. Published top-1 (the paper, not measured here): t 82.6 %, s 83.6 %, b 83.8 %; b_384 is not
 published. This is the official recipe: model, augmentation, loss, optimizer and schedule. The batches are those of the
@@ -8,7 +8,8 @@ official launch on 8 devices: t and s 1024, b 512, b_384 256. b_384 is meant to 
 (`--config.init.weights`). No options.
 """
 
-from polaformer_jax.config import augment_officially, defaults, parse_arg
+from polaformer_jax.config import defaults, use_official_augmentation
+from polaformer_jax.training.recipes import parse_arg
 
 
 def get_config(arg=None):
@@ -17,7 +18,7 @@ def get_config(arg=None):
     config = defaults()
     config.model.name = f"pola_swin_{arg.model}"
 
-    augment_officially(config)
+    use_official_augmentation(config)
     config.train.epochs = 30.0 if fine_tune else 300.0
     config.train.batch_size = {"t": 1024, "s": 1024, "b": 512, "b_384": 256}[arg.model]
     config.optimizer.lr = 5e-4

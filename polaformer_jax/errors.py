@@ -2,13 +2,21 @@
 
 
 class UserError(ValueError):
-    """Says what was found, what was expected, and the way out. Entry scripts print the message alone.
+    """Says what was found, what was expected, and the way out. Commands print the message without a traceback.
+
+    Args:
+        message: names values and parameters as Python has them; commands add the option that sets `argument`.
+        argument: the name of the parameter whose value is at fault, where it is a single one.
 
     Attributes:
-        status: the exit status with which entry scripts then end.
+        status: the exit status of commands that end by this error.
     """
 
     status = 1
+
+    def __init__(self, message: str, *, argument: str | None = None):
+        super().__init__(message)
+        self.argument = argument
 
 
 class WeightsError(UserError):
@@ -18,10 +26,10 @@ class WeightsError(UserError):
 
 
 class Interrupted(Exception):
-    """The run was told to stop, and has saved what there was to save: the same command goes on.
+    """The run was requested to stop, and has saved what there was to save: the same command resumes it.
 
     Attributes:
-        status: the exit status with which entry scripts then end; that of `sysexits.h` for "try again later".
+        status: the exit status of commands that end by it; that of `sysexits.h` for "try again later".
     """
 
     status = 75

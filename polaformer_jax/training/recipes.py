@@ -1,0 +1,100 @@
+"""Recipes: Python files whose `get_config(arg)` returns a config, found by name or by path.
+
+The packaged recipes are the files of the folder `configs`: in a checkout beside the package, in a wheel inside it.
+"""
+
+import ast
+import importlib.util
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+
+import ml_collections
+
+import polaformer_jax
+from polaformer_jax.errors import UserError
+
+
+def packaged() -> dict[str, Path]:
+    """The packaged recipes by name."""
+    package = Path(polaformer_jax.__file__).parent
+    folder = next((f for f in (package / "configs", package.parent / "configs") if (f / "digits.py").is_file()), None)
+    return {} if folder is None else {path.stem: path for path in sorted(folder.glob("[!_]*.py"))}
+
+
+def find(text: str) -> tuple[Path, str | None]:
+    """The file of a recipe, and its argument.
+
+    Args:
+        text: `NAME` or `PATH.py`, which may be followed by a colon and an argument: `pola_swin:t`,
+            `configs/digits.py:pvt,epochs=3`.
+
+    Raises:
+        UserError: there is no such file or packaged recipe.
+    """
+    place, colon, arg = text.partition(":")
+    known = packaged()
+    path = known.get(place, Path(place))
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "no such file"
+        raise UserError(
+            f"config {place!r}: {found}; expected the path of a Python file, or a packaged recipe: {', '.join(known)}"
+        )
+    return path, arg if colon else None
+
+
+def load(text: str) -> ml_collections.ConfigDict:
+    """The config of a recipe, see `find`.
+
+    Raises:
+        UserError: there is no such recipe, it has no `get_config`, or it refuses its argument.
+    """
+    path, arg = find(text)
+    spec = importlib.util.spec_from_file_location(f"polaformer_recipe_{path.stem}", path)
+    if spec is None:
+        raise UserError(f"config {str(path)!r}: expected a Python file, with the suffix .py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    get_config = getattr(module, "get_config", None)
+    if get_config is None:
+        raise UserError(f"config {str(path)!r} is not a recipe: it has no get_config")
+    if arg is not None and not inspect.signature(get_config).parameters:
+        raise UserError(f"config {str(path)!r} takes no argument, found {arg!r}")
+    return get_config() if arg is None else get_config(arg)
+
+
+def parse_arg(arg: str | None, *, models: Sequence[str], **options) -> ml_collections.ConfigDict:
+    """Parses what follows the colon of `--config RECIPE:MODEL,key=value,...`.
+
+    Args:
+        arg: the text, or None.
+        models: valid values of the optional first item; the first of them is the default.
+        options: the other options and their defaults. A value that is given is converted to its default's type.
+
+    Returns:
+        A ConfigDict with `model` and every option.
+
+    Raises:
+        UserError: an unknown model or option, or a value of another type.
+    """
+    parsed = ml_collections.ConfigDict({"model": models[0], **options})
+    items = [item.strip() for item in (arg or "").split(",") if item.strip()]
+    if items and "=" not in items[0]:
+        parsed.model = items.pop(0)
+    if parsed.model not in models:
+        raise UserError(f"this config has no model {parsed.model!r}; it has {', '.join(models)}")
+    for item in items:
+        key, equals, text = item.partition("=")
+        if not equals or key not in options:
+            known = ", ".join(f"{option}=" for option in options) or "none"
+            raise UserError(f"unknown config option {item!r}; the options are: {known}")
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        wanted = type(options[key])
+        value = float(value) if wanted is float and type(value) is int else value
+        if type(value) is not wanted:
+            raise UserError(f"config option {key}={text} is not of type {wanted.__name__}")
+        parsed[key] = value
+    return parsed
