@@ -12,14 +12,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from polaformer_jax.config import ATTENTION_IMPLEMENTATIONS
 from polaformer_jax.models import kernels
-from polaformer_jax.models.depthwise import depthwise_conv, lengthen
+from polaformer_jax.models.depthwise import depthwise_conv, upsample_tokens
 from polaformer_jax.models.initializers import zeros
-from polaformer_jax.models.layers import ConvParams, PatchConv, dropout, layer_norm, linear, product, wide
+from polaformer_jax.models.layers import ConvParams, PatchConv, accumulation_dtype, dropout, layer_norm, linear, product
+from polaformer_jax.models.model_config import Checks
 from polaformer_jax.models.powers import signed_powers, signed_powers_gradients
 
 NORMALISER_EPS = 1e-6
-IMPLEMENTATIONS = ("auto", "xla", "pallas")
 
 
 @functools.partial(
@@ -82,11 +83,11 @@ def polarity_attention(
     """
     if mask is not None and mask.shape != k.shape[:2]:
         raise ValueError(f"mask has shape {mask.shape}, expected one value for each key, {k.shape[:2]}")
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation {implementation!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
+    if implementation not in ATTENTION_IMPLEMENTATIONS:
+        raise ValueError(f"implementation {implementation!r}: expected one of {', '.join(ATTENTION_IMPLEMENTATIONS)}")
     if mask is not None:
         v = jnp.where(mask[:, :, None], v, 0)
-    u = depthwise_conv(lengthen(v, q.shape[1]), kernel, bias, grid=grid)
+    u = depthwise_conv(upsample_tokens(v, q.shape[1]), kernel, bias, grid=grid)
     arrays = {"q": q, "k": k, "v": v, "g": g, "u": u, "table": positional_encoding, "mask": mask}
     arrays["s"], arrays["p"] = _rescaling(power, scale, alpha, u.dtype)
     if implementation == "xla" or q.shape[1] == 1:  # for one token there is nothing to fuse
@@ -154,7 +155,7 @@ def signed_features(
     alpha: float,
 ) -> tuple[jax.Array, jax.Array]:
     """[q+, q-] (B, N, h, 2d) and [k+, k-] (B, n, h, 2d) of `polarity_attention`, in the dtype of `q`."""
-    s, p = _rescaling(power, scale, alpha, wide(q.dtype))
+    s, p = _rescaling(power, scale, alpha, accumulation_dtype(q.dtype))
     return _signed_powers(q, None, s, p), _signed_powers(k, positional_encoding, s, p)
 
 
@@ -245,7 +246,10 @@ class PolarityAttention(nnx.Module):
         param_dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        problems = polarity_problems(alpha=alpha, kernel_size=kernel_size, attention_impl=attention_impl)
+        checks = Checks("PolarityAttention cannot be built")
+        alpha, kernel_size = checks.alpha(alpha), checks.kernel_size(kernel_size)
+        checks.choice("attention_impl", attention_impl, ATTENTION_IMPLEMENTATIONS)
+        problems = checks.problems
         if dim % num_heads or dim // num_heads % 2:
             problems.append(f"dim {dim} over {num_heads} heads: the heads must divide it, into even widths")
         if projections not in ("qkvg", "qg_kv"):
@@ -256,8 +260,7 @@ class PolarityAttention(nnx.Module):
             problems.append(f"sr_ratio {sr_ratio} with the grid {grid} of a sequence: keys of images can be reduced")
         if any(side % sr_ratio for side in grid):
             problems.append(f"sr_ratio {sr_ratio} does not divide the grid {grid}")
-        if problems:
-            raise ValueError("PolarityAttention: " + "; ".join(problems))
+        checks.raise_problems()
 
         width = dim // num_heads
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
@@ -318,15 +321,3 @@ class PolarityAttention(nnx.Module):
         if self.sr_ratio == 1:
             return x
         return self.norm(self.sr(x.reshape(x.shape[0], *self.grid, -1)))  # (B, N / sr_ratio², C)
-
-
-def polarity_problems(*, alpha: float, kernel_size: int, attention_impl: str) -> list[str]:
-    """What is wrong with the hyper-parameters of the attention, one line each."""
-    problems = []
-    if not 0 <= alpha < math.inf:  # a negative one would make powers below 1, whose slope at 0 is infinite
-        problems.append(f"alpha {alpha}: expected a finite number >= 0 (the official models have 4)")
-    if isinstance(kernel_size, bool) or kernel_size != int(kernel_size) or kernel_size < 1 or kernel_size % 2 == 0:
-        problems.append(f"kernel_size {kernel_size}: expected an odd number, 1, 3, 5, ...; an even one has no centre")
-    if attention_impl not in IMPLEMENTATIONS:
-        problems.append(f"attention_impl {attention_impl!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
-    return problems

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from polaformer_jax.models.layers import wide
+from polaformer_jax.models.layers import accumulation_dtype
 
 
-def lengthen(v: jax.Array, tokens: int) -> jax.Array:
+def upsample_tokens(v: jax.Array, tokens: int) -> jax.Array:
     """Linear interpolation along the token axis to `tokens` tokens, a multiple r of v's n (align_corners false).
 
     The official model interpolates spatially reduced values along the flattened token axis, not on the 2-D grid; that
@@ -40,7 +40,7 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, grid: tu
         (B, N, C), at least float32.
     """
     batch, _, channels = x.shape
-    full = wide(x.dtype)
+    full = accumulation_dtype(x.dtype)
     heads = channels // kernel.shape[-1]
     kernel = jnp.tile(kernel.reshape(*kernel.shape[: len(grid)], -1).astype(full), heads)  # (size, ..., C)
     bias = jnp.tile(bias.astype(full), heads).reshape(1, 1, channels)

@@ -16,14 +16,14 @@ from flax import nnx
 from polaformer_jax.models.initializers import normal_init, ones_init, placed, uniform_init, zeros_init
 
 
-def wide(dtype) -> jnp.dtype:
+def accumulation_dtype(dtype) -> jnp.dtype:
     """The type of sums, powers, quotients and softmax beside products in `dtype`: at least float32."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """`einsum` whose sums, and so its result, are at least float32, whatever the type of the operands."""
-    full = wide(a.dtype)
+    full = accumulation_dtype(a.dtype)
 
     def accumulate(a, b):
         return jnp.einsum(subscripts, a, b, preferred_element_type=full)
@@ -150,7 +150,7 @@ def gelu(x: jax.Array) -> jax.Array:
     The derivative is written out so that nothing but x is kept for it; differentiation would keep three such arrays,
     and they are the largest of a block.
     """
-    wider = x.astype(wide(x.dtype))
+    wider = x.astype(accumulation_dtype(x.dtype))
     return (wider * _normal_cdf(wider)).astype(x.dtype)
 
 
@@ -163,7 +163,7 @@ def _gelu_fwd(x):
 
 
 def _gelu_bwd(x, gradient):
-    wider = x.astype(wide(x.dtype))
+    wider = x.astype(accumulation_dtype(x.dtype))
     density = jnp.exp(-0.5 * wider * wider) / math.sqrt(2 * math.pi)
     return (((_normal_cdf(wider) + wider * density) * gradient).astype(x.dtype),)
 
@@ -248,23 +248,3 @@ def drop_path_rates(rate: float, depths: tuple[int, ...]) -> list[list[float]]:
     """Rates that rise linearly from 0 to `rate` over all blocks of all stages, as one list a stage."""
     rates = iter(np.linspace(0, rate, sum(depths)).tolist())
     return [[next(rates) for _ in range(depth)] for depth in depths]
-
-
-def partition_windows(x: jax.Array, window: int, *, grid: int) -> jax.Array:
-    """(B, grid², C) -> (B * windows, window², C); the windows of an image lie together, row by row."""
-    batch, _, channels = x.shape
-    if window == grid:
-        return x
-    count = grid // window
-    x = x.reshape(batch, count, window, count, window, channels).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(batch * count**2, window**2, channels)
-
-
-def merge_windows(x: jax.Array, window: int, *, grid: int) -> jax.Array:
-    """The inverse of `partition_windows`."""
-    channels = x.shape[-1]
-    if window == grid:
-        return x
-    count = grid // window
-    x = x.reshape(-1, count, count, window, window, channels).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(-1, grid**2, channels)

@@ -4,25 +4,35 @@ Source: PolaFormer (ICLR 2025, arXiv 2501.15061) and its code, https://github.co
 Wang et al., "Pyramid Vision Transformer", ICCV 2021, arXiv 2102.12122.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from polaformer_jax.models.attention import PolarityAttention
-from polaformer_jax.models.backbone import STRIDES, Arguments, Backbone, classifier
+from polaformer_jax.models.backbone import Backbone, classifier
 from polaformer_jax.models.initializers import Keys, table
 from polaformer_jax.models.layers import (
     Block,
     PatchConv,
     PatchEmbed,
+    accumulation_dtype,
     drop_path_rates,
     dropout,
     layer_norm,
     linear,
     product,
-    wide,
+)
+from polaformer_jax.models.model_config import (
+    FREE_FIELDS,
+    STRIDES,
+    Checks,
+    ModelConfig,
+    check_computation,
+    resolve_config,
 )
 
 EPSILON = 1e-6  # of the blocks' LayerNorm; those after patch embedding and spatial reduction have 1e-5
@@ -61,83 +71,128 @@ class SpatialReductionAttention(nnx.Module):
         return q, k, v
 
 
-class PolaPVT(Backbone):
-    """Pola-PVT. Arguments have the official names and defaults; the zoo holds the published combinations.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolaPVTConfig(ModelConfig):
+    """Hyper-parameters of a `PolaPVT`, with the official names and defaults; `registry` holds the published models.
 
-    Args:
-        img_size: side of the square images, a multiple of 32.
-        num_classes: 0 leaves the classifier out.
-        embed_dims, num_heads, mlp_ratios, depths: one value a stage.
-        qkv_bias: whether the layers that make queries, keys, values and gates have a bias.
-        sr_ratios: spatial reduction of keys and values, one value a stage; acts in stages of type S.
-        la_sr_ratios: the same for stages of type L, as one digit a stage: "1111".
-        drop_rate: dropout after the position embedding, the attention's projection and in the MLP.
+    Attributes:
+        img_size: side of the square images in pixels, a multiple of 32.
+        num_classes: 0 omits the classifier.
+        embed_dims, num_heads, mlp_ratios, depths: one value for each stage.
+        qkv_bias: whether the layers that compute queries, keys, values and gates have a bias.
+        sr_ratios: spatial reduction of keys and values, one value for each stage; used in stages of type S.
+        la_sr_ratios: the same for stages of type L, one digit for each stage: "1111".
+        drop_rate: dropout after the position embedding, after the attention's projection and in the MLP.
         drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
-        alpha, kernel_size: of the polarity-aware attention. attention_impl: how to compute it: "auto", "xla", "pallas"
-            (see `polarity_attention`).
-        attn_type: one letter a stage, L (polarity-aware linear) or S (softmax).
-        dtype: of the computation: bfloat16, float32, float64. param_dtype: of the stored parameters.
+        alpha, kernel_size: of the polarity-aware attention.
+        attn_type: one letter for each stage, L (polarity-aware linear attention) or S (softmax attention).
 
     Raises:
-        ValueError: with everything that does not fit.
+        UserError: lists everything that does not fit.
     """
+
+    family: ClassVar[str] = "PolaPVT"
+
+    img_size: int = 224
+    num_classes: int = 1000
+    embed_dims: Sequence[int] = (64, 128, 256, 512)
+    num_heads: Sequence[int] = (1, 2, 4, 8)
+    mlp_ratios: Sequence[float] = (4, 4, 4, 4)
+    qkv_bias: bool = False
+    depths: Sequence[int] = (3, 4, 6, 3)
+    sr_ratios: Sequence[int] = (8, 4, 2, 1)
+    la_sr_ratios: str = "8421"
+    drop_rate: float = 0.0
+    drop_path_rate: float = 0.0
+    alpha: float = 4.0
+    kernel_size: int = 5
+    attn_type: str = "LLLL"
+
+    def _normalised(self, checks: Checks) -> dict[str, object]:
+        values = {
+            "img_size": checks.image_size(self.img_size),
+            "num_classes": checks.integer("num_classes", self.num_classes, least=0),
+            "embed_dims": checks.integers("embed_dims", self.embed_dims),
+            "num_heads": checks.integers("num_heads", self.num_heads),
+            "mlp_ratios": checks.numbers("mlp_ratios", self.mlp_ratios, least=0),
+            "qkv_bias": bool(self.qkv_bias),
+            "depths": checks.integers("depths", self.depths),
+            "sr_ratios": checks.integers("sr_ratios", self.sr_ratios),
+            "la_sr_ratios": _digits(checks, self.la_sr_ratios),
+            "drop_rate": checks.number("drop_rate", self.drop_rate, least=0, below=1),
+            "drop_path_rate": checks.number("drop_path_rate", self.drop_path_rate, least=0, below=1),
+            "alpha": checks.alpha(self.alpha),
+            "kernel_size": checks.kernel_size(self.kernel_size),
+            "attn_type": checks.letters("attn_type", self.attn_type, "LS"),
+        }
+        checks.heads(values["embed_dims"], values["num_heads"], tuple(values["attn_type"]))
+        _check_reductions(checks, values)
+        return values
+
+    @property
+    def reductions(self) -> tuple[int, ...]:
+        """The spatial reduction of keys and values in each stage."""
+        return _reductions(self.attn_type, self.sr_ratios, self.la_sr_ratios)
+
+    def architecture(self) -> dict[str, object]:
+        used = {name: value for name, value in self.to_dict().items() if name not in FREE_FIELDS}
+        ratios = list(zip(self.attn_type, self.reductions, strict=True))
+        used["sr_ratios"] = tuple(ratio if kind == "S" else None for kind, ratio in ratios)
+        used["la_sr_ratios"] = tuple(ratio if kind == "L" else None for kind, ratio in ratios)
+        return used
+
+
+class PolaPVT(Backbone):
+    """Pola-PVT, an image classifier.
+
+    Args:
+        config: the hyper-parameters; None: `PolaPVTConfig(**hyperparameters)`.
+        dtype: of activations and matrix products: bfloat16, float32 or float64.
+        param_dtype: of the stored parameters: float32 or float64.
+        attention_impl: how polarity-aware attention is computed: "auto", "xla" or "pallas" (see `polarity_attention`).
+        rngs: where the initial parameters are drawn from, by `rngs.params()`.
+        hyperparameters: fields of `PolaPVTConfig`, where no config is given.
+
+    Raises:
+        UserError: lists everything that does not fit.
+    """
+
+    Config = PolaPVTConfig
 
     def __init__(
         self,
-        img_size: int = 224,
-        num_classes: int = 1000,
+        config: PolaPVTConfig | None = None,
         *,
-        embed_dims: Sequence[int] = (64, 128, 256, 512),
-        num_heads: Sequence[int] = (1, 2, 4, 8),
-        mlp_ratios: Sequence[float] = (4, 4, 4, 4),
-        qkv_bias: bool = False,
-        depths: Sequence[int] = (3, 4, 6, 3),
-        sr_ratios: Sequence[int] = (8, 4, 2, 1),
-        la_sr_ratios: str = "8421",
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        alpha: float = 4,
-        kernel_size: int = 5,
-        attention_impl: str = "auto",
-        attn_type: str = "LLLL",
         dtype=jnp.float32,
         param_dtype=jnp.float32,
+        attention_impl: str = "auto",
         rngs: nnx.Rngs,
+        **hyperparameters,
     ):
-        given = Arguments("PolaPVT", locals())
-        img_size = given.image_size(img_size)
-        num_classes = given.integer("num_classes", num_classes, least=0)
-        embed_dims = given.integers("embed_dims", embed_dims)
-        num_heads = given.integers("num_heads", num_heads)
-        mlp_ratios = given.numbers("mlp_ratios", mlp_ratios, least=0)
-        depths = given.integers("depths", depths)
-        drop_rate = given.number("drop_rate", drop_rate, least=0, below=1)
-        drop_path_rate = given.number("drop_path_rate", drop_path_rate, least=0, below=1)
-        alpha, kernel_size = given.attention(alpha, kernel_size, attention_impl)
-        kinds = given.letters("attn_type", attn_type, "LS", suffix=False)
-        given.heads(embed_dims, num_heads, tuple(kinds))
-        ratios = _reductions(given, img_size, kinds, sr_ratios, la_sr_ratios)
-        dtype, param_dtype = given.types(dtype, param_dtype)
-        given.check()
+        config = resolve_config(PolaPVTConfig, config, hyperparameters)
+        dtype, param_dtype = check_computation(
+            config.family, dtype=dtype, param_dtype=param_dtype, attention_impl=attention_impl
+        )
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": Keys.of(rngs)}
 
-        for i, rates in enumerate(drop_path_rates(drop_path_rate, depths)):
-            grid, dim = img_size // STRIDES[i], embed_dims[i]
-            size, features_in = (4, 3) if i == 0 else (2, embed_dims[i - 1])
-            common = {"qkv_bias": qkv_bias, "sr_ratio": ratios[i], "drop_rate": drop_rate, **types}
+        for i, rates in enumerate(drop_path_rates(config.drop_path_rate, config.depths)):
+            grid, dim = config.img_size // STRIDES[i], config.embed_dims[i]
+            size, features_in = (4, 3) if i == 0 else (2, config.embed_dims[i - 1])
+            common = {"qkv_bias": config.qkv_bias, "sr_ratio": config.reductions[i], "drop_rate": config.drop_rate}
 
-            def attention(i=i, grid=grid, dim=dim, common=common):
-                if kinds[i] == "S":
-                    return SpatialReductionAttention(dim, num_heads[i], grid=grid, **common)
+            def attention(heads=config.num_heads[i], kind=config.attn_type[i], grid=grid, dim=dim, common=common):
+                if kind == "S":
+                    return SpatialReductionAttention(dim, heads, grid=grid, **common, **types)
                 return PolarityAttention(
                     dim,
-                    num_heads[i],
+                    heads,
                     grid=(grid, grid),
                     projections="qg_kv",
-                    alpha=alpha,
-                    kernel_size=kernel_size,
+                    alpha=config.alpha,
+                    kernel_size=config.kernel_size,
                     attention_impl=attention_impl,
                     **common,
+                    **types,
                 )
 
             setattr(self, f"patch_embed{i + 1}", PatchEmbed(size, features_in, dim, **types))
@@ -150,9 +205,9 @@ class PolaPVT(Backbone):
                         Block(
                             attention(),
                             dim,
-                            mlp_ratio=mlp_ratios[i],
+                            mlp_ratio=config.mlp_ratios[i],
                             epsilon=EPSILON,
-                            drop_rate=drop_rate,
+                            drop_rate=config.drop_rate,
                             drop_path=rate,
                             **types,
                         )
@@ -160,9 +215,8 @@ class PolaPVT(Backbone):
                     ]
                 ),
             )
-        self.head = classifier(embed_dims[-1], num_classes, **types)
-        self.img_size, self.drop_rates, self.dtype = img_size, (drop_rate, drop_path_rate), dtype
-        self.arguments = given.record()
+        self.head = classifier(config.embed_dims[-1], config.num_classes, **types)
+        self.config, self.dtype = config, dtype
 
     def blocks(self, stage: int) -> Sequence[Block]:
         return getattr(self, f"block{stage + 1}")
@@ -171,33 +225,39 @@ class PolaPVT(Backbone):
         if stage == 0:
             x = x.astype(self.dtype)
         else:
-            x = x.reshape(x.shape[0], self.img_size // STRIDES[stage - 1], -1, x.shape[-1])  # (B, H, W, C)
+            x = x.reshape(x.shape[0], self.config.img_size // STRIDES[stage - 1], -1, x.shape[-1])  # (B, H, W, C)
         x = getattr(self, f"patch_embed{stage + 1}")(x)  # (B, N, C')
         x = x + getattr(self, f"pos_embed{stage + 1}")[...].astype(self.dtype)
-        return dropout(x, self.drop_rates[0], next_key())
+        return dropout(x, self.config.drop_rate, next_key())
 
     def _pool(self, tokens: jax.Array) -> jax.Array:
         # No normalisation: the official model has a final `norm`, and never calls it.
-        return jnp.mean(tokens, axis=1, dtype=wide(tokens.dtype))
+        return jnp.mean(tokens, axis=1, dtype=accumulation_dtype(tokens.dtype))
 
 
-def _reductions(given: Arguments, img_size: int, kinds: str, sr_ratios, la_sr_ratios) -> tuple[int, ...]:
-    """The spatial reduction that acts in each stage."""
-    softmax = given.integers("sr_ratios", sr_ratios)
+def _digits(checks: Checks, la_sr_ratios) -> str:
     digits = str(la_sr_ratios)
     if len(digits) != 4 or any(digit not in "123456789" for digit in digits):
-        given.problems.append(
+        checks.problems.append(
             f"la_sr_ratios={la_sr_ratios!r}: expected one digit from 1 to 9 for each of the four stages"
         )
-        digits = "1111"
-    ratios = tuple(softmax[i] if kind == "S" else int(digits[i]) for i, kind in enumerate(kinds))
+        return "1111"
+    return digits
+
+
+def _reductions(attn_type: str, sr_ratios: Sequence[int], la_sr_ratios: str) -> tuple[int, ...]:
+    return tuple(sr_ratios[i] if kind == "S" else int(la_sr_ratios[i]) for i, kind in enumerate(attn_type))
+
+
+def _check_reductions(checks: Checks, values: dict) -> None:
+    """The reduction of each stage divides its grid."""
+    ratios = _reductions(values["attn_type"], values["sr_ratios"], values["la_sr_ratios"])
     for stage, (ratio, stride) in enumerate(zip(ratios, STRIDES, strict=True)):
-        grid = img_size // stride
+        grid = values["img_size"] // stride
         if grid % ratio:
-            name = "sr_ratios" if kinds[stage] == "S" else "la_sr_ratios"
+            name = "sr_ratios" if values["attn_type"][stage] == "S" else "la_sr_ratios"
             divisors = ", ".join(str(r) for r in range(1, grid + 1) if grid % r == 0)
-            given.problems.append(
+            checks.problems.append(
                 f"{name}[{stage}]={ratio} does not divide the stage's grid of {grid}x{grid} tokens: choose one of "
                 f"{divisors}, or another img_size"
             )
-    return ratios

@@ -6,29 +6,30 @@ PolaFormer published no code for sequences. Two habits of that code are left out
 real length, and padding is what lies beyond an example's length, not whatever token has the id 0.
 """
 
-from typing import NamedTuple
+import dataclasses
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from polaformer_jax.models.attention import NORMALISER_EPS, PolarityAttention
-from polaformer_jax.models.backbone import Arguments
+from polaformer_jax.config import ATTENTIONS
+from polaformer_jax.models.attention import PolarityAttention
 from polaformer_jax.models.initializers import Keys, table
 from polaformer_jax.models.layers import (
     Block,
+    accumulation_dtype,
     dropout,
     layer_norm,
     linear,
     placed,
-    product,
     rematerialised,
     uniform_init,
-    wide,
 )
+from polaformer_jax.models.model_config import Checks, ModelConfig, check_computation, resolve_config
+from polaformer_jax.models.plain_attention import PlainAttention
 
 EPSILON = 1e-5  # of every LayerNorm
-ATTENTIONS = ("polarity", "softmax", "relu")
 
 
 class Sequences(NamedTuple):
@@ -43,168 +44,146 @@ class Sequences(NamedTuple):
     length: jax.Array
 
 
-class PlainAttention(nnx.Module):
-    """What polarity-aware attention is compared with: "softmax", or "relu", linear attention by one feature map.
-
-    With relu, queries attend by o = relu(q) (relu(k)^T v / n) / (relu(q) mean(relu(k))^T + 1e-6): no polarity, power,
-    gate or convolution.
-    """
-
-    def __init__(self, dim: int, num_heads: int, *, kind: str, drop_rate: float, **types):
-        self.qkv = linear(dim, 3 * dim, **types)
-        self.proj = linear(dim, dim, **types)
-        self.kind, self.num_heads, self.drop_rate = kind, num_heads, drop_rate
-
-    def __call__(self, x: jax.Array, key: jax.Array | None = None, *, mask: jax.Array) -> jax.Array:
-        """(B, N, C) -> (B, N, C); `mask` (B, N) is True at the tokens that are there."""
-        q, k, v = self.project(x)
-        if self.kind == "softmax":
-            y = softmax_attention(q, k, v, mask=mask)
-        else:
-            y = relu_attention(q, k, v, mask=mask)
-        return dropout(self.proj(y.reshape(x.shape)), self.drop_rate, key)
-
-    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(B, N, C) -> queries, keys and values, (B, N, h, d) each."""
-        q, k, v = (part.reshape(*x.shape[:2], self.num_heads, -1) for part in jnp.split(self.qkv(x), 3, axis=-1))
-        return q, k, v
-
-
-def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, mask: jax.Array) -> jax.Array:
-    """Softmax attention, (B, N, h, d) each; `mask` (B, N) is True at the keys that are there."""
-    mask = mask[:, None, None, :]
-    if q.dtype != jnp.float64:
-        return jax.nn.dot_product_attention(q, k, v, mask=mask)
-    # That one rounds to float32.
-    scores = jnp.where(mask, jnp.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5, jnp.finfo(q.dtype).min)
-    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, axis=-1), v)
-
-
-def relu_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, mask: jax.Array) -> jax.Array:
-    """Linear attention by the feature map relu, (B, N, h, d) each; `mask` (B, N) is True at the keys that are there."""
-    full = wide(q.dtype)
-    q, k = jax.nn.relu(q), jnp.where(mask[:, :, None, None], jax.nn.relu(k), 0)
-    n = jnp.maximum(jnp.sum(mask, axis=1), 1).astype(full).reshape(-1, 1, 1, 1)
-    k_mean = jnp.sum(k, axis=1, dtype=full)[..., None] / n  # (B, h, d, 1)
-    kv = product("bnhk,bnhe->bhke", k, v) / n  # (B, h, d, d)
-    m = jnp.concatenate([kv, k_mean], axis=-1).astype(q.dtype)
-    qm = product("bnhk,bhke->bnhe", q, m)  # (B, N, h, d + 1)
-    return (qm[..., :-1] / (qm[..., -1:] + NORMALISER_EPS)).astype(q.dtype)
-
-
 class Head(nnx.Module):
     """Linear, ReLU, Linear, in at least float32."""
 
     def __init__(self, features: int, hidden: int, num_classes: int, *, dtype, **types):
-        self.fc1 = linear(features, hidden, dtype=wide(dtype), **types)
-        self.fc2 = linear(hidden, num_classes, dtype=wide(dtype), **types)
+        self.fc1 = linear(features, hidden, dtype=accumulation_dtype(dtype), **types)
+        self.fc2 = linear(hidden, num_classes, dtype=accumulation_dtype(dtype), **types)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.fc2(jax.nn.relu(self.fc1(x)))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolaSequenceConfig(ModelConfig):
+    """Hyper-parameters of a `PolaSequence`. The defaults are the sizes of the Long Range Arena.
+
+    Attributes:
+        num_classes: of the head. vocabulary: number of token ids, 0 to vocabulary - 1.
+        max_length: the longest sequence in tokens, padding included: rows of the position tables.
+        texts: sequences in an example, 1 or 2.
+        attention: "polarity", "softmax" or "relu" (see `PlainAttention`); all else is equal.
+        alpha, kernel_size: of the polarity-aware attention.
+        dim, depth, num_heads, mlp_dim: channels, blocks, heads, and hidden channels of the MLPs.
+        head_dim: hidden channels of the head.
+        drop_rate: dropout of the embeddings, after each attention and in the MLPs.
+
+    Raises:
+        UserError: lists everything that does not fit.
+    """
+
+    family: ClassVar[str] = "PolaSequence"
+
+    num_classes: int = 10
+    vocabulary: int = 512
+    max_length: int = 4096
+    texts: int = 1
+    attention: str = "polarity"
+    alpha: float = 3.0
+    kernel_size: int = 5
+    dim: int = 64
+    depth: int = 2
+    num_heads: int = 2
+    mlp_dim: int = 128
+    head_dim: int = 128
+    drop_rate: float = 0.1
+
+    def _normalised(self, checks: Checks) -> dict[str, object]:
+        integers = ("num_classes", "vocabulary", "max_length", "texts", "dim", "depth", "num_heads", "mlp_dim")
+        values = {name: checks.integer(name, getattr(self, name)) for name in (*integers, "head_dim")}
+        values |= {
+            "attention": checks.choice("attention", self.attention, ATTENTIONS),
+            "alpha": checks.alpha(self.alpha),
+            "kernel_size": checks.kernel_size(self.kernel_size),
+            "drop_rate": checks.number("drop_rate", self.drop_rate, least=0, below=1),
+        }
+        dim, heads = values["dim"], values["num_heads"]
+        if values["texts"] > 2:
+            checks.problems.append(f"texts={self.texts}: expected 1, or 2 for pairs")
+        if dim % heads or (values["attention"] == "polarity" and dim // heads % 2):
+            checks.problems.append(
+                f"dim={dim} over num_heads={heads}: the heads must divide it, for polarity into even widths"
+            )
+        return values
+
+    def architecture(self) -> dict[str, object]:
+        names = ("dim", "depth", "num_heads", "mlp_dim", "head_dim", "kernel_size")
+        return {name: getattr(self, name) for name in names}
+
+
 class PolaSequence(nnx.Module):
-    """Classifies sequences of tokens, or pairs of them. The defaults are the sizes of the Long Range Arena.
+    """Classifies sequences of tokens, or pairs of them.
 
     Token and position embeddings, pre-norm blocks, LayerNorm, the mean over an example's own tokens, and a head of two
     layers. Of a pair a, b, both encoded alike, the head sees [a, b, a * b, a - b].
 
     Args:
-        num_classes: of the head. vocabulary: number of token ids, 0 to vocabulary - 1.
-        max_length: the longest sequence, padding included: rows of the position tables.
-        texts: sequences in an example, 1 or 2.
-        attention: "polarity", "softmax" or "relu" (see `PlainAttention`); all else is equal.
-        alpha, kernel_size: of the polarity-aware attention. attention_impl: how to compute it: "auto", "xla", "pallas"
-            (see `polarity_attention`).
-        dim, depth, num_heads, mlp_dim: channels, blocks, heads, and hidden channels of the MLPs.
-        head_dim: hidden channels of the head.
-        drop_rate: dropout of the embeddings, after each attention and in the MLPs.
-        dtype: of the computation: bfloat16, float32, float64. param_dtype: of the stored parameters.
+        config: the hyper-parameters; None: `PolaSequenceConfig(**hyperparameters)`.
+        dtype: of activations and matrix products: bfloat16, float32 or float64.
+        param_dtype: of the stored parameters: float32 or float64.
+        attention_impl: how polarity-aware attention is computed: "auto", "xla" or "pallas" (see `polarity_attention`).
+        rngs: where the initial parameters are drawn from, by `rngs.params()`.
+        hyperparameters: fields of `PolaSequenceConfig`, where no config is given.
 
     Raises:
-        ValueError: with everything that does not fit.
+        UserError: lists everything that does not fit.
     """
 
-    remat: bool = False  # compute each block's activations anew in the backward pass rather than keep them
+    Config = PolaSequenceConfig
+    remat: bool = False  # recompute each block's activations in the backward pass instead of storing them
 
     def __init__(
         self,
-        num_classes: int = 10,
+        config: PolaSequenceConfig | None = None,
         *,
-        vocabulary: int = 512,
-        max_length: int = 4096,
-        texts: int = 1,
-        attention: str = "polarity",
-        alpha: float = 3,
-        kernel_size: int = 5,
-        attention_impl: str = "auto",
-        dim: int = 64,
-        depth: int = 2,
-        num_heads: int = 2,
-        mlp_dim: int = 128,
-        head_dim: int = 128,
-        drop_rate: float = 0.1,
         dtype=jnp.float32,
         param_dtype=jnp.float32,
+        attention_impl: str = "auto",
         rngs: nnx.Rngs,
+        **hyperparameters,
     ):
-        given = Arguments("PolaSequence", locals())
-        num_classes, vocabulary, max_length, texts, dim, depth, num_heads, mlp_dim, head_dim = (
-            given.integer(name, value)
-            for name, value in (
-                ("num_classes", num_classes),
-                ("vocabulary", vocabulary),
-                ("max_length", max_length),
-                ("texts", texts),
-                ("dim", dim),
-                ("depth", depth),
-                ("num_heads", num_heads),
-                ("mlp_dim", mlp_dim),
-                ("head_dim", head_dim),
-            )
+        config = resolve_config(PolaSequenceConfig, config, hyperparameters)
+        dtype, param_dtype = check_computation(
+            config.family, dtype=dtype, param_dtype=param_dtype, attention_impl=attention_impl
         )
-        drop_rate = given.number("drop_rate", drop_rate, least=0, below=1)
-        alpha, kernel_size = given.attention(alpha, kernel_size, attention_impl)
-        if attention not in ATTENTIONS:
-            given.problems.append(f"attention={attention!r}: expected one of {', '.join(ATTENTIONS)}")
-        if texts > 2:
-            given.problems.append(f"texts={texts}: expected 1, or 2 for pairs")
-        if dim % num_heads or (attention == "polarity" and dim // num_heads % 2):
-            given.problems.append(
-                f"dim={dim} over num_heads={num_heads}: the heads must divide it, for polarity into even widths"
-            )
-        dtype, param_dtype = given.types(dtype, param_dtype)
-        given.check()
+        dim, drop_rate = config.dim, config.drop_rate
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": Keys(rngs.params())}
 
         def mixer():
-            if attention != "polarity":
-                return PlainAttention(dim, num_heads, kind=attention, drop_rate=drop_rate, **types)
+            if config.attention != "polarity":
+                return PlainAttention(dim, config.num_heads, kind=config.attention, drop_rate=drop_rate, **types)
             return PolarityAttention(
                 dim,
-                num_heads,
-                grid=(max_length,),
+                config.num_heads,
+                grid=(config.max_length,),
                 projections="qkvg",
-                alpha=alpha,
-                kernel_size=kernel_size,
+                alpha=config.alpha,
+                kernel_size=config.kernel_size,
                 attention_impl=attention_impl,
                 drop_rate=drop_rate,
                 **types,
             )
 
         shape = {"param_dtype": param_dtype, "rngs": types["rngs"]}
-        self.token_embed = table((vocabulary, dim), **shape)
-        self.pos_embed = table((1, max_length, dim), **shape)
+        self.token_embed = table((config.vocabulary, dim), **shape)
+        self.pos_embed = table((1, config.max_length, dim), **shape)
         self.blocks = nnx.List(
-            Block(mixer(), dim, mlp_ratio=mlp_dim / dim, epsilon=EPSILON, drop_rate=drop_rate, drop_path=0.0, **types)
-            for _ in range(depth)
+            Block(
+                mixer(),
+                dim,
+                mlp_ratio=config.mlp_dim / dim,
+                epsilon=EPSILON,
+                drop_rate=drop_rate,
+                drop_path=0.0,
+                **types,
+            )
+            for _ in range(config.depth)
         )
         self.norm = layer_norm(dim, epsilon=EPSILON, **types)
-        self.head = Head(dim if texts == 1 else 4 * dim, head_dim, num_classes, **types)
+        self.head = Head(dim if config.texts == 1 else 4 * dim, config.head_dim, config.num_classes, **types)
         _draw_as_pytorch(self, types["rngs"])
-        self.vocabulary, self.max_length, self.texts = vocabulary, max_length, texts
-        self.drop_rate, self.dtype = drop_rate, dtype
-        self.arguments = given.record()
+        self.config, self.dtype = config, dtype
 
     def __call__(self, sequences: Sequences, train: bool = False, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Logits (B, num_classes), at least float32.
@@ -217,7 +196,7 @@ class PolaSequence(nnx.Module):
             ValueError: shapes or types do not fit, or random numbers are needed and rngs is None.
         """
         pooled = self.pooled(sequences, train=train, rngs=rngs)  # (B, texts, C)
-        if self.texts == 1:
+        if self.config.texts == 1:
             return self.head(pooled[:, 0])
         a, b = pooled[:, 0], pooled[:, 1]
         return self.head(jnp.concatenate([a, b, a * b, a - b], axis=-1))
@@ -227,14 +206,14 @@ class PolaSequence(nnx.Module):
         tokens, length = self._flat(sequences)
         x, mask = self._embed(tokens, length)  # (B * texts, N, C), (B * texts, N)
         next_key = self._key_source(train, rngs)
-        x = dropout(x, self.drop_rate, next_key())
+        x = dropout(x, self.config.drop_rate, next_key())
         for block in self.blocks:
             apply = rematerialised if self.remat else type(block).__call__
             x = apply(block, x, next_key(), mask=mask)
         x = jnp.where(mask[:, :, None], self.norm(x), 0)
-        total = jnp.sum(x, axis=1, dtype=wide(x.dtype))
+        total = jnp.sum(x, axis=1, dtype=accumulation_dtype(x.dtype))
         mean = total / jnp.maximum(length, 1).astype(total.dtype).reshape(-1, 1)
-        return mean.reshape(-1, self.texts, mean.shape[-1])
+        return mean.reshape(-1, self.config.texts, mean.shape[-1])
 
     def tokens_before(self, sequences: Sequences, *, block: int) -> tuple[jax.Array, jax.Array]:
         """What enters a block, counted from 0, in evaluation: tokens (B * texts, N, C) and mask (B * texts, N)."""
@@ -246,16 +225,16 @@ class PolaSequence(nnx.Module):
     def _flat(self, sequences: Sequences) -> tuple[jax.Array, jax.Array]:
         """Tokens (B * texts, N) and lengths (B * texts,), checked."""
         tokens, length = sequences
-        inner = () if self.texts == 1 else (self.texts,)
+        inner = () if self.config.texts == 1 else (self.config.texts,)
         if tokens.ndim != 2 + len(inner) or tokens.shape[1:-1] != inner or length.shape != tokens.shape[:-1]:
-            expected = "(batch, tokens) and (batch,)" if self.texts == 1 else "(batch, 2, tokens) and (batch, 2)"
+            expected = "(batch, tokens) and (batch,)" if self.config.texts == 1 else "(batch, 2, tokens) and (batch, 2)"
             raise ValueError(
                 f"tokens and lengths have shapes {tuple(tokens.shape)} and {tuple(length.shape)}, expected {expected}"
             )
-        if tokens.shape[-1] > self.max_length:
+        if tokens.shape[-1] > self.config.max_length:
             raise ValueError(
-                f"sequences are {tokens.shape[-1]} tokens long, expected at most {self.max_length}: cut them, or "
-                "create the model with another max_length"
+                f"sequences are {tokens.shape[-1]} tokens long, expected at most {self.config.max_length}: cut them, "
+                "or create the model with another max_length"
             )
         for name, array in (("tokens", tokens), ("lengths", length)):
             if not jnp.issubdtype(array.dtype, jnp.integer):
@@ -270,11 +249,11 @@ class PolaSequence(nnx.Module):
         return x.astype(self.dtype), mask
 
     def _key_source(self, train: bool, rngs: nnx.Rngs | None):
-        if not train or not self.drop_rate:
+        if not train or not self.config.drop_rate:
             return lambda: None
         if rngs is None:
             raise ValueError(
-                f"train=True with drop_rate={self.drop_rate} draws random numbers, and rngs is None: pass "
+                f"train=True with drop_rate={self.config.drop_rate} draws random numbers, and rngs is None: pass "
                 "rngs=nnx.Rngs(dropout=key)"
             )
         return Keys(rngs.dropout())

@@ -1,42 +1,44 @@
-"""Model names and what they stand for."""
+"""Model names and their configs, and models created from configs."""
 
+import dataclasses
 import difflib
-import inspect
-from collections.abc import Mapping
-from types import MappingProxyType
+
+from flax import nnx
 
 from polaformer_jax.errors import UserError
-from polaformer_jax.models.backbone import NO_HYPERPARAMETERS
-from polaformer_jax.models.pola_pvt import PolaPVT
-from polaformer_jax.models.pola_sequence import PolaSequence
-from polaformer_jax.models.pola_swin import PolaSwin, softmax_window
+from polaformer_jax.models.model_config import ModelConfig
+from polaformer_jax.models.pola_pvt import PolaPVT, PolaPVTConfig
+from polaformer_jax.models.pola_sequence import PolaSequence, PolaSequenceConfig
+from polaformer_jax.models.pola_swin import PolaSwin, PolaSwinConfig
 
 
-def _pvt(*, depths: tuple[int, ...], drop_path: float) -> tuple[type, dict]:
-    return PolaPVT, {
-        "img_size": 224,
-        "embed_dims": (64, 128, 320, 512),
-        "num_heads": (1, 2, 5, 8),
-        "mlp_ratios": (8, 8, 4, 4),
-        "sr_ratios": (8, 4, 2, 1),
-        "la_sr_ratios": "1111",
-        "qkv_bias": True,
-        "attn_type": "LLLL",
-        "depths": depths,
-        "drop_path_rate": drop_path,
-    }
+def _pvt(*, depths: tuple[int, ...], drop_path: float) -> PolaPVTConfig:
+    return PolaPVTConfig(
+        img_size=224,
+        embed_dims=(64, 128, 320, 512),
+        num_heads=(1, 2, 5, 8),
+        mlp_ratios=(8, 8, 4, 4),
+        sr_ratios=(8, 4, 2, 1),
+        la_sr_ratios="1111",
+        qkv_bias=True,
+        attn_type="LLLL",
+        depths=depths,
+        drop_path_rate=drop_path,
+    )
 
 
-def _swin(dim: int, *, heads: int, depth: int, drop_path: float, img_size: int = 224, window: int = 56):
-    return PolaSwin, {
-        "img_size": img_size,
-        "embed_dim": dim,
-        "num_heads": (heads, 2 * heads, 4 * heads, 8 * heads),
-        "depths": (2, 2, depth, 2),
-        "window_size": window,
-        "attn_type": "LLSS",
-        "drop_path_rate": drop_path,
-    }
+def _swin(
+    dim: int, *, heads: int, depth: int, drop_path: float, img_size: int = 224, window: int = 56
+) -> PolaSwinConfig:
+    return PolaSwinConfig(
+        img_size=img_size,
+        embed_dim=dim,
+        num_heads=(heads, 2 * heads, 4 * heads, 8 * heads),
+        depths=(2, 2, depth, 2),
+        window_size=window,
+        attn_type="LLSS",
+        drop_path_rate=drop_path,
+    )
 
 
 # As in the configs of https://github.com/ZacharyMeng/PolaFormer, where pola_pvt_b is called `pola_pvt_large`. In all of
@@ -54,39 +56,36 @@ _OFFICIAL = {
 
 # Ours, not the authors', and unpublished: small enough to be trained on 32x32 images by a CPU in minutes.
 _NANO = {
-    "pola_pvt_nano": (
-        PolaPVT,
-        {
-            "img_size": 32,
-            "embed_dims": (32, 64, 128, 160),
-            "num_heads": (1, 2, 4, 5),
-            "mlp_ratios": (4, 4, 4, 4),
-            "sr_ratios": (8, 4, 2, 1),
-            "la_sr_ratios": "1111",
-            "qkv_bias": True,
-            "attn_type": "LLLL",
-            "depths": (1, 1, 2, 1),
-            "drop_path_rate": 0.05,
-        },
+    "pola_pvt_nano": PolaPVTConfig(
+        img_size=32,
+        embed_dims=(32, 64, 128, 160),
+        num_heads=(1, 2, 4, 5),
+        mlp_ratios=(4, 4, 4, 4),
+        sr_ratios=(8, 4, 2, 1),
+        la_sr_ratios="1111",
+        qkv_bias=True,
+        attn_type="LLLL",
+        depths=(1, 1, 2, 1),
+        drop_path_rate=0.05,
     ),
-    "pola_swin_nano": (
-        PolaSwin,
-        {
-            "img_size": 32,
-            "embed_dim": 32,
-            "num_heads": (1, 2, 4, 8),
-            "depths": (2, 1, 1, 1),
-            "window_size": 4,
-            "softmax_window_size": 2,
-            "attn_type": "LLSS",
-            "mlp_ratio": 2.0,
-            "drop_path_rate": 0.05,
-        },
+    "pola_swin_nano": PolaSwinConfig(
+        img_size=32,
+        embed_dim=32,
+        num_heads=(1, 2, 4, 8),
+        depths=(2, 1, 1, 1),
+        window_size=4,
+        softmax_window_size=2,
+        attn_type="LLSS",
+        mlp_ratio=2.0,
+        drop_path_rate=0.05,
     ),
 }
 # Of the Long Range Arena; classes, vocabulary and length are the task's.
-_SEQUENCE = {"pola_sequence": (PolaSequence, {})}
-_MODELS = {**_OFFICIAL, **_NANO, **_SEQUENCE}
+_SEQUENCE = {"pola_sequence": PolaSequenceConfig()}
+_MODELS: dict[str, ModelConfig] = {**_OFFICIAL, **_NANO, **_SEQUENCE}
+
+Model = PolaPVT | PolaSwin | PolaSequence
+FAMILIES: dict[str, type[Model]] = {cls.Config.family: cls for cls in (PolaPVT, PolaSwin, PolaSequence)}
 
 
 def list_models() -> list[str]:
@@ -94,114 +93,76 @@ def list_models() -> list[str]:
     return sorted(_MODELS)
 
 
-FAMILIES = {"PolaPVT": PolaPVT, "PolaSwin": PolaSwin, "PolaSequence": PolaSequence}
-
-
-def lookup(name: str) -> tuple[type, dict[str, object]]:
-    """The family of a model, and the arguments in which it differs from the family's defaults.
-
-    Raises:
-        ValueError: unknown name (with similar ones).
-    """
-    if name not in _MODELS:
-        similar = difflib.get_close_matches(name, _MODELS, n=3, cutoff=0.5)
-        hint = f"Did you mean {' or '.join(similar)}? " if similar else ""
-        raise UserError(f"unknown model {name!r}. {hint}The models are {', '.join(list_models())}")
-    return _MODELS[name]
-
-
-def arguments(
+def model_config(
     name: str,
     *,
     num_classes: int | None = None,
     img_size: int | None = None,
     drop_path: float | None = None,
     **overrides,
-) -> Mapping[str, object]:
-    """Every hyper-parameter that `create_model` would hand to the constructor, defaults included, as a read-only table.
+) -> ModelConfig:
+    """The hyper-parameters of a model by name, with changes (see `change`).
 
     Raises:
-        ValueError: unknown name (with similar ones), unknown override (with those there are), drop_path given twice.
+        UserError: unknown name (with similar ones), or changes that do not fit.
     """
-    family, settings = lookup(name)
-    return MappingProxyType(
-        resolve(family, settings, num_classes=num_classes, img_size=img_size, drop_path=drop_path, **overrides)
-    )
+    if name not in _MODELS:
+        similar = difflib.get_close_matches(name, _MODELS, n=3, cutoff=0.5)
+        hint = f"Did you mean {' or '.join(similar)}? " if similar else ""
+        raise UserError(f"unknown model {name!r}. {hint}The models are {', '.join(list_models())}")
+    return change(_MODELS[name], num_classes=num_classes, img_size=img_size, drop_path=drop_path, **overrides)
 
 
-def resolve(
-    family: type,
-    settings: Mapping[str, object],
+def change(
+    config: ModelConfig,
     *,
     num_classes: int | None = None,
     img_size: int | None = None,
     drop_path: float | None = None,
     **overrides,
-) -> dict[str, object]:
-    """All arguments of a family's constructor: its defaults, over them `settings`, over them the rest; None is nothing.
+) -> ModelConfig:
+    """A config with some fields replaced.
+
+    Args:
+        num_classes, img_size, drop_path: None keeps the config's own; `drop_path` is `drop_path_rate`.
+        overrides: any other field, by its own name.
 
     Raises:
-        ValueError: unknown override (with those there are), drop_path given twice.
+        UserError: a field that the family does not have, `drop_path` given twice, or values that do not fit.
     """
-    known = _defaults(family)
-    if unknown := sorted(set(overrides) - set(known)):
-        raise UserError(f"{family.__name__} has no argument {', '.join(unknown)}; its arguments are {', '.join(known)}")
     if drop_path is not None and "drop_path_rate" in overrides:
         raise UserError("drop_path and drop_path_rate are two names for one rate: give one of them")
     given = {"num_classes": num_classes, "img_size": img_size, "drop_path_rate": drop_path}
-    given = {key: value for key, value in given.items() if value is not None}
-    if unknown := sorted(set(given) - set(known)):
-        raise UserError(f"{family.__name__} has no argument {', '.join(unknown)}; its arguments are {', '.join(known)}")
-    return {**known, **settings, **given, **overrides}
+    given = {name: value for name, value in given.items() if value is not None} | overrides
+    if unknown := sorted(given.keys() - set(config.names())):
+        raise UserError(
+            f"{config.family} has no argument {', '.join(unknown)}; its arguments are {', '.join(config.names())}"
+        )
+    return dataclasses.replace(config, **given)
 
 
-def name_of(family: str, given: Mapping[str, object]) -> str | None:
-    """The name under which `create_model` knows an architecture, whatever its classes, image size and drop rates."""
-    wanted = _architecture(FAMILIES[family], given)
+def create(config: ModelConfig, **computation) -> Model:
+    """The model of a config, with initial parameters.
+
+    Args:
+        computation: `dtype`, `param_dtype`, `attention_impl` and `rngs` of the model's constructor.
+    """
+    return FAMILIES[config.family](config, **computation)
+
+
+def create_abstract(config: ModelConfig, **computation) -> Model:
+    """The same, whose parameters are shapes and dtypes only (`jax.ShapeDtypeStruct`); nothing is computed."""
+    return nnx.eval_shape(lambda: create(config, **computation, rngs=nnx.Rngs(0)))
+
+
+def name_of(config: ModelConfig) -> str | None:
+    """The name of the registered model with this architecture, whatever its classes, image size and drop rates."""
+    wanted = config.architecture()
     return next(
         (
             name
-            for name, (other, settings) in sorted(_MODELS.items())
-            if other.__name__ == family and _architecture(other, settings) == wanted
+            for name, other in sorted(_MODELS.items())
+            if other.family == config.family and other.architecture() == wanted
         ),
         None,
     )
-
-
-def differences(family: str, one: Mapping[str, object], other: Mapping[str, object]) -> list[str]:
-    """Names of arguments in which two descriptions of a model differ, but for rates of dropout and stochastic depth.
-
-    Arguments that do not act, such as the softmax window of a model without softmax blocks, do not count.
-    """
-    one, other = ({**_architecture(FAMILIES[family], given), **_size(given)} for given in (one, other))
-    return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
-
-
-def _size(given: Mapping[str, object]) -> dict[str, object]:
-    return {name: given.get(name) for name in ("img_size", "num_classes")}
-
-
-def _architecture(family: type, given: Mapping[str, object]) -> dict[str, object]:
-    """What makes two models of one family the same function of their weights, in one way of writing it."""
-    full = {**_defaults(family), **given}
-    if family is PolaSequence:
-        return {name: full[name] for name in ("dim", "depth", "num_heads", "mlp_dim", "head_dim", "kernel_size")}
-    for free in ("num_classes", "img_size", "drop_rate", "drop_path_rate"):
-        del full[free]
-    letters = full["attn_type"]
-    if family is PolaSwin:
-        full["softmax_window_size"] = softmax_window(full["window_size"], full["softmax_window_size"])
-        if "L" not in letters and "M" not in letters:
-            full["window_size"] = None
-        if "S" not in letters and "M" not in letters:
-            full["softmax_window_size"] = None
-    else:
-        full["sr_ratios"] = [ratio for ratio, kind in zip(full["sr_ratios"], letters, strict=True) if kind == "S"]
-        digits = zip(str(full["la_sr_ratios"]), letters, strict=True)
-        full["la_sr_ratios"] = [digit for digit, kind in digits if kind == "L"]
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in full.items()}
-
-
-def _defaults(family: type) -> dict[str, object]:
-    parameters = inspect.signature(family.__init__).parameters
-    return {key: p.default for key, p in parameters.items() if key not in NO_HYPERPARAMETERS}

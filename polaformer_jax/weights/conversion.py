@@ -19,6 +19,7 @@ from flax import nnx
 
 from polaformer_jax import weights
 from polaformer_jax.errors import UserError, WeightsError
+from polaformer_jax.models.model_config import ModelConfig
 from polaformer_jax.weights import creation
 
 TOLERANCE = 1e-5  # relative L2 error of float32 logits against a reference; PyTorch's own is at most 2.6e-6
@@ -30,8 +31,8 @@ class Conversion:
 
     source: str
     target: str
-    model: str  # name in the zoo, or the family's
-    arguments: Mapping[str, object]
+    model: str  # registered name, or the family's
+    config: ModelConfig
     facts: Mapping[str, object]  # of the checkpoint, see `WeightsFile`
     assumed: list[str]  # what the file does not say
     found: int  # tensors in the file
@@ -43,13 +44,13 @@ class Conversion:
     error: float | None = None  # relative L2 error against the reference, if one was given
 
     def table(self) -> str:
-        given = self.arguments
+        given = self.config
         facts = [f"{key} {self.facts[key]}" for key in ("epoch", "max_accuracy") if key in self.facts]
         # Buffers by kind; the unused norm by its whole name.
         ignored = collections.Counter(
             name if name in weights.UNUSED else name.rsplit(".", 1)[-1] for name in self.ignored
         )
-        model = f"{self.model}, {given['img_size']} pixels, {given['num_classes']} classes, alpha {given['alpha']:g}"
+        model = f"{self.model}, {given.img_size} pixels, {given.num_classes} classes, alpha {given.alpha:g}"
         rows = [
             ("model", model),
             ("found", ", ".join([f"{self.found} tensors", *facts])),
@@ -118,14 +119,14 @@ def _write(
     given = {"num_classes": num_classes, "img_size": img_size}
     if alpha is not None or stored is not None:
         given["alpha"] = stored if alpha is None else alpha
-    built, assumed = creation.abstract_of(file, model, given)
+    built, assumed = creation.abstract_model(file, model, given)
     if alpha is not None:
         assumed = [line for line in assumed if not line.startswith("alpha")]
         if stored not in (None, alpha):
             assumed.append(f"alpha: {alpha:g} as asked for, though the file says {stored:g}")
     expected = weights.shapes(nnx.to_pure_dict(nnx.state(built, nnx.Param)))
     try:
-        checked = weights.check(file.tensors, expected, layout=file.layout, fit=creation.fit_for(given))
+        checked = weights.check(file.tensors, expected, layout=file.layout, fit=creation.allowed_fits(given))
     except WeightsError as error:
         raise WeightsError(f"{file.path}: {error}") from error
     _check_finite(checked.tensors, file.path)
@@ -141,7 +142,7 @@ def _write(
         source=file.path,
         target=os.fspath(target),
         model=metadata["model"],
-        arguments=dict(built.arguments),
+        config=built.config,
         facts=file.facts,
         assumed=assumed,
         found=len(file.tensors),
@@ -162,10 +163,10 @@ def _run(path: epath.Path, source: str, reference: Mapping[str, np.ndarray] | No
     """One forward pass in float32: its seconds, and the relative error against a reference."""
     model = creation.create_model(weights=path)
     if reference is None:
-        size = model.img_size
+        size = model.config.img_size
         images = np.random.default_rng(0).standard_normal((1, size, size, 3), np.float32)
     else:
-        images = _reference_images(reference, model.img_size)
+        images = _reference_images(reference, model.config.img_size)
     graphdef, params = nnx.split(model)
     began = time.monotonic()
     logits = np.asarray(jax.jit(lambda params, images: nnx.merge(graphdef, params)(images))(params, images))
@@ -241,7 +242,9 @@ def convert_all(files: Sequence[str], *, out: str | None, out_dir: str | None, o
     """
     pairs = _targets(files, out, out_dir)
     if not overwrite and (taken := [target for _, target in pairs if epath.Path(target).exists()]):
-        raise UserError(f"{', '.join(taken)} exists: give another name, --out-dir, or --overwrite")
+        raise UserError(
+            f"{', '.join(taken)} exists: give another name or folder, or overwrite it", argument="overwrite"
+        )
     failed = []
     bar = tqdm.tqdm(pairs, unit="file", disable=len(pairs) == 1 or None, leave=False)
     for source, target in bar:
@@ -259,18 +262,18 @@ def convert_all(files: Sequence[str], *, out: str | None, out_dir: str | None, o
 def _targets(files: Sequence[str], out: str | None, out_dir: str | None) -> list[tuple[str, str]]:
     if out is not None:
         if len(files) > 1 or out_dir is not None:
-            raise UserError(f"--out {out} is for one file: give --out-dir for several")
+            raise UserError(f"{out} is one file: name a folder for several", argument="out")
         return [(files[0], out)]
     if len(files) == 2 and out_dir is None:
         second = epath.Path(files[1])
         if files[1].endswith(".safetensors"):
             if second.exists():  # a glob may have named it as a file to convert
                 raise UserError(
-                    f"{files[1]} exists: to replace it give --out {files[1]} --overwrite; to convert both, --out-dir"
+                    f"{files[1]} exists: to replace it, name it as out and overwrite; to convert both, name a folder"
                 )
             return [(files[0], files[1])]
         if not second.exists() or second.is_dir():
-            way = f"give --out-dir {files[1]}" if second.is_dir() else "weights are written as .safetensors"
+            way = "name the folder as out_dir" if second.is_dir() else "weights are written as .safetensors"
             raise UserError(f"there is no file {files[1]} to convert; as the file to write: {way}")
     pairs = []
     for source in files:

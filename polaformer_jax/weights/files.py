@@ -75,7 +75,7 @@ def _read_local(path: Path, name: str) -> WeightsFile:
         if not name or path.is_dir():
             raise WeightsError(
                 f"{name!r} is a folder, expected a file of weights (.safetensors or .pth); weights are taken out of a "
-                "training by `python -m polaformer_jax.cli.export --workdir ... FILE.safetensors`"
+                "training by `polaformer export --workdir ... FILE.safetensors`"
             )
         if path.exists() and not path.is_file():  # reading a pipe would wait for ever
             raise WeightsError(f"{name} is no regular file, expected .safetensors or .pth")

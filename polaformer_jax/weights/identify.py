@@ -1,4 +1,4 @@
-"""Which model a file of weights holds: the constructor's arguments, read off names and shapes of its tensors.
+"""Which model a file of weights holds: its config, read off the names and shapes of its tensors.
 
 Shapes decide. What the file says of its model is asked for what no shape shows (alpha, the rates of dropout and
 stochastic depth, the heads of Pola-PVT's softmax stages, an image size that shapes leave open): in our own files the
@@ -13,8 +13,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from polaformer_jax.errors import WeightsError
-from polaformer_jax.models import registry
-from polaformer_jax.models.backbone import STRIDES
+from polaformer_jax.models.model_config import STRIDES, ModelConfig, differences
+from polaformer_jax.models.pola_pvt import PolaPVTConfig
+from polaformer_jax.models.pola_sequence import PolaSequenceConfig
+from polaformer_jax.models.pola_swin import PolaSwinConfig
 from polaformer_jax.weights import rules
 from polaformer_jax.weights.files import WeightsFile
 
@@ -26,16 +28,14 @@ _RATES = ("drop_rate", "drop_path_rate")
 
 
 class Identity(NamedTuple):
-    """What builds the model of a file.
+    """The model of a file.
 
     Attributes:
-        family: "PolaPVT", "PolaSwin" or "PolaSequence".
-        arguments: of its constructor.
+        config: the hyper-parameters of the model.
         assumed: what the file does not say, one line each.
     """
 
-    family: str
-    arguments: dict[str, Any]
+    config: ModelConfig
     assumed: list[str]
 
 
@@ -53,9 +53,9 @@ def identify(file: WeightsFile, *, img_size: int | None = None) -> Identity:
         return _sequence(file)
     names, known = _Names(file), _known(file)
     if "patch_embed1.proj.weight" in names.shapes:
-        family, identify_family = "PolaPVT", _pvt
+        kind, identify_family = PolaPVTConfig, _pvt
     elif "patch_embed.proj.weight" in names.shapes:
-        family, identify_family = "PolaSwin", _swin
+        kind, identify_family = PolaSwinConfig, _swin
     else:
         raise WeightsError(
             f"{file.path} holds neither a Pola-PVT (patch_embed1.proj) nor a Pola-Swin (patch_embed.proj); its "
@@ -65,18 +65,33 @@ def identify(file: WeightsFile, *, img_size: int | None = None) -> Identity:
     if "alpha" not in known:
         known["alpha"] = _ALPHA
         assumed.append(f"alpha: {_ALPHA:g}, as in all official models")
-    shown = identify_family(names, {"img_size": img_size, **known}, assumed)
-    shown |= {"alpha": known["alpha"], **{rate: known[rate] for rate in _RATES if rate in known}}
-    recorded = _recorded(file)
-    if recorded is None:
-        return Identity(family, shown, assumed)
-    try:
-        wrong = registry.differences(family, recorded, shown) if file.metadata.get("family") == family else ["family"]
-    except (TypeError, ValueError, AttributeError) as error:  # whatever JSON can hold may stand there
-        raise WeightsError(f"{file.path}: the arguments of its model cannot be understood ({error})") from error
+    arguments = identify_family(names, {"img_size": img_size, **known}, assumed)
+    arguments |= {"alpha": known["alpha"], **{rate: known[rate] for rate in _RATES if rate in known}}
+    shown = _config(kind, arguments, file)
+    if (recorded := _recorded(file)) is None:
+        return Identity(shown, assumed)
+    if file.metadata.get("family") != kind.family:
+        wrong = ["family"]
+    else:
+        stated = _stated_config(kind, recorded, file)
+        wrong = differences(stated, shown)
     if wrong:
         raise WeightsError(f"{file.path} contradicts itself: its tensors are not of the model that it names ({wrong})")
-    return Identity(family, recorded, [])
+    return Identity(stated, [])
+
+
+def _config(kind: type[ModelConfig], arguments: Mapping[str, Any], file: WeightsFile) -> ModelConfig:
+    try:
+        return kind(**arguments)
+    except (ValueError, TypeError) as error:
+        raise WeightsError(f"{file.path} holds tensors of a model that cannot be built: {error}") from error
+
+
+def _stated_config(kind: type[ModelConfig], recorded: Mapping[str, Any], file: WeightsFile) -> ModelConfig:
+    try:
+        return kind(**recorded)
+    except (ValueError, TypeError) as error:  # the metadata may hold anything that JSON can
+        raise WeightsError(f"{file.path}: the arguments of its model cannot be understood ({error})") from error
 
 
 def stored_arguments(file: WeightsFile) -> dict[str, Any]:
@@ -92,7 +107,7 @@ def stored_arguments(file: WeightsFile) -> dict[str, Any]:
     return {name: known[name] for name in ("alpha", "num_heads") if name in known}
 
 
-def num_classes(file: WeightsFile) -> int:
+def num_classes_of(file: WeightsFile) -> int:
     """The classes of the file's classifier, 0 where there is none."""
     if file.metadata.get("family") == "PolaSequence":
         return _Names(file).shape("head.fc2.weight", 2)[0]
@@ -135,7 +150,7 @@ def _sequence(file: WeightsFile) -> Identity:
         raise WeightsError(
             f"{file.path} contradicts itself: it has {depth} blocks, and names a model of {recorded['depth']}"
         )
-    return Identity("PolaSequence", {**recorded, "depth": depth}, [])
+    return Identity(_config(PolaSequenceConfig, {**recorded, "depth": depth}, file), [])
 
 
 def _pvt(names: "_Names", known: Mapping[str, Any], assumed: list[str]) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from flax import nnx
 
 from polaformer_jax.errors import WeightsError
 from polaformer_jax.models.pola_sequence import PolaSequence
-from polaformer_jax.models.pola_swin import PolaSwin, SwinBlock, WindowAttention, relative_position_index, shift_mask
+from polaformer_jax.models.pola_swin import PolaSwin
+from polaformer_jax.models.window_attention import SwinBlock, WindowAttention, relative_position_index, shift_mask
 from polaformer_jax.weights import rules
 from polaformer_jax.weights.params import flatten
 
@@ -61,5 +62,5 @@ def _attention_mask(block: SwinBlock) -> np.ndarray:
 
 
 def _unused_norm(model: nnx.Module) -> dict[str, np.ndarray]:
-    dim = dict(model.arguments)["embed_dims"][3]
+    dim = model.config.embed_dims[3]
     return dict(zip(rules.UNUSED, (np.ones(dim, np.float32), np.zeros(dim, np.float32)), strict=True))

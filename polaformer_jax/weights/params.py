@@ -115,14 +115,14 @@ def shapes(like: Mapping) -> dict[str, tuple[int, ...]]:
     return {name: tuple(leaf.shape) for name, leaf in flatten(like).items()}
 
 
-def place(tensors: Mapping[str, np.ndarray], like: Mapping, *, give_back: bool = False) -> dict:
+def place(tensors: Mapping[str, np.ndarray], like: Mapping, *, release: bool = False) -> dict:
     """A tree like `like`, each array in the type and on the devices of the one that it stands for, be it abstract.
 
     Always copies, since jax may go on using memory that it is given, and this is the caller's or a file's.
 
     Args:
-        give_back: the tensors are views of a file that was mapped for reading only; what that has brought into memory
-            is given back after each tensor, so that weights are held only once.
+        release: the tensors are views of a file mapped read-only; its pages are released after each tensor, so that
+            the weights are in memory only once.
 
     Raises:
         WeightsError: a value is too large for the type.
@@ -134,8 +134,8 @@ def place(tensors: Mapping[str, np.ndarray], like: Mapping, *, give_back: bool =
         except FloatingPointError as error:
             raise WeightsError(f"{name} holds values too large for the model's type, {leaf.dtype}") from error
         placed[name] = _on_devices(host, getattr(leaf, "sharding", None)).block_until_ready()
-        if give_back:
-            _give_back(tensors[name])
+        if release:
+            _release(tensors[name])
     return unflatten(placed, like)
 
 
@@ -157,7 +157,7 @@ def _aligned_copy(array: np.ndarray, dtype) -> np.ndarray:
     return copy
 
 
-def _give_back(array: np.ndarray) -> None:
+def _release(array: np.ndarray) -> None:
     """Drops the pages that reading a mapped file has brought in; they would be read again if they were needed."""
     base = array
     while isinstance(base, np.ndarray):

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
-from polaformer_jax.models.layers import wide
+from polaformer_jax.models.layers import accumulation_dtype
 from polaformer_jax.models.powers import signed_powers, signed_powers_gradients
 
 
@@ -62,7 +62,7 @@ def named(names, refs) -> tuple[types.SimpleNamespace, tuple]:
 
 def dot(a: jax.Array, b: jax.Array, over: tuple[int, int]) -> jax.Array:
     """Sum over axis `over[0]` of a and axis `over[1]` of b, both of two axes; at least float32."""
-    full = wide(a.dtype)
+    full = accumulation_dtype(a.dtype)
     exact = jax.lax.Precision.HIGHEST if a.dtype == full else None
     axes = (((over[0],), (over[1],)), ((), ()))
     return jax.lax.dot_general(a, b, axes, preferred_element_type=full, precision=exact)

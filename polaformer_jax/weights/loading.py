@@ -1,0 +1,83 @@
+"""Weights into models: strictly, all parameters or none."""
+
+import logging
+import os
+from collections.abc import Collection, Mapping, Sequence
+
+from flax import nnx
+
+from polaformer_jax.errors import WeightsError
+from polaformer_jax.models.model_config import ModelConfig
+from polaformer_jax.weights.files import WeightsFile, read_file
+from polaformer_jax.weights.fitting import Change, Fit
+from polaformer_jax.weights.identify import stored_arguments
+from polaformer_jax.weights.params import check, place, shapes
+
+log = logging.getLogger(__name__)
+
+
+def load_weights(
+    model: nnx.Module, source: Mapping[str, object] | str | os.PathLike | WeightsFile, *, fit: Collection[Fit] = ()
+) -> list[Change]:
+    """Replaces all parameters of `model`, or none where something does not fit.
+
+    Args:
+        source: the path of an official `.pth` checkpoint or of `.safetensors` in either layout; what `read_file`
+            returned; or a dict of float arrays under the official PyTorch names and in their layouts (a `state_dict` of
+            https://github.com/ZacharyMeng/PolaFormer as NumPy arrays). Values are cast to the type in which the model
+            stores its parameters.
+        fit: what may be changed to fit, nothing by default. "tables": position tables of another image size or window
+            are resized; "classifier": one for another number of classes is replaced by zeros.
+
+    Returns:
+        What was changed to fit.
+
+    Raises:
+        WeightsError: with every tensor that is missing, unexpected, misshapen or not of a float type; the weights were
+            trained with another alpha; or there is no such file, it is of another kind, or it is damaged.
+    """
+    if not isinstance(getattr(model, "config", None), ModelConfig):
+        raise TypeError(f"model is a {type(model).__name__}, expected a PolaPVT, PolaSwin or PolaSequence")
+    params, changes = params_from(source, nnx.to_pure_dict(nnx.state(model, nnx.Param)), model.config, fit=fit)
+    nnx.update(model, params)
+    return changes
+
+
+def params_from(
+    source: Mapping[str, object] | str | os.PathLike | WeightsFile,
+    like: Mapping,
+    config: ModelConfig,
+    *,
+    fit: Collection[Fit] = (),
+) -> tuple[dict, list[Change]]:
+    """A tree of parameters like `like`, for a model of this `config`, and the changes; see `load_weights`."""
+    if isinstance(source, Mapping):
+        checked = check(source, shapes(like), layout="torch", fit=fit)
+        return place(checked.tensors, like), checked.changes
+    file = source if isinstance(source, WeightsFile) else read_file(source)
+    known = stored_arguments(file)
+    if wrong := [name for name in known if _differ(known[name], getattr(config, name, None))]:
+        listed = ", ".join(
+            f"{name}={_shown(known[name])}, and the model has {_shown(getattr(config, name, None))}" for name in wrong
+        )
+        raise WeightsError(
+            f"{file.path} was trained with {listed}: no shape shows it, and it makes another function. Give the model "
+            "what the file has (config.model.alpha, config.task.attention)"
+        )
+    if "alpha" not in known and "attention" not in known:
+        log.warning("%s does not say its alpha; the model's, %s, is taken", file.path, config.alpha)
+    try:
+        checked = check(file.tensors, shapes(like), layout=file.layout, fit=fit)
+        return place(checked.tensors, like, release=True), checked.changes
+    except WeightsError as error:
+        raise WeightsError(f"{file.path}: {error}") from error
+
+
+def _shown(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _differ(one: object, other: object) -> bool:
+    if isinstance(one, str) or not (isinstance(one, Sequence) and isinstance(other, Sequence)):
+        return one != other
+    return tuple(one) != tuple(other)
