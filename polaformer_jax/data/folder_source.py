@@ -16,7 +16,7 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from polaformer_jax.data.sources import Record
+from polaformer_jax.data.records import Record
 from polaformer_jax.errors import UserError
 from polaformer_jax.files import atomic
 
@@ -28,7 +28,7 @@ _SETTLED_NS = 2_000_000_000  # the coarsest clock of a file system in use ticks 
 
 
 class FolderSource:
-    """One split of a folder of images (see `sources.Source`). Records hold the files' bytes.
+    """One split of a folder of images (see `records.Source`). Records hold the files' bytes.
 
     Labels are the positions of the class folders in the sorted list of those of the *training* split, so that a class
     missing from another split moves no label. Without a training split (evaluation alone) the split's own folders

@@ -12,12 +12,9 @@ import grain
 import numpy as np
 from absl import logging
 
-from polaformer_jax.data.images.transforms import CorruptImageError, Example, Transform
-from polaformer_jax.data.sources import Source
+from polaformer_jax.data.records import Batch, CorruptRecordError, Example, Source, Transform
 from polaformer_jax.data.workers import Stream
 from polaformer_jax.errors import UserError
-
-Batch = dict[str, np.ndarray]
 
 
 def train_batches(
@@ -172,7 +169,7 @@ class _Load:
         try:
             record = self._source[index]
             return self._transform(record, rng)
-        except (CorruptImageError, OSError) as error:
+        except (CorruptRecordError, OSError) as error:
             if self._transform.on_error == "stop":
                 raise UserError(f"{name}: {error}") from error
             logging.warning("skipped %s: %s", name, error)

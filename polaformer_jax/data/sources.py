@@ -1,43 +1,9 @@
-"""Where examples come from: one random-access interface, and the choice by config.
+"""The image data set that a config names, opened as a random-access source (see `records.Source`)."""
 
-A source maps an index to one raw record. Batches are computed from indices alone, so a source needs no iteration order,
-no state and no shuffling of its own; it travels to the worker processes by pickle.
-"""
-
-from typing import Any, Protocol, runtime_checkable
-
+from polaformer_jax.data.records import Source
 from polaformer_jax.errors import UserError
 
-IMAGENET_EXAMPLES = 1_281_167  # of its training split, for what needs a length and has no data
-
-Record = dict[str, Any]  # images: {"image": encoded bytes, "label": int}
-
-
-@runtime_checkable
-class Source(Protocol):
-    """Random access to the records of one split.
-
-    Attributes:
-      name: what the split is called in messages, e.g. `sklearn_digits/test`.
-      origin: where the data comes from, for people, e.g. `tfds sklearn_digits/1.0.0`.
-      num_classes: labels are in `[0, num_classes)`.
-      class_names: one name a class in label order; None if the data has none.
-    """
-
-    name: str
-    origin: str
-    num_classes: int
-    class_names: tuple[str, ...] | None
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Record:
-        """The record at `index`; an `OSError` means that this record cannot be read, others may be fine."""
-        ...
-
-    def describe(self, index: int) -> str:
-        """Names a record for messages, e.g. `sklearn_digits/test[17]`. Cheap: called for every record."""
-        ...
+IMAGENET_EXAMPLES = 1_281_167  # in its training split, where a size is needed and the data is not there
 
 
 def _open_tfds(data, split: str) -> Source:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
-from polaformer_jax.data.sources import Record
+from polaformer_jax.data.records import Record
 from polaformer_jax.errors import UserError
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -34,7 +34,7 @@ class Prepared(NamedTuple):
 
 def prepare_command(name: str, data_dir: epath.PathLike) -> str:
     """The shell command that prepares a data set."""
-    return f"python -m polaformer_jax.data.prepare {name} --data-dir {data_dir}"
+    return f"polaformer prepare {name} --data-dir {data_dir}"
 
 
 def find_prepared(name: str, data_dir: epath.PathLike) -> Prepared | None:
@@ -102,7 +102,7 @@ def _versions(root: epath.Path) -> list[epath.Path]:
 
 
 class TfdsSource:
-    """One split of any prepared tfds data set with the features `image` and `label` (see `sources.Source`).
+    """One split of any prepared tfds data set with the features `image` and `label` (see `records.Source`).
 
     Records hold the image as it is stored (encoded bytes). Opening takes about half a second, most of it the import of
     tfds; a worker process that unpickles a source opens it anew.

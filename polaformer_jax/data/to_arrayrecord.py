@@ -1,17 +1,12 @@
 """Turns a tfds data set that is prepared as TFRecord into ArrayRecord by copying its records, byte for byte.
 
-    python -m polaformer_jax.data.prepare to-arrayrecord imagenet2012 --data-dir OLD --out-dir NEW
-
 TFRecord files can only be read from the front. ArrayRecord gives any record at once, which shuffling and exact resuming
 need. Nothing is decoded and nothing downloaded; what is copied keeps its shards and its order, and the old files stay.
 """
 
-import argparse
 import json
 import re
-import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from etils import epath
 from tqdm import tqdm
@@ -49,7 +44,7 @@ def to_arrayrecord(name: str, data_dir: epath.PathLike, out_dir: epath.PathLike 
     check_local(out_dir, name)
     target = out_dir / prepared.directory.relative_to(data_dir)
     if target.exists():
-        raise UserError(f"{target} exists already; name another directory with --out-dir, or remove it")
+        raise UserError(f"{target} exists already; name another directory, or remove it", argument="out_dir")
     try:
         with atomic.making(target) as aside:
             _copy(prepared.directory, aside)
@@ -116,23 +111,3 @@ def _records(path: epath.Path) -> Iterator[bytes]:
             r"^.*}} | \[Op:.*$", "", error.message, flags=re.DOTALL
         )  # without the names of TensorFlow's nodes
         raise UserError(f"{path} cannot be read: {reason}. Restore it, or prepare the data set anew") from error
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m polaformer_jax.data.prepare to-arrayrecord",
-        description="Turns a tfds data set that is prepared as TFRecord into ArrayRecord by copying its records.",
-    )
-    parser.add_argument("name", metavar="NAME", help="NAME[/CONFIG][:VERSION], as it is prepared")
-    parser.add_argument("--data-dir", required=True, help="where it is prepared as TFRecord")
-    parser.add_argument("--out-dir", help="where the copy goes (default: DATA_DIR-arrayrecord)")
-    args = parser.parse_args(argv)
-    begin = time.monotonic()
-    try:
-        prepared = to_arrayrecord(args.name, args.data_dir, args.out_dir)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    splits = ", ".join(f"{split} {count}" for split, count in prepared.splits.items())
-    print(f"{args.name} is converted in {time.monotonic() - begin:.0f} s: {prepared.directory} ({splits})")
-    return 0

@@ -1,4 +1,4 @@
-"""What the project's pictures share: ink, axes, a canvas without a window or global state, and how they are written."""
+"""What all pictures share: colours, axes, a canvas without a window or global state, and how they are written."""
 
 import io
 import os
@@ -24,7 +24,7 @@ def new(width: float, height: float, *, pad: float = 0.1) -> Figure:
 
 
 def tidy(axes: Axes) -> None:
-    """Leaves out what says nothing, and moves the rest to the background."""
+    """Removes what carries no information, and moves the rest to the background."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT)
     axes.tick_params(which="both", color=FAINT, labelcolor=INK)
@@ -32,22 +32,21 @@ def tidy(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def check_name(flag: str, path: epath.PathLike, *, suffixes: tuple[str, ...] = SUFFIXES) -> None:
+def check_name(path: epath.PathLike, *, suffixes: tuple[str, ...] = SUFFIXES) -> None:
     """Raises a UserError, before any work, if no picture of such a name can be written."""
     if epath.Path(path).suffix not in suffixes or epath.Path(path).is_dir():
-        raise UserError(f"{flag} {os.fspath(path)}: expected the name of a {' or '.join(suffixes)} file")
+        raise UserError(f"picture {os.fspath(path)!r}: expected the name of a {' or '.join(suffixes)} file")
 
 
 def save(figure: Figure, path: epath.PathLike) -> None:
-    """Writes a PNG or, by its name, an SVG file, whole or not at all."""
+    """Writes a PNG or, by its suffix, an SVG file, whole or not at all.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     content = io.BytesIO()
     figure.savefig(content, format=epath.Path(path).suffix[1:], dpi=140, facecolor="white")
-    atomic.write(path, content.getvalue())
-
-
-def save_as_asked(figure: Figure, flag: str, path: epath.PathLike) -> None:
-    """The same for a command's option; a UserError names it if the file cannot be written."""
     try:
-        save(figure, path)
+        atomic.write(path, content.getvalue())
     except OSError as error:
-        raise UserError(f"{flag} {os.fspath(path)} cannot be written: {error}") from error
+        raise UserError(f"picture {os.fspath(path)!r} cannot be written: {error}") from error

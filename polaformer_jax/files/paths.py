@@ -1,10 +1,27 @@
-"""Data sets are read from local folders and from buckets, and written to local folders only."""
+"""Paths, local or in a bucket (`gs://`): what is possible where."""
 
 import os
 
 from etils import epath
 
 from polaformer_jax.errors import UserError
+
+
+def absolute(path: epath.Path) -> epath.Path:
+    """An absolute path. One in a bucket is absolute already, and `resolve` would make it a local one."""
+    return path if "://" in os.fspath(path) else path.resolve()
+
+
+def check_checkpoint_client(path: epath.Path) -> None:
+    """Raises a UserError where google-cloud-storage is missing, by which Orbax asks what kind of bucket it has."""
+    if os.fspath(path).startswith("gs://"):
+        try:
+            import google.cloud.storage  # noqa: F401
+        except ImportError as error:
+            raise UserError(
+                f"{path}: checkpoints in a bucket need google-cloud-storage ({error}):"
+                ' pip install "polaformer_jax[gcs]"'
+            ) from error
 
 
 def check_local(data_dir: epath.PathLike, name: str) -> None:

@@ -42,4 +42,4 @@ def write_csv(path: epath.PathLike, rows: Sequence[Mapping[str, object]]) -> Non
     try:
         atomic.write(path, text.getvalue())
     except OSError as error:
-        raise UserError(f"--csv {os.fspath(path)} cannot be written: {error}") from error
+        raise UserError(f"table {os.fspath(path)!r} cannot be written: {error}") from error

@@ -8,7 +8,6 @@ pickled to worker processes and compared. Everything random is drawn from the ge
 import dataclasses
 import io
 import math
-from typing import Any, Literal, Protocol
 
 import numpy as np
 import simplejpeg
@@ -16,32 +15,8 @@ from PIL import Image, UnidentifiedImageError
 
 from polaformer_jax.data.images import resampling
 from polaformer_jax.data.images.rand_augment import RandAugment
-from polaformer_jax.data.sources import Record
+from polaformer_jax.data.records import CorruptRecordError, Example, OnError, Record, check_label
 from polaformer_jax.errors import UserError
-
-Example = dict[str, Any]
-OnError = Literal["stop", "skip"]
-
-
-class CorruptImageError(UserError):
-    """The bytes are not an image that Pillow can decode."""
-
-
-class Transform(Protocol):
-    """From a raw record to an example of fixed shapes and dtypes; the pipeline's promise to every kind of data.
-
-    Attributes:
-      on_error: what becomes of a record that cannot be read or decoded: `stop` ends the run with an error that names
-        it, `skip` puts a blank example in its place and logs its name.
-    """
-
-    on_error: OnError
-
-    def __call__(self, record: Record, rng: np.random.Generator | None) -> Example: ...
-
-    def blank(self, label: int = 0) -> Example:
-        """An example of zeros with `mask` False: padding, and what takes a skipped record's place, with its label."""
-        ...
 
 
 def decode(data: bytes) -> np.ndarray:
@@ -50,7 +25,7 @@ def decode(data: bytes) -> np.ndarray:
     Pillow's own guard against decompression bombs stays in force: above 179 million pixels is an error.
 
     Raises:
-      CorruptImageError: whatever Pillow raises on broken data; that is more than OSError.
+      CorruptRecordError: whatever Pillow raises on broken data; that is more than OSError.
     """
     pixels = _decode_plain_jpeg(data)
     if pixels is not None:
@@ -63,7 +38,7 @@ def decode(data: bytes) -> np.ndarray:
     except Exception as error:
         # Pillow's own text for this one holds an address in memory and no more.
         reason = "of no known format" if isinstance(error, UnidentifiedImageError) else error
-        raise CorruptImageError(f"corrupt image ({len(data)} bytes): {reason}") from error
+        raise CorruptRecordError(f"corrupt image ({len(data)} bytes): {reason}") from error
 
 
 def _decode_plain_jpeg(data: bytes) -> np.ndarray | None:
@@ -127,17 +102,6 @@ def center_crop(image: np.ndarray, size: int) -> np.ndarray:
     """The central (size, size) box, rounded as torchvision does."""
     top, left = round((image.shape[0] - size) / 2), round((image.shape[1] - size) / 2)
     return image[top : top + size, left : left + size]
-
-
-def check_label(label: int, num_classes: int) -> np.int32:
-    """The label as int32.
-
-    Raises:
-      UserError: outside `[0, num_classes)`. Never skipped: it means that data and model do not fit.
-    """
-    if not 0 <= label < num_classes:
-        raise UserError(f"label {label} is outside the {num_classes} classes (expected 0 to {num_classes - 1})")
-    return np.int32(label)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

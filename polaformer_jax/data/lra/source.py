@@ -1,8 +1,7 @@
-"""The prepared data of the Long Range Arena as random-access sources (see `sources.Source`)."""
+"""The prepared data of the Long Range Arena as random-access sources (see `records.Source`)."""
 
 import hashlib
 import io
-from typing import Any
 
 import numpy as np
 from etils import epath
@@ -10,9 +9,8 @@ from etils import epath
 from polaformer_jax.data.lra import store
 from polaformer_jax.data.lra.facts import SPLITS, facts_of, missing_message
 from polaformer_jax.data.lra.listops import without_brackets
+from polaformer_jax.data.records import Record
 from polaformer_jax.errors import UserError
-
-Record = dict[str, Any]  # {"tokens": int32 (n,), or two of them, "label": int}
 
 
 class SequenceSource:

@@ -73,7 +73,7 @@ def damaged_message(directory: epath.Path, found: str) -> str:
     name = directory.parent.name
     return (
         f"{directory}: {found}. Remove this folder and prepare it again:\n"
-        f"  python -m polaformer_jax.data.prepare {name} --data-dir {directory.parent.parent}"
+        f"  polaformer prepare {name} --data-dir {directory.parent.parent}"
     )
 
 
