@@ -18,10 +18,10 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from polaformer_jax.errors import UserError
-from polaformer_jax.training import bucket
+from polaformer_jax.files import paths
 from polaformer_jax.training.checksums import described, named, opened, sealed
 from polaformer_jax.training.progress import log
-from polaformer_jax.training.step import TrainState
+from polaformer_jax.training.state import TrainState
 
 GREATER_IS_BETTER = {"accuracy": True, "loss": False}
 Kind = Literal["raw", "ema"]
@@ -67,7 +67,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: epath.PathLike, *, keep_last: int, best_metric: str, read_only: bool = False):
-        self.directory = bucket.absolute(epath.Path(directory))  # Orbax writes to absolute paths only
+        self.directory = paths.absolute(epath.Path(directory))  # Orbax writes to absolute paths only
         self._metric = best_metric
         self._sign = 1.0 if GREATER_IS_BETTER[best_metric.removeprefix("ema_")] else -1.0
         keep = checkpoint_managers.AnyPreservationPolicy(
@@ -80,7 +80,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             best_fn=self._score, preservation_policy=keep, read_only=read_only, create=not read_only
         )
-        bucket.check_client(self.directory)
+        paths.check_checkpoint_client(self.directory)
         self._set_aside_unreadable_metrics(read_only)
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=_ITEMS)
 
@@ -305,7 +305,7 @@ def _check_same(wanted: dict[str, list], saved: dict[str, list] | None, what: st
         listed = "; ".join(f"{name}: {have.get(name)} there, {wanted.get(name)} here" for name in differing[:3])
         raise UserError(
             f"{what}: not the arrays that this config and this version of the program have ({listed}"
-            f"{'; ...' if differing[3:] else ''}): take the version that wrote it, or another --workdir"
+            f"{'; ...' if differing[3:] else ''}): take the version that wrote it, or another work directory"
         )
 
 
@@ -319,7 +319,7 @@ def check_choice(workdir: epath.PathLike, which: str | None) -> None:
     if not (epath.Path(workdir) / "checkpoints").exists():
         raise UserError(f"{workdir} has no checkpoints: it is not the work directory of a training, or one just begun")
     if which is not None and which not in ("best", "latest") and not which.isdecimal():
-        raise UserError(f"--checkpoint={which}: it is best, latest or a step")
+        raise UserError(f"checkpoint={which!r}: it is best, latest or a step", argument="checkpoint")
 
 
 def read_params(

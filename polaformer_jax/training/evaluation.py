@@ -16,12 +16,12 @@ from etils import epath
 
 from polaformer_jax import weights
 from polaformer_jax.data.pipeline import Passes
-from polaformer_jax.data.sources import Source
+from polaformer_jax.data.records import Source
 from polaformer_jax.errors import UserError
 from polaformer_jax.files import atomic
 from polaformer_jax.training import checkpoints
 from polaformer_jax.training.experiment import Experiment
-from polaformer_jax.training.export import about
+from polaformer_jax.training.export import weights_metadata
 from polaformer_jax.training.metrics import Mean
 from polaformer_jax.training.progress import bar
 from polaformer_jax.training.sharding import to_devices
@@ -68,13 +68,13 @@ class Evaluator:
 
     def __init__(self, experiment: Experiment, split: str | None = None):
         self.split = experiment.config.data.eval_split if split is None else split
-        self._examples = experiment.modality.examples
+        self._examples = experiment.task.examples
         self._mesh = experiment.mesh
-        self._batches: Passes = experiment.eval_batches(self.split)
-        source = experiment.source(self.split)
+        self._batches: Passes = experiment.inputs.eval_batches(self.split)
+        source = experiment.inputs.source(self.split)
         self._num_examples, self._origin = len(source), source.origin
         self._step: Callable = experiment.eval_step
-        experiment.eval_step.program(experiment.abstract_batch(experiment.eval_batch_size))
+        experiment.eval_step.program(experiment.abstract_batch(experiment.inputs.eval_batch_size))
 
     def __enter__(self) -> "Evaluator":
         return self
@@ -211,18 +211,18 @@ def evaluate(
 
     experiment = Experiment(config)
     if workdir is None:
-        params, evaluated = experiment.read_params(config.init.weights), {"weights": config.init.weights}
+        params, evaluated = experiment.params.read(config.init.weights), {"weights": config.init.weights}
     else:
         kind = config.eval.weights if kind is None else kind
         params, step = checkpoints.read_params(
-            workdir, experiment.abstract_params, checkpoint, best_metric=checkpoints.metric_name(config), kind=kind
+            workdir, experiment.params.abstract, checkpoint, best_metric=checkpoints.metric_name(config), kind=kind
         )
         directory = epath.Path(workdir) / "checkpoints"
         evaluated = {"checkpoint": os.fspath(directory / str(step)), "step": step, "kind": kind}
 
-    with Evaluator(experiment, experiment.report_split if split is None else split) as evaluator:
+    with Evaluator(experiment, experiment.inputs.report_split if split is None else split) as evaluator:
         result = evaluator(params)
-        source = experiment.source(evaluator.split)
+        source = experiment.inputs.source(evaluator.split)
     content = report(config, result, evaluated)
     if jax.process_index() == 0:
         if json_path is None and workdir is not None:
@@ -232,7 +232,7 @@ def evaluate(
         if predictions_path is not None:
             write_predictions(predictions_path, result, source)
         if weights_path is not None:
-            metadata = about(
+            metadata = weights_metadata(
                 config,
                 source.class_names,
                 {**({} if workdir is None else {"step": step}), **result.metrics},
@@ -245,15 +245,15 @@ def _check_request(config, workdir, checkpoint, outputs) -> None:
     """Raises a UserError, before any work, where the arguments of `evaluate` do not go together."""
     if workdir is None:
         if config is None:
-            raise UserError("nothing to evaluate: give --workdir of a training, or --config with init.weights")
+            raise UserError("nothing to evaluate: give the work directory of a training, or a config with init.weights")
         if config.init.weights is None:
-            raise UserError("no weights: give --config.init.weights=FILE, or --workdir of a training")
+            raise UserError("no weights: give init.weights in the config, or the work directory of a training")
         if checkpoint is not None:
-            raise UserError(f"--checkpoint={checkpoint} needs --workdir of a training")
+            raise UserError(f"checkpoint={checkpoint!r} needs the work directory of a training", argument="checkpoint")
     else:
         checkpoints.check_choice(workdir, checkpoint)
     for path in outputs:
         if path is not None and epath.Path(path).is_dir():
             raise UserError(f"{os.fspath(path)} is a folder: name a file")
     if outputs[-1] is not None and epath.Path(outputs[-1]).suffix != ".safetensors":
-        raise UserError(f"--save_weights {os.fspath(outputs[-1])}: weights are written as .safetensors")
+        raise UserError(f"{os.fspath(outputs[-1])}: weights are written as .safetensors", argument="weights_path")

@@ -14,17 +14,18 @@ from flax import nnx
 
 from polaformer_jax import weights
 from polaformer_jax.errors import UserError
-from polaformer_jax.training import checkpoints, sharding, tasks
-from polaformer_jax.training.experiment import build_model
+from polaformer_jax.training import checkpoints, sharding
+from polaformer_jax.training.experiment import create_abstract_model
 from polaformer_jax.training.progress import log
+from polaformer_jax.training.tasks import task_of
 from polaformer_jax.training.workdir import read_config
 
 
-def about(
+def weights_metadata(
     config: ml_collections.ConfigDict, class_names: tuple[str, ...] | None, facts: Mapping[str, Any]
 ) -> dict[str, str]:
     """What a file of weights says beside its model: how inputs are prepared, the names of the classes, and facts."""
-    metadata = {name: json.dumps(value) for name, value in tasks.of(config).about().items()}
+    metadata = {name: json.dumps(value) for name, value in task_of(config).metadata().items()}
     metadata["facts"] = json.dumps({"data": config.data.name, **facts})
     return metadata if class_names is None else {**metadata, "classes": json.dumps(class_names)}
 
@@ -54,7 +55,7 @@ def export(
     weights.check_suffix(path)
     config = read_config(workdir)
     checkpoints.check_choice(workdir, checkpoint)
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0))))
+    graphdef, state = nnx.split(create_abstract_model(config))
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = sharding.with_shardings(nnx.to_pure_dict(state), place)
     kind = config.eval.weights if kind is None else kind
@@ -62,10 +63,10 @@ def export(
         workdir, abstract, checkpoint, best_metric=checkpoints.metric_name(config), kind=kind
     )
     try:
-        class_names = tasks.of(config).open_source(config.data.eval_split).class_names
+        class_names = task_of(config).open_source(config.data.eval_split).class_names
     except UserError as error:
         log.warning("the file will have no class names, for the data is not here: %s", error)
         class_names = None
-    metadata = about(config, class_names, {"step": step, "kind": kind})
+    metadata = weights_metadata(config, class_names, {"step": step, "kind": kind})
     weights.save_weights(nnx.merge(graphdef, params), path, layout=layout, metadata=metadata)
     return step

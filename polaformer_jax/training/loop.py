@@ -1,8 +1,8 @@
-"""The training of a config in a work directory, from the first step or from the latest checkpoint to the last step.
+"""Trains a config in a work directory, from the first step or from the latest checkpoint to the last step.
 
-The order of things at a step: train, look at the numbers, evaluate if due, save if due, stop if asked to. A checkpoint
-is the only thing that a run goes on from: data, randomness and learning rate are functions of the step, and what has
-been counted since the last report is saved with it. So an interrupted run writes what an undisturbed one would have.
+The order at each step: train, record the metrics, evaluate if due, save if due, stop if requested. A run resumes from a
+checkpoint alone: data, random numbers and learning rate are functions of the step, and the sums since the last log line
+are saved with it. So an interrupted run writes what an uninterrupted one would have written.
 """
 
 import contextlib
@@ -17,44 +17,40 @@ from clu import parameter_overview
 from etils import epath
 
 from polaformer_jax.errors import Interrupted, UserError
-from polaformer_jax.training import debugging, record, reports
-from polaformer_jax.training.agreement import Agreement
+from polaformer_jax.training import reports, runtime
 from polaformer_jax.training.checkpoints import COUNTS, Checkpoints, metric_name
 from polaformer_jax.training.evaluation import Evaluation, Evaluator, Stopped, report, write_json
 from polaformer_jax.training.experiment import Experiment
+from polaformer_jax.training.metrics import RunningAverages, Utilisation, make_writer
 from polaformer_jax.training.progress import Progress, log
-from polaformer_jax.training.report import Result
+from polaformer_jax.training.reports import Result
 from polaformer_jax.training.sharding import to_devices
 from polaformer_jax.training.signals import StopRequests
-from polaformer_jax.training.step import TrainState
-from polaformer_jax.training.utilisation import Utilisation
-from polaformer_jax.training.watchdog import Watchdog
-from polaformer_jax.training.window import Window
-from polaformer_jax.training.workdir import claim, writable
-from polaformer_jax.training.writers import make_writer
+from polaformer_jax.training.state import TrainState
+from polaformer_jax.training.workdir import TRAINING_FILE, claim, writable, write_training
 
-SAVE, STOP = 1, 2  # what a process may wish for at a step; the greater one includes the other
+SAVE, STOP = 1, 2  # what a process may request at a step; the larger includes the smaller
 
 
 class NonFiniteError(UserError):
-    """The loss or the gradient of a step is not a finite number."""
+    """The loss or the gradient of a step is not finite."""
 
 
 def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, *, stop: StopRequests | None = None) -> Result:
-    """Trains, or goes on training, or if training is finished only evaluates.
+    """Trains, resumes a training, or evaluates a finished one.
 
     Args:
-      config: one that `configs/defaults.py` describes.
-      workdir: created if need be; holds all that the run writes.
-      stop: where it is heard that the run should stop; None: nowhere.
+        config: see `polaformer_jax.config`.
+        workdir: created if it does not exist; holds all that the run writes.
+        stop: source of stop requests; None: there are none.
 
     Returns:
-      The evaluation of the best checkpoint.
+        The evaluation of the best checkpoint.
 
     Raises:
-      UserError: the config, the data or the work directory cannot be used, or a checkpoint not be written.
-      NonFiniteError: the loss or a gradient is not finite. The checkpoints before it are kept.
-      Interrupted: the run was told to stop, and has saved its state.
+        UserError: the config, the data or the work directory cannot be used, or a checkpoint cannot be written.
+        NonFiniteError: the loss or a gradient is not finite. The checkpoints before it are kept.
+        Interrupted: the run was requested to stop, and has saved its state.
     """
     stop = StopRequests() if stop is None else stop
     experiment = Experiment(config)
@@ -69,23 +65,23 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, *, stop: S
         ) as checkpoints,
         Evaluator(experiment) as evaluator,
     ):
-        restored = checkpoints.restore(experiment.abstract_state)
-        run = _Run(experiment, workdir, checkpoints, evaluator, stop)
+        restored = checkpoints.restore(experiment.states.abstract)
+        loop = _Loop(experiment, workdir, checkpoints, evaluator, stop)
         if restored is None:
-            run.to_the_end(experiment.initial_state())
+            loop.run(experiment.states.initial())
         else:
             step = int(restored.state.step)
-            log.info("going on from the checkpoint of step %d of %d", step, experiment.length.total)
+            log.info("resuming from the checkpoint of step %d of %d", step, experiment.length.total)
             if step < experiment.length.total or not restored.evaluated:
-                run.to_the_end(restored.state, counted=restored.counted, evaluated=restored.evaluated)
-        if not (workdir / record.FILE).exists():
-            record.write(workdir, experiment)
+                loop.run(restored.state, counted=restored.counted, evaluated=restored.evaluated)
+        if not (workdir / TRAINING_FILE).exists():
+            write_training(workdir, steps=experiment.length.total, devices=experiment.mesh.size)
         del restored
         return _conclude(experiment, workdir, checkpoints, evaluator)
 
 
-class _Run:
-    """One process's way from a state to the last step."""
+class _Loop:
+    """The training loop of one process, from a state to the last step."""
 
     def __init__(
         self,
@@ -103,23 +99,24 @@ class _Run:
         self.stop = stop
         self.total = experiment.length.total
         self.eval_every = max(1, round(self.config.eval.every * experiment.length.unit))
-        self.agree = Agreement(experiment.mesh)
-        self.window = Window(self.config.train.batch_size, experiment.modality.examples)
-        self.utilisation = Utilisation(experiment)
-        self.watchdog = Watchdog(self.config.watchdog.step_s)
+        self.consensus = runtime.RequestConsensus(experiment.mesh)
+        self.averages = RunningAverages(self.config.train.batch_size, experiment.task.examples)
+        self.utilisation = Utilisation(experiment.step_flops, experiment.mesh)
+        self.watchdog = runtime.Watchdog(self.config.watchdog.step_s)
         self.saved_at = time.monotonic()
 
-    def to_the_end(self, state: TrainState, *, counted: dict[str, Any] | None = None, evaluated: bool = True) -> None:
-        """Takes all steps that are left.
+    def run(self, state: TrainState, *, counted: dict[str, Any] | None = None, evaluated: bool = True) -> None:
+        """Takes all remaining steps.
 
         Args:
-          state: used up.
-          counted, evaluated: of the checkpoint that the state comes from (see `checkpoints.Restored`); None: of none.
+            state: donated.
+            counted, evaluated: of the checkpoint that the state was restored from, see `checkpoints.Restored`; None: it
+                is the initial state.
         """
         start = int(state.step)
         log.info("%s", self._description())
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self.stop.deferred())  # from here on there is something to save
+            stack.enter_context(self.stop.deferred())  # from here on there is a state to save
             stack.callback(self.checkpoints.wait)
             with writable(self.workdir):
                 self.writer = make_writer(self.workdir, start)
@@ -128,25 +125,25 @@ class _Run:
                 overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
                 self.writer.write_texts(0, {"parameters": f"```\n{overview}\n```"})
             self.experiment.train_step.program(self.experiment.abstract_batch(self.config.train.batch_size))
-            if self.agree.now(self._wish()) == STOP:
+            if self.consensus.now(self._request()) == STOP:
                 self._interrupt(state, saved=counted is not None)
             stack.enter_context(self.watchdog)
-            self.window.take_up(counted or {})
+            self.averages.restore(counted or {})
             if self._evaluation_is_due(start) and not evaluated:
                 metrics = self._evaluate(start, state)
                 if metrics is None:
                     self._interrupt(state, saved=True)
                 self.checkpoints.add_metrics(start, metrics)
             self._steps(state, start)
-            if self.agree.now(self._wish()) == STOP:
-                raise Interrupted(f"all {self.total} steps are taken and saved; the same command evaluates them")
+            if self.consensus.now(self._request()) == STOP:
+                raise Interrupted(f"all {self.total} steps are taken and saved; the same command evaluates the result")
 
     def _steps(self, state: TrainState, start: int) -> None:
-        train_step, examples = self.experiment.train_step, self.experiment.modality.examples
+        train_step, examples = self.experiment.train_step, self.experiment.task.examples
         every, log_every = self.config.checkpoint.every_steps, self.config.log.every
-        batches = self.experiment.train_batches(start)
+        batches = self.experiment.inputs.train_batches(start)
         in_flight: tuple[int, Any] | None = None
-        profile = debugging.Profile(self.config.log, self.workdir)
+        profile = runtime.Profile(self.config.log, self.workdir)
         with (
             contextlib.closing(batches),
             contextlib.closing(profile),
@@ -155,42 +152,42 @@ class _Run:
             for step in range(start, self.total):
                 profile.before(step)
                 self.watchdog.alive(f"waiting for the batch of step {step}")
-                with self.window.waiting():
+                with self.averages.waiting():
                     batch = next(batches)
                 self.watchdog.alive(f"step {step}")
                 batch = to_devices(batch, self.experiment.mesh)
-                with self.window.paused():
-                    train_step.program(batch)  # compiled now if sequences of this length are met for the first time
+                with self.averages.paused():
+                    train_step.program(batch)  # compiles on the first batch of a length
                     self.utilisation.step(batch)
-                with debugging.checked(self.config.debug):
+                with runtime.checked(self.config.debug):
                     state, sums = train_step(state, batch)
                 taken = step + 1
-                # Numbers are looked at one step late, so that the device always has the next step to work on.
+                # Metrics are fetched one step late, so that the device always has a next step enqueued.
                 if in_flight is not None:
-                    self._look_at(*in_flight)
+                    self._record_metrics(*in_flight)
                 in_flight = (step, sums)
 
-                wish = self.agree(self._wish())
+                request = self.consensus(self._request())
                 evaluate = self._evaluation_is_due(taken)
-                save = evaluate or taken % every == 0 or wish >= SAVE
+                save = evaluate or taken % every == 0 or request >= SAVE
                 if save or taken % log_every == 0:
-                    self._look_at(*in_flight)
+                    self._record_metrics(*in_flight)
                     in_flight = None
                 progress.step()
                 if taken % log_every == 0 or taken == self.total:
-                    metrics = self.window.close()
-                    metrics |= self.utilisation.close(metrics["seconds"])
+                    metrics = self.averages.reset()
+                    metrics |= self.utilisation.reset(metrics["seconds"])
                     self.writer.write_scalars(taken, metrics)
                     progress.report(taken, metrics)
                 if save:
-                    with self.window.paused():
-                        metrics = self._evaluate(taken, state) if evaluate and wish < STOP else None
-                        if (evaluate and metrics is None) or wish == STOP:
+                    with self.averages.paused():
+                        metrics = self._evaluate(taken, state) if evaluate and request < STOP else None
+                        if (evaluate and metrics is None) or request == STOP:
                             self._interrupt(state, saved=False)
                         self._save(state, metrics)
                 self.checkpoints.check()
 
-    def _wish(self) -> int:
+    def _request(self) -> int:
         if self.stop.requested:
             return STOP
         minutes = self.config.checkpoint.every_minutes
@@ -199,75 +196,75 @@ class _Run:
     def _evaluation_is_due(self, taken: int) -> bool:
         return taken > 0 and (taken % self.eval_every == 0 or taken == self.total)
 
-    def _look_at(self, step: int, sums: Any) -> None:
-        """Waits for a step's numbers and counts them."""
+    def _record_metrics(self, step: int, sums: Any) -> None:
+        """Waits for the metrics of a step and adds them to the averages."""
         sums = jax.device_get(sums)
         (loss, count), (grad_norm, _) = sums["loss"], sums["grad_norm"]
         if np.isfinite(loss) and np.isfinite(grad_norm):
-            self.window.add(sums)
+            self.averages.add(sums)
             return
         found = f"step {step}: loss {loss / max(count, 1):g}, gradient norm {grad_norm:g}"
-        names = self.experiment.describe_batch(step)
+        names = self.experiment.inputs.describe_batch(step)
         batch = f"its batch: {', '.join(names[:4])}{f' and {len(names) - 4} more' if names[4:] else ''}"
         if self.config.train.on_nonfinite == "skip":
             log.warning("%s; the step is skipped (%s)", found, batch)
-            self.window.leave_out()
+            self.averages.count_skipped()
             return
         raise NonFiniteError(
-            f"{found}; {batch}. Nothing of this step was kept; the same command goes on from the latest checkpoint. A"
-            " lower optimizer.lr, a longer schedule.warmup, optimizer.clip_norm or model.dtype=float32 may help, with"
-            " another --workdir; eval.py --save_weights and init.weights take the weights of a checkpoint there."
-            " train.on_nonfinite=skip leaves such steps out"
+            f"{found}; {batch}. This step was discarded; the same command resumes from the latest checkpoint. A lower"
+            " optimizer.lr, a longer schedule.warmup, optimizer.clip_norm or model.dtype=float32 may help, in another"
+            " work directory, which can start from the weights of a checkpoint (export them, then init.weights)."
+            " train.on_nonfinite=skip skips such steps"
         )
 
     def _evaluate(self, step: int, state: TrainState) -> dict[str, float] | None:
-        """None where it was interrupted."""
+        """Evaluation metrics of a state; None where the evaluation was interrupted."""
         metrics = {}
         try:
             for prefix, name, params in (("", "evaluation", state.params), ("ema_", "moving average", state.ema)):
                 if params is not None:
-                    result = self.evaluator(params, at_batch=self._may_go_on)
+                    result = self.evaluator(params, at_batch=self._may_continue)
                     log.info("step %d/%d  %s: %s", step, self.total, name, _sentence(result))
                     metrics |= {f"{prefix}{name}": value for name, value in result.metrics.items()}
         except Stopped:
             return None
         self.writer.write_scalars(step, {f"eval_{name}": value for name, value in metrics.items()})
-        # An early step may not be the best: its metrics are kept, but do not count.
+        # Early checkpoints cannot be the best: their metrics are kept, but not compared.
         return metrics | {COUNTS: float(step > self.config.checkpoint.best_after * self.total)}
 
-    def _may_go_on(self) -> bool:
+    def _may_continue(self) -> bool:
         self.watchdog.alive("evaluation")
-        return self.agree(self._wish()) < STOP
+        return self.consensus(self._request()) < STOP
 
     def _save(self, state: TrainState, metrics: dict[str, float] | None) -> None:
         self.watchdog.alive("saving a checkpoint")
-        # Before the checkpoint, so that no step that it has behind it is missing from the metrics.
+        # Before the checkpoint, so that the metrics of all its steps are on disk.
         self.writer.flush()
-        self.checkpoints.save(state, metrics, self.window.saved())
+        self.checkpoints.save(state, metrics, self.averages.state_dict())
         self.saved_at = time.monotonic()
 
     def _interrupt(self, state: TrainState, *, saved: bool) -> None:
-        """Saves the state unless it is `saved`, and raises Interrupted."""
+        """Saves the state unless it is `saved` already, and raises Interrupted."""
         step = int(state.step)
         if not saved:
             self._save(state, None)
         self.checkpoints.wait()
-        raise Interrupted(f"the checkpoint of step {step} of {self.total} is saved; the same command goes on from it")
+        raise Interrupted(f"the checkpoint of step {step} of {self.total} is saved; the same command resumes from it")
 
     def _description(self) -> str:
         config, experiment = self.config, self.experiment
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(experiment.abstract_params))
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(experiment.params.abstract))
         return (
             f"{config.model.name}: {parameters:,} parameters in {config.model.dtype} on {experiment.mesh.size}"
-            f" {jax.devices()[0].platform} device(s); {len(experiment.train_source):,} examples of {config.data.name},"
-            f" {self.total:,} steps of {config.train.batch_size}"
+            f" {jax.devices()[0].platform} device(s); {experiment.inputs.num_train_examples:,} examples of"
+            f" {config.data.name}, {self.total:,} steps of {config.train.batch_size}"
         )
 
 
 def _conclude(experiment: Experiment, workdir: epath.Path, checkpoints: Checkpoints, evaluator: Evaluator) -> Result:
-    """Evaluates the best checkpoint on the split that is reported, writes `eval.json` and the pictures."""
-    kind, split = experiment.config.eval.weights, experiment.report_split
-    params, step = checkpoints.restore_params(experiment.abstract_params, "best", kind=kind)
+    """Evaluates the best checkpoint on the reported split, writes `eval.json` and the pictures."""
+    kind, split = experiment.config.eval.weights, experiment.inputs.report_split
+    params, step = checkpoints.restore_params(experiment.params.abstract, "best", kind=kind)
     if split == evaluator.split:
         evaluation = evaluator(params)
     else:
@@ -278,8 +275,8 @@ def _conclude(experiment: Experiment, workdir: epath.Path, checkpoints: Checkpoi
         evaluated = {"checkpoint": os.fspath(checkpoints.directory / str(step)), "step": step, "kind": kind}
         write_json(workdir / "eval.json", report(experiment.config, evaluation, evaluated))
         if experiment.config.log.pictures:
-            source = experiment.source(split)
-            drawn = reports.draw_all(workdir, evaluation, source, experiment.modality.picture_of(source))
+            source = experiment.inputs.source(split)
+            drawn = reports.draw_all(workdir, evaluation, source, experiment.task.picture_of(source))
     return Result(evaluation, step, checkpoints.directory / str(step), drawn)
 
 

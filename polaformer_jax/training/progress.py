@@ -16,13 +16,18 @@ log = std_logging.getLogger("polaformer_jax")
 _INTENDED = ("did not provide metrics", "read_only=True", "Given directory is read only")
 
 
-def set_up_logging() -> None:
+def set_up_logging(*, verbose: bool = False) -> None:
     """Sends this project's messages to stderr, with the time.
 
-    Other libraries keep to their warnings, unless `--verbosity` asks for more: Orbax alone would write dozens of lines
-    for each checkpoint.
+    Other libraries are limited to warnings, unless `verbose`: Orbax alone would write dozens of lines for each
+    checkpoint.
     """
-    if not flags.FLAGS["verbosity"].present:
+    logging.use_absl_handler()
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # absl warns of messages before its flags are parsed; commands have none
+    if verbose:
+        logging.set_verbosity(logging.INFO)
+    else:
         logging.set_verbosity(logging.WARNING)
         logging.get_absl_logger().addFilter(lambda record: not any(text in record.getMessage() for text in _INTENDED))
     if not log.handlers:

@@ -1,21 +1,29 @@
-"""Pictures of a run: its curves, its confusion matrix, and test images with what the model said, mistakes first."""
+"""What a run reports to people: pictures (curves, confusion matrix, test images), its summary, and the dry run."""
 
+import dataclasses
+import json
 import math
+import os
 from collections.abc import Callable
 
+import jax
 import numpy as np
+from clu import parameter_overview
 from etils import epath
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from polaformer_jax.data.sources import Source
+from polaformer_jax.data.records import Source
 from polaformer_jax.files import figures
 from polaformer_jax.files.figures import FAINT, INK
 from polaformer_jax.training.evaluation import Evaluation
-from polaformer_jax.training.writers import read_scalars
+from polaformer_jax.training.experiment import Experiment
+from polaformer_jax.training.metrics import read_scalars
+from polaformer_jax.training.workdir import as_json
 
 TRAIN, TEST, WRONG = "#9aa5b1", "#2364aa", "#c8382c"
 NAMED_CLASSES = 25  # with more, a confusion matrix has no room for names and numbers
+MIB = 2**20
 GRID = (6, 10)  # rows and columns of test images
 
 
@@ -154,3 +162,54 @@ def predictions(evaluation: Evaluation, names: tuple[str, ...], image_of) -> Fig
 
 def _short(name: str, length: int = 12) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """The evaluation of the best checkpoint, and where things are."""
+
+    evaluation: Evaluation
+    step: int
+    checkpoint: epath.Path
+    pictures: list[epath.Path]
+
+
+def describe(result: Result, workdir: epath.PathLike) -> str:
+    """What a training ends with, for people."""
+    metrics = result.evaluation.metrics
+    top5 = f"top-5 {100 * metrics['accuracy_top5']:.2f} %, " if "accuracy_top5" in metrics else ""
+    lines = [
+        f"test accuracy  {100 * metrics['accuracy']:.2f} %  ({top5}loss {metrics['loss']:.4f})",
+        f"{result.evaluation.examples:<14} {result.evaluation.counted}",
+        f"checkpoint     {os.fspath(result.checkpoint)}  (step {result.step}, the best)",
+        f"TensorBoard    tensorboard --logdir {os.fspath(workdir)}",
+    ]
+    if result.evaluation.skipped:
+        lines.insert(2, f"skipped        {result.evaluation.skipped} {result.evaluation.examples} could not be decoded")
+    lines += [f"picture        {os.fspath(path)}" for path in result.pictures]
+    return "\n".join(lines)
+
+
+def describe_dry(experiment: Experiment) -> str:
+    """What a dry run prints: config, parameters, batches, and the memory of the compiled training step.
+
+    Raises:
+      UserError: the experiment cannot be trained.
+    """
+    experiment.check_training()
+    config, length, inputs = experiment.config, experiment.length, experiment.inputs
+    params = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), experiment.params.abstract)
+    batch = experiment.abstract_batch(config.train.batch_size)
+    memory = experiment.train_step.program(batch).memory_analysis()
+    lines = [
+        json.dumps(as_json(config), indent=2),
+        parameter_overview.get_parameter_overview(params, include_stats=False),
+        f"steps: {length.total:,} of {config.train.batch_size} examples, {length.warmup:,} of them warm-up;"
+        f" {inputs.num_train_examples:,} examples to train on, {len(inputs.eval_source):,} to evaluate",
+        *(f"batch[{name!r}]: {leaf.dtype} {leaf.shape}, {leaf.sharding.spec}" for name, leaf in batch.items()),
+        f"devices: {experiment.mesh.size} x {jax.devices()[0].device_kind}, as mesh {dict(experiment.mesh.shape)}",
+        f"memory of the training step on each device: arguments {memory.argument_size_in_bytes / MIB:.1f} MiB"
+        f" (reused for outputs: {memory.alias_size_in_bytes / MIB:.1f} MiB),"
+        f" temporary {memory.temp_size_in_bytes / MIB:.1f} MiB",
+    ]
+    return "\n".join(lines)

@@ -1,16 +1,26 @@
-"""Several processes, one program: starting together, and not waiting for those that are gone."""
+"""The processes of a run: how they join, agree on requests and end; watchdog, debugging switches and profiler."""
 
 import contextlib
+import faulthandler
 import logging
 import os
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
 
 from polaformer_jax.errors import Interrupted, UserError
+from polaformer_jax.training import sharding
 from polaformer_jax.training.progress import log
+
+WATCHDOG_STATUS = 70  # "internal software error" of sysexits.h
 
 # How the environments that JAX knows say that there are several processes: a variable, and whether its value says so.
 _MANY = {
@@ -80,3 +90,116 @@ def session(config) -> Iterator[None]:
         sys.stderr.flush()
         os._exit(getattr(error, "status", 1))  # an orderly end would wait for the others, who wait for this process
     jax.distributed.shutdown()
+
+
+class RequestConsensus:
+    """The largest request of all processes, so that all of them save or stop at the same step.
+
+    Called by all processes alike, at each step. With several processes the requests are reduced on the devices, after
+    the work that is already enqueued there; so that no process waits, the answer is that to the previous call. A single
+    process gets its own request at once.
+    """
+
+    def __init__(self, mesh: Mesh):
+        self._mesh = mesh
+        self._largest = jax.jit(jnp.max, out_shardings=sharding.replicated(mesh))
+        self._pending: list[jax.Array] = []
+
+    def __call__(self, request: int) -> int:
+        """Submits a request; with several processes, returns the answer to the previous one, at first 0."""
+        if jax.process_count() == 1:
+            return request
+        self._pending.append(self._submit(request))
+        return int(self._pending.pop(0)) if len(self._pending) > 1 else 0
+
+    def now(self, request: int) -> int:
+        """The answer to this request; all processes wait for each other."""
+        return request if jax.process_count() == 1 else int(self._submit(request))
+
+    def _submit(self, request: int) -> jax.Array:
+        local = np.full(len(self._mesh.local_devices), request, np.int32)
+        return self._largest(jax.make_array_from_process_local_data(sharding.batch_sharding(self._mesh), local))
+
+
+class Watchdog:
+    """A thread that ends the process when no `alive()` came for `seconds`. Use as a context manager.
+
+    A step that hangs (a peer that is gone, a dead device, a deadlock) hangs in C++: no exception can be raised there.
+    So the stacks of all threads are written to stderr and the process ends with status 70. The checkpoints that there
+    are stay as they are.
+
+    Args:
+        seconds: None watches nothing.
+    """
+
+    def __init__(self, seconds: float | None):
+        self._seconds = seconds
+        self._ended = threading.Event()
+        self._what, self._since = "starting", time.monotonic()
+
+    def __enter__(self) -> "Watchdog":
+        self._since = time.monotonic()
+        if self._seconds is not None:
+            threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._ended.set()
+
+    def alive(self, what: str) -> None:
+        """Something was done; `what` begins."""
+        self._what, self._since = what, time.monotonic()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(min(self._seconds / 4, 5.0)):
+            still = time.monotonic() - self._since
+            if still > self._seconds:
+                print(
+                    f"\nerror: stuck for {still:.0f} s in: {self._what} (watchdog.step_s={self._seconds:g}). The stacks"
+                    " of all threads follow; the same command goes on from the latest checkpoint.",
+                    file=sys.__stderr__,
+                    flush=True,
+                )
+                faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+                os._exit(WATCHDOG_STATUS)
+
+
+def checked(config) -> contextlib.AbstractContextManager:
+    """A training step under `debug.nans` and `debug.transfer_guard`: data that nobody sent may not be in it."""
+    stack = contextlib.ExitStack()
+    if config.nans:
+        stack.enter_context(jax.debug_nans(True))
+    if config.transfer_guard is not None:
+        stack.enter_context(jax.transfer_guard(config.transfer_guard))
+    return stack
+
+
+def compiler_options(config) -> dict[str, bool]:
+    """For `Lowered.compile`: what `debug.deterministic` means on this back end. CPUs and TPUs are deterministic."""
+    if config.deterministic and jax.default_backend() == "gpu":
+        return {"xla_gpu_deterministic_ops": True}
+    return {}
+
+
+class Profile:
+    """A trace of the steps from `log.profile_start` to before `log.profile_stop`, in `WORKDIR/profile`."""
+
+    def __init__(self, config, workdir: epath.Path):
+        self._start, self._stop = config.profile_start, config.profile_stop
+        self._directory = workdir / "profile"
+        self._running = False
+
+    def before(self, step: int) -> None:
+        if self._start is None:
+            return
+        if step == self._start:
+            jax.profiler.start_trace(self._directory)
+            self._running = True
+        elif step == self._stop:
+            self.close()
+
+    def close(self) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
+            log.info("the trace of steps %d to %d is in %s", self._start, self._stop - 1, self._directory)

@@ -82,6 +82,11 @@ def with_shardings(abstract: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
 
 
+def sharded(abstract: Any, mesh: Mesh) -> Any:
+    """The shapes and dtypes of a training state, or of a part of one, with their shardings."""
+    return with_shardings(abstract, state_shardings(abstract, mesh))
+
+
 def place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
     """A host array that every process has, on the devices; each is given its own part and no more."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

@@ -1,6 +1,5 @@
 """The two compiled functions of a run: `train_step` and `eval_step`. Both are pure."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,21 +11,11 @@ from jax.sharding import Mesh
 
 from polaformer_jax.training.metrics import Sums, masked
 from polaformer_jax.training.sharding import Constraints
-from polaformer_jax.training.tasks.task import Batch, Task
+from polaformer_jax.training.state import TrainState
+from polaformer_jax.training.tasks import Batch, Task
 
 # A key of its own for each purpose, so that a new one never changes the numbers drawn for another.
 PURPOSES = {"dropout": 0, "erase": 1, "mix": 2}
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    """All that a run carries from step to step: plain arrays in a plain pytree."""
-
-    step: jax.Array  # () int32, number of steps taken
-    params: Any  # nested dict
-    opt_state: Any
-    ema: Any = None  # moving average of the parameters, a nested dict like them; None where there is none
 
 
 def purpose_key(seed: int, step: jax.Array, purpose: str) -> jax.Array:
@@ -63,7 +52,7 @@ def make_train_step(
     constrain = Constraints(mesh)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
-        batch = task.augmented(batch, lambda purpose: purpose_key(seed, state.step, purpose))
+        batch = task.augment(batch, lambda purpose: purpose_key(seed, state.step, purpose))
         examples = jnp.sum(batch["mask"])
 
         def loss_fn(params, part: Batch, key: jax.Array):

@@ -6,7 +6,9 @@ It holds `config.json`, `checkpoints/`, TensorBoard events, `pictures/` and `eva
 import contextlib
 import json
 import os
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,24 +17,13 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from polaformer_jax.config import defaults
+from polaformer_jax.config import NOT_IDENTITY, defaults
 from polaformer_jax.errors import UserError
 from polaformer_jax.files import atomic
+from polaformer_jax.training.metrics import read_scalars
 from polaformer_jax.weights import flatten
 
-# Fields that say where, on what and how visibly a run runs. All others make its identity: they change its result.
-NOT_IDENTITY = (
-    "mesh",
-    "distributed",
-    "log",
-    "checkpoint",
-    "watchdog",
-    "debug",
-    "data.workers",
-    "data.prefetch",
-    "data.data_dir",
-    "eval.batch_size",
-)
+TRAINING_FILE = "training.json"
 
 
 def as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -123,7 +114,7 @@ def _claimed(workdir: epath.Path, config: ml_collections.ConfigDict) -> Iterator
                 raise UserError(
                     f"{workdir} belongs to a run with another config:\n"
                     + "\n".join(f"  {line}" for line in changed)
-                    + "\ntake another --workdir, or undo these changes to go on with that run"
+                    + "\ntake another work directory, or undo these changes to resume that run"
                 )
         with writable(workdir):
             atomic.write(workdir / "config.json", json.dumps(as_json(config), indent=2) + "\n")
@@ -158,9 +149,50 @@ def _locked(workdir: epath.Path) -> Iterator[None]:
             file.seek(0)
             raise UserError(
                 f"another process ({file.read().decode().strip() or 'unknown'}) is training in {workdir}:"
-                " wait for it or stop it, or take another --workdir"
+                " wait for it or stop it, or take another work directory"
             ) from None
         with writable(workdir):
             file.truncate(0)
             file.write(b"pid %d" % os.getpid())
         yield
+
+
+def write_training(workdir: epath.Path, *, steps: int, devices: int) -> None:
+    """Writes `training.json` on process 0: steps, seconds, hardware and commit.
+
+    `seconds` are those of the training steps: without evaluations, checkpoints and compilation, and counted once where
+    a run was stopped and repeated some of them.
+    """
+    if jax.process_index() == 0:
+        seconds = read_scalars(workdir)["seconds"][1].sum()
+        content = {
+            "steps": steps,
+            "seconds": round(float(seconds), 1),
+            "hardware": hardware(devices),
+            "commit": commit(),
+        }
+        atomic.write(workdir / TRAINING_FILE, json.dumps(content, indent=2) + "\n")
+
+
+def hardware(devices: int) -> str:
+    """So many devices, named as JAX names them; of a CPU also its cores."""
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return f"CPU, {os.cpu_count()} cores"
+    return f"{devices} x {device.device_kind}"
+
+
+def commit() -> str:
+    """The commit of this code, with a plus where files were changed since; empty if it is no git checkout."""
+    folder = Path(__file__).parent
+    try:
+        found, changed = (
+            subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+            for words in (
+                ("rev-parse", "--short=7", "HEAD"),
+                ("status", "--porcelain", "--untracked-files=no", "--", "*.py", ":(top)configs"),
+            )
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return f"{found}+" if changed else found

@@ -1,0 +1,81 @@
+"""The data of an experiment: sources by split, and this process's part of each batch."""
+
+import functools
+from typing import Any
+
+import jax
+import ml_collections
+
+from polaformer_jax.data.pipeline import Passes
+from polaformer_jax.data.records import Source
+from polaformer_jax.data.workers import Stream
+from polaformer_jax.training.tasks import Task
+
+
+class Inputs:
+    """Opens each split once, on first use. Making it reads nothing.
+
+    Args:
+        config: the whole config.
+        task: opens sources and makes batches.
+        devices: over which a batch is split.
+        num_examples: size of the training set where the data is not there; None: that of the data.
+    """
+
+    def __init__(self, config: ml_collections.ConfigDict, task: Task, *, devices: int, num_examples: int | None):
+        self._config, self._task, self._devices, self._num_examples = config, task, devices, num_examples
+
+    @functools.cached_property
+    def _sources(self) -> dict[str, Source]:
+        return {}
+
+    def source(self, split: str) -> Source:
+        """The records of a split."""
+        if split not in self._sources:
+            self._sources[split] = self._task.open_source(split)
+        return self._sources[split]
+
+    @property
+    def train_source(self) -> Source:
+        return self.source(self._config.data.train_split)
+
+    @property
+    def eval_source(self) -> Source:
+        return self.source(self._config.data.eval_split)
+
+    @property
+    def report_split(self) -> str:
+        """The split that the best checkpoint is reported on, which need not be that by which it was chosen."""
+        return self._config.data.test_split or self._config.data.eval_split
+
+    @property
+    def num_train_examples(self) -> int:
+        return len(self.train_source) if self._num_examples is None else self._num_examples
+
+    @property
+    def eval_batch_size(self) -> int:
+        """`eval.batch_size`, rounded up to a multiple of the devices."""
+        return self._config.eval.batch_size + -self._config.eval.batch_size % self._devices
+
+    def train_batches(self, start: int) -> Stream:
+        """This process's part of each training batch from step `start` on, without end."""
+        return self._task.train_batches(self.train_source, start=start, **self._reading)
+
+    def eval_batches(self, split: str) -> Passes:
+        """Batches of a whole split, without augmentation."""
+        return self._task.eval_batches(self.source(split), batch_size=self.eval_batch_size, **self._reading)
+
+    def describe_batch(self, step: int) -> list[str]:
+        """Names of the records in the whole training batch of a step."""
+        source = self.train_source
+        return [source.describe(index) for index in self._task.batch_indices(source, step)]
+
+    @property
+    def _reading(self) -> dict[str, Any]:
+        return {
+            "process_index": jax.process_index(),
+            "process_count": jax.process_count(),
+            "workers": self._config.data.workers,
+            "prefetch": self._config.data.prefetch,
+            "timeout_s": self._config.watchdog.input_s,
+        }

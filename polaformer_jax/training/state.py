@@ -1,0 +1,118 @@
+"""The training state, and how parameters and states are created: each array on the devices where it stays."""
+
+import dataclasses
+import functools
+from collections.abc import Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from polaformer_jax import weights
+from polaformer_jax.models.initializers import Keys
+from polaformer_jax.models.model_config import ModelConfig
+from polaformer_jax.training import sharding
+from polaformer_jax.training.progress import log
+from polaformer_jax.training.tasks import Task
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a run carries from step to step: plain arrays in a plain pytree."""
+
+    step: jax.Array  # () int32, number of steps taken
+    params: Any  # nested dict
+    opt_state: Any
+    ema: Any = None  # exponential moving average of the parameters, a nested dict like them; None without
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameters:
+    """Creates or reads the parameters of a model, each on the devices where it stays: nested dicts like `abstract`.
+
+    Attributes:
+        abstract: shapes, dtypes and shardings.
+        model_config: the model's hyper-parameters.
+        config: the whole config.
+        task: creates the model.
+        mesh: the devices.
+    """
+
+    abstract: Any
+    model_config: ModelConfig
+    config: ml_collections.ConfigDict
+    task: Task
+    mesh: Mesh
+
+    def initial(self) -> Any:
+        """From `init.weights` if given, else drawn from the seed.
+
+        Raises:
+            UserError: the weights are not this model's.
+        """
+        if self.config.init.weights is not None:
+            return self.read(self.config.init.weights, fits=self.task.fits)
+
+        # Eagerly, one parameter after the other: under jit, compiling the many draws takes five times as long as
+        # drawing. Each goes from host memory to the devices that keep it, so that none of them ever holds them all.
+        def place(array: np.ndarray) -> jax.Array:
+            return sharding.place(array, sharding.state_sharding(array.shape, self.mesh))
+
+        model = self.task.create_model(Keys(nnx.Rngs(self.config.seed).params(), place))
+        return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+    def read(self, path: str, *, fits: Collection[weights.Fit] | None = None) -> Any:
+        """From a weights file of any kind that `weights.read_file` reads.
+
+        Args:
+            fits: what may be changed to fit, see `weights.load_weights`; None: what the task allows, without the
+                classifier. Each change is logged.
+
+        Raises:
+            UserError: they are not this model's.
+        """
+        if fits is None:
+            fits = [kind for kind in self.task.fits if kind != "classifier"]
+        params, changes = weights.params_from(path, self.abstract, self.model_config, fit=fits)
+        for line in weights.summary(changes):
+            log.warning("%s, changed to fit the model: %s", path, line)
+        return params
+
+
+@dataclasses.dataclass(frozen=True)
+class States:
+    """Creates training states.
+
+    Attributes:
+        params: creates the parameters.
+        optimizer: of the training.
+        with_ema: whether the state has a moving average.
+    """
+
+    params: Parameters
+    optimizer: optax.GradientTransformation
+    with_ema: bool
+
+    @functools.cached_property
+    def abstract(self) -> TrainState:
+        """Shapes, dtypes and shardings of a state."""
+        return sharding.sharded(jax.eval_shape(self._new, self.params.abstract), self.params.mesh)
+
+    @property
+    def shardings(self) -> TrainState:
+        return jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+
+    def initial(self) -> TrainState:
+        """The state before the first step, on all devices of the mesh."""
+        create = jax.jit(self._new, out_shardings=self.shardings, donate_argnums=0)
+        return create(self.params.initial())
+
+    def _new(self, params: Any) -> TrainState:
+        ema = jax.tree.map(jnp.copy, params) if self.with_ema else None
+        return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(params), ema)
