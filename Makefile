@@ -6,14 +6,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DATA ?= data
-CONFIG ?= configs/digits.py
+CONFIG ?= digits
 WORKDIR ?= runs/digits
 
 .PHONY: train test test-all docs lint clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.runtime
-	$(BIN)/python -m polaformer_jax.data.prepare sklearn_digits --data-dir $(DATA)
+	$(BIN)/polaformer prepare sklearn_digits --data-dir $(DATA)
 	$(BIN)/python train.py --config $(CONFIG) --config.data.data_dir=$(DATA) --workdir $(WORKDIR)
 
 # Two processes; and the quick tests leave out most of XLA's optimisations, whose time they would spend on programs that
@@ -38,15 +38,15 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.runtime: $(BIN)/python requirements.txt pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt --editable .
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.runtime
-	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	$(BIN)/python -m pip install --quiet --editable ".[train,test]"
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.runtime
-	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	$(BIN)/python -m pip install --quiet --editable ".[train,docs]"
 	@touch $@
 
 clean:

@@ -18,9 +18,10 @@ from flax import nnx
 
 from polaformer_jax.errors import UserError
 from polaformer_jax.models.attention import NORMALISER_EPS, PolarityAttention, signed_features
-from polaformer_jax.models.backbone import STRIDES, Backbone
-from polaformer_jax.models.layers import Block, product, wide
-from polaformer_jax.models.pola_swin import SwinBlock
+from polaformer_jax.models.backbone import Backbone
+from polaformer_jax.models.layers import Block, accumulation_dtype, product
+from polaformer_jax.models.model_config import STRIDES
+from polaformer_jax.models.window_attention import SwinBlock
 
 STREAMS = ("same", "opposite", "softmax")
 _ENTRIES = 1 << 22  # attention weights held at once, of each stream
@@ -89,7 +90,7 @@ def attention_maps(
     if not isinstance(model, Backbone):
         raise UserError(f"the model is a {type(model).__name__}, and maps are drawn over images")
     stage, block = resolve_block(model, stage, block)
-    side = model.img_size // STRIDES[stage]
+    side = model.config.img_size // STRIDES[stage]
     members = _members(model.blocks(stage)[block], side)  # (windows, tokens of a window)
     window = position = None
     if token is not None:
@@ -120,7 +121,7 @@ def last_linear_block(model: Backbone) -> tuple[int, int]:
     def rank(place: tuple[int, int]) -> tuple:
         stage, block = place
         linear = isinstance(model.blocks(stage)[block].attn, PolarityAttention)
-        return model.img_size > STRIDES[stage], linear, place
+        return model.config.img_size > STRIDES[stage], linear, place
 
     return max(((i, j) for i in range(len(STRIDES)) for j in range(len(model.blocks(i)))), key=rank)
 
@@ -171,7 +172,7 @@ def polarity_weights(q_signed: jax.Array, k_signed: jax.Array) -> tuple[jax.Arra
         Two arrays (B, h, m, n), at least float32.
     """
     width = q_signed.shape[-1] // 2
-    k_mean = jnp.mean(k_signed, axis=1, dtype=wide(k_signed.dtype)).astype(k_signed.dtype)  # (B, h, 2d)
+    k_mean = jnp.mean(k_signed, axis=1, dtype=accumulation_dtype(k_signed.dtype)).astype(k_signed.dtype)  # (B, h, 2d)
 
     def weights(q):
         normaliser = product("bmhk,bhk->bhm", q, k_mean) + NORMALISER_EPS
@@ -235,7 +236,9 @@ def _linear_rows(attn: PolarityAttention, x: jax.Array) -> Callable:
 
 def _softmax_rows(block: Block, x: jax.Array) -> Callable:
     q, k, _ = block.attn.project(x)
-    bias = block.attn.bias(block.mask, wide(q.dtype)) if isinstance(block, SwinBlock) else None  # (1, W or 1, h, n, n)
+    bias = (
+        block.attn.bias(block.mask, accumulation_dtype(q.dtype)) if isinstance(block, SwinBlock) else None
+    )  # (1, W or 1, h, n, n)
 
     def rows(start, count):
         own = jax.lax.dynamic_slice_in_dim(q, start, count, axis=1)

@@ -1,6 +1,4 @@
-"""Shows what the augmentation does: a picture of a training batch before and after each kind.
-
-    python -m polaformer_jax.analysis.augmentation --config configs/digits.py:recipe=full --out preview.png
+"""What the augmentation does: a picture of a training batch before and after each kind.
 
 The first examples of the run that the config describes, with the random numbers that the run draws for them on the
 host. Each kind of augmentation on the device is shown alone, on every image, whatever its probability.
@@ -14,20 +12,17 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from absl import flags
 from matplotlib.figure import Figure
-from ml_collections import config_flags
 
-from polaformer_jax.cli import command_line
 from polaformer_jax.data import pipeline
 from polaformer_jax.data.images import device_transforms, transforms
+from polaformer_jax.data.images.normalisation import IMAGENET_MEAN, IMAGENET_STD, normalise
+from polaformer_jax.data.records import Example, OnError
 from polaformer_jax.errors import UserError
 from polaformer_jax.files import figures
 from polaformer_jax.files.figures import FAINT, INK
-from polaformer_jax.training import progress
 from polaformer_jax.training.experiment import Experiment
 from polaformer_jax.training.step import purpose_key
-from polaformer_jax.training.tasks.task import IMAGENET_MEAN, IMAGENET_STD, normalise
 
 EXAMPLES = 8
 _STEPS, _VISIBLE = 30, (0.3, 0.8)  # see `_mixed_visibly`
@@ -62,15 +57,16 @@ def preview(config: ml_collections.ConfigDict, *, examples: int = EXAMPLES) -> F
     notes = [f"{config.data.name}, {config.data.train_split}: the first {examples} examples, seed {config.seed}"]
     if left_out:
         notes.append(f"turned off in the config: {', '.join(left_out)}")
-    if "targets" in rows[-1].name and experiment.task.label_smoothing:
-        notes.append(f"targets have label smoothing {experiment.task.label_smoothing:g} in them")
+    if "targets" in rows[-1].name and config.train.label_smoothing:
+        notes.append(f"targets have label smoothing {config.train.label_smoothing:g} in them")
     return draw(rows, notes)
 
 
 def augmentations(experiment: Experiment, examples: int) -> tuple[list[Row], list[str]]:
     """The rows of the picture, and the names of the kinds that the config turns off."""
-    augment, task, seed = experiment.config.augment, experiment.task, experiment.config.seed
-    source, transform = experiment.train_source, transforms.train_transform(experiment.config)
+    config = experiment.config
+    augment, seed = config.augment, config.seed
+    source, transform = experiment.inputs.train_source, transforms.train_transform(config)
     names = source.class_names or tuple(str(label) for label in range(source.num_classes))
     # Batches of one, since stored images differ in size: the random numbers depend on the position in the stream alone.
     stream = pipeline.train_batches(source, _Stages(transform), batch_size=1, seed=seed)
@@ -93,23 +89,26 @@ def augmentations(experiment: Experiment, examples: int) -> tuple[list[Row], lis
         rows.append(Row(f"RandAugment\n{policy}", [example["image"] for example in found], blank))
 
     images = normalise(jnp.asarray(np.stack([example["image"] for example in found])))
-    if not task.erase_prob:
+    if not augment.erase_prob:
         left_out.append("random erasing")
     else:
         erased = device_transforms.random_erasing(images, purpose_key(seed, 0, "erase"), probability=1.0)
-        rows.append(Row(f"random erasing\n(probability {task.erase_prob:g})", _visible(erased), blank))
-    both = task.mixup and task.cutmix
+        rows.append(Row(f"random erasing\n(probability {augment.erase_prob:g})", _visible(erased), blank))
+    both = augment.mixup and augment.cutmix
     for name, alphas, chosen in (
-        ("mixup", {"mixup": task.mixup, "cutmix": 0.0}, 1 - task.switch_prob if both else 1.0),
-        ("CutMix", {"mixup": 0.0, "cutmix": task.cutmix}, task.switch_prob if both else 1.0),
+        ("mixup", {"mixup": augment.mixup, "cutmix": 0.0}, 1 - augment.switch_prob if both else 1.0),
+        ("CutMix", {"mixup": 0.0, "cutmix": augment.cutmix}, augment.switch_prob if both else 1.0),
     ):
-        alpha, probability = max(alphas.values()), task.mix_prob * chosen
+        alpha, probability = max(alphas.values()), augment.mix_prob * chosen
         if not alpha or not probability:
             left_out.append(name)
             continue
         mixed = _mixed_visibly(images, jnp.asarray(mask), seed, alphas)
         targets = device_transforms.mixed_targets(
-            jnp.asarray(labels), mixed.share, num_classes=task.num_classes, label_smoothing=task.label_smoothing
+            jnp.asarray(labels),
+            mixed.share,
+            num_classes=config.model.num_classes,
+            label_smoothing=config.train.label_smoothing,
         )
         head = f"{name}, Beta {alpha:g}\nwith targets\n(probability {probability:g})"
         rows.append(Row(head, _visible(mixed.images), _shares(np.asarray(targets), labels, names)))
@@ -151,16 +150,16 @@ class _Stages:
     transform: transforms.TrainImageTransform
 
     @property
-    def on_error(self) -> transforms.OnError:
+    def on_error(self) -> OnError:
         return self.transform.on_error
 
-    def __call__(self, record, rng: np.random.Generator) -> transforms.Example:
+    def __call__(self, record, rng: np.random.Generator) -> Example:
         plain = dataclasses.replace(self.transform, rand_augment=None)
         cropped = plain(record, copy.deepcopy(rng))["image"]
         stored = transforms.decode(record["image"])
         return self.transform(record, rng) | {"stored": stored, "cropped": cropped}
 
-    def blank(self, label: int = 0) -> transforms.Example:
+    def blank(self, label: int = 0) -> Example:
         example = self.transform.blank(label)
         return example | {"stored": example["image"], "cropped": example["image"]}
 
@@ -182,26 +181,3 @@ def _shares(targets: np.ndarray, labels: np.ndarray, names: tuple[str, ...]) -> 
 
 def _short(name: str, length: int = 12) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"
-
-
-def _define_flags() -> None:
-    # Not at import: a program that imports this file has flags of its own.
-    config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/digits.py:recipe=full.")
-    flags.DEFINE_string("out", None, "Picture to write, .png.")
-
-
-def main(argv: list[str]) -> None:
-    del argv
-    config, out = flags.FLAGS.config, flags.FLAGS.out
-    if config is None:
-        raise UserError("--config is needed, e.g. --config configs/digits.py:recipe=full")
-    if out is None or not out.endswith(".png"):
-        raise UserError(f"--out is {out}, expected the name of a .png file to write")
-    progress.set_up_logging()
-    figures.save_as_asked(preview(config), "--out", out)
-    print(out)
-
-
-if __name__ == "__main__":
-    _define_flags()
-    command_line.run(main)

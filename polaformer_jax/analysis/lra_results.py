@@ -1,31 +1,21 @@
-"""The results on the Long Range Arena: one row a run in a CSV file, and the README's table made from it.
+"""The results on the Long Range Arena: one row for each run in a CSV file, and the README's table made from it."""
 
-python -m polaformer_jax.analysis.lra_results add runs/listops_alpha3       # a finished training's result as a row
-python -m polaformer_jax.analysis.lra_results readme                        # the table in README.md, written anew
-python -m polaformer_jax.analysis.lra_results                               # only printed
-"""
-
-import argparse
 import csv
 import dataclasses
 import io
 import json
 import statistics
-import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import ml_collections
 from etils import epath
 
-from configs.lra import get_config
 from polaformer_jax.errors import UserError
 from polaformer_jax.files import atomic
+from polaformer_jax.training import recipes
 from polaformer_jax.training.workdir import changed_fields, read_config
 
-CSV = Path("docs/results/lra.csv")
-README = Path("README.md")
-BEGIN = "<!-- begin of the table that `python -m polaformer_jax.analysis.lra_results readme` writes -->"
+BEGIN = "<!-- begin of the table that `polaformer lra-table readme` writes -->"
 END = "<!-- end of the table -->"
 
 TITLES = {
@@ -119,7 +109,7 @@ def row_of(workdir: epath.PathLike) -> Row:
         raise UserError(
             f"{workdir}/eval.json is of {result.get('kind')} weights on the split {result['split']!r}"
             f" from {result.get('origin')}, expected {config.eval.weights} on {wanted!r}, and where its data came"
-            f" from: python eval.py --workdir {workdir}"
+            f" from: polaformer eval --workdir {workdir}"
         )
     return Row(
         task=task.name,
@@ -143,7 +133,7 @@ def _changes(config: ml_collections.ConfigDict) -> str:
     given = {"seed": config.seed, "steps": config.train.steps}
     given |= dict(zip(names, (config.task.attention, config.task.tokenisation, config.model.alpha), strict=True))
     options = [f"{name}={value}" for name, value in given.items() if value is not None]
-    recipe = get_config(",".join([config.task.name, *options]))
+    recipe = recipes.load("lra:" + ",".join([config.task.name, *options]))
     return " ".join(f"{field}={value}" for field, (_, value) in changed_fields(recipe, config).items())
 
 
@@ -232,37 +222,5 @@ def with_table(readme: str, rows: Sequence[Row]) -> str:
     before, begin, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise UserError(f"{README} has no place for the table: the two lines\n{BEGIN}\n{END}")
+        raise UserError(f"there is no place for the table, which is between the two lines\n{BEGIN}\n{END}")
     return f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{after}"
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m polaformer_jax.analysis.lra_results", description="Results on the Long Range Arena."
-    )
-    parser.add_argument("--csv", default=CSV, help=f"file of the results [{CSV}]")
-    commands = parser.add_subparsers(dest="command")
-    add = commands.add_parser("add", help="add the results of finished trainings")
-    add.add_argument("workdir", nargs="+", help="work directory of a training")
-    readme = commands.add_parser("readme", help="write the table into the README")
-    readme.add_argument("--file", default=README, help=f"[{README}]")
-    args = parser.parse_args(argv)
-    try:
-        if args.command == "add":
-            for workdir in args.workdir:
-                row = row_of(workdir)
-                state = "added" if append(args.csv, row) else "is there already"
-                print(f"{workdir}: {state}: {row}")
-        elif args.command == "readme":
-            path = epath.Path(args.file)
-            atomic.write(path, with_table(path.read_text(), read(args.csv)))
-        else:
-            print(table(read(args.csv)))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "status", 1)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,22 +1,14 @@
-"""Draws a sheet of Pathfinder examples with their labels, to be judged by eye.
+"""A sheet of Pathfinder examples with their labels, to be judged by eye.
 
-    python -m polaformer_jax.analysis.pathfinder_sheet --output sheet.png
-
-Each picture stands above what was drawn: the two target curves in colour, their discs, and the distractors in grey.
+Each picture is above what was drawn: the two target curves in colour, their discs, and the distractors in grey.
 """
 
-import argparse
-import sys
-from collections.abc import Sequence
-
-import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 
 from polaformer_jax.data.lra.facts import TASKS
 from polaformer_jax.data.lra.pathfinder import SIDE
-from polaformer_jax.data.lra.pathfinder_pictures import DISC_RADIUS, Examples, make_examples
-from polaformer_jax.errors import UserError
+from polaformer_jax.data.lra.pathfinder_pictures import DISC_RADIUS, Examples
 from polaformer_jax.files import figures
 from polaformer_jax.files.figures import INK
 
@@ -57,28 +49,3 @@ def _draw_plan(axes, curves, number: int) -> None:
     axes.set_xlim(0, SIDE)
     axes.set_ylim(SIDE, 0)
     axes.set_aspect("equal")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m polaformer_jax.analysis.pathfinder_sheet", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("--output", required=True, help="picture to write, .png")
-    parser.add_argument("--examples", type=int, default=24, help="how many (default: 24)")
-    parser.add_argument("--seed", type=int, default=0, help="as for prepare lra_pathfinder (default: 0)")
-    args = parser.parse_args(argv)
-    try:
-        if not args.output.endswith(".png"):
-            raise UserError(f"--output is {args.output}, expected the name of a .png file to write")
-        if args.examples < 1:
-            raise UserError(f"--examples is {args.examples}, expected at least 1")
-        figures.save_as_asked(draw_sheet(make_examples(args.seed, np.arange(args.examples))), "--output", args.output)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(args.output)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,15 +1,10 @@
-"""How spiky attention is: entropies of the attention rows of trained sequence models, as a table and a picture.
-
-    python -m polaformer_jax.analysis.sequence_entropy runs/listops_alpha3 runs/listops_relu runs/listops_softmax \\
-        --plot entropy.png
+"""How concentrated attention is: entropies of the attention rows of trained sequence models, as a table and a picture.
 
 The paper says that relu features leave linear attention flat, and that its learnable power makes it spiky again. So
 polarity-aware attention is measured twice: as it was trained, and with the power p = 1 in its place.
 """
 
-import argparse
 import functools
-import sys
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -22,10 +17,11 @@ from tqdm import tqdm
 
 from polaformer_jax.analysis.attention_maps import polarity_weights, row_entropy
 from polaformer_jax.errors import UserError
-from polaformer_jax.files import figures, tables
+from polaformer_jax.files import figures
 from polaformer_jax.models.attention import PolarityAttention, signed_features
-from polaformer_jax.models.layers import product, wide
-from polaformer_jax.models.pola_sequence import PlainAttention, PolaSequence, Sequences
+from polaformer_jax.models.layers import accumulation_dtype, product
+from polaformer_jax.models.plain_attention import PlainAttention
+from polaformer_jax.models.pola_sequence import PolaSequence, Sequences
 
 # Plotted with the same colour whether the power is there or not; open marks are without it.
 COLOURS = {"same": "#2364aa", "opposite": "#73bfb8", "relu": "#e09f3e", "softmax": "#c8382c"}
@@ -90,7 +86,7 @@ def _plain_weights(attn: PlainAttention, x: jax.Array, mask: jax.Array) -> dict[
 
 def _mean_entropy(weights: jax.Array, mask: jax.Array) -> jax.Array:
     """(h, N, N) weights of one example, (N,) which tokens are there -> (h,)."""
-    weights = jnp.where(mask[None, None], weights, 0).astype(wide(weights.dtype))
+    weights = jnp.where(mask[None, None], weights, 0).astype(accumulation_dtype(weights.dtype))
     entropy, seen = row_entropy(weights)  # (h, N) each
     counts = seen & mask[None]
     mean = jnp.sum(jnp.where(counts, entropy, 0), axis=-1) / jnp.sum(counts, axis=-1)
@@ -121,12 +117,12 @@ def of_run(workdir: epath.PathLike, *, examples: int, data_dir: str | None = Non
     config.data.data_dir = config.data.data_dir if data_dir is None else data_dir
     experiment = Experiment(config)
     params, _ = checkpoints.read_params(
-        workdir, experiment.abstract_params, "best", best_metric=checkpoints.metric_name(config)
+        workdir, experiment.params.abstract, "best", best_metric=checkpoints.metric_name(config)
     )
     model = experiment.model(params)
-    if model.texts != 1:
+    if model.config.texts != 1:
         raise UserError(f"{workdir} trained on pairs of texts: expected a task of single ones")
-    source = experiment.source(experiment.report_split)
+    source = experiment.inputs.source(experiment.inputs.report_split)
     chosen = np.linspace(0, len(source) - 1, min(examples, len(source))).astype(int)
     texts = [source[int(index)]["tokens"] for index in chosen]
     lengths = np.array([len(text) for text in texts], np.int32)
@@ -138,6 +134,23 @@ def of_run(workdir: epath.PathLike, *, examples: int, data_dir: str | None = Non
         entropies = row_entropies(experiment.graphdef, params, Sequences(tokens, lengths), block=block)
         found |= {(block, name): np.asarray(values) for name, values in entropies.items()}
     return found
+
+
+def of_runs(
+    workdirs: Sequence[epath.PathLike], *, examples: int, data_dir: str | None = None
+) -> dict[str, dict[tuple[int, str], np.ndarray]]:
+    """The same for several runs, by the names of their work directories.
+
+    Raises:
+        UserError: two of them have the same name; and see `of_run`.
+    """
+    runs = {}
+    for workdir in tqdm(workdirs, unit="run", disable=None):
+        name = epath.Path(workdir).name
+        if name in runs:
+            raise UserError(f"two work directories are called {name}: the table tells runs apart by their names")
+        runs[name] = of_run(workdir, examples=examples, data_dir=data_dir)
+    return runs
 
 
 def records(runs: Mapping[str, Mapping[tuple[int, str], np.ndarray]]) -> list[dict[str, str]]:
@@ -188,40 +201,3 @@ def draw(runs: Mapping[str, Mapping[tuple[int, str], np.ndarray]]) -> Figure:
         axes.set_xlabel("entropy of a row / log n")
         axes.set_yticks(range(len(rows)), [f"{run}: {name}" for run, name in rows])
     return figure
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m polaformer_jax.analysis.sequence_entropy", description=__doc__.split(":")[0]
-    )
-    parser.add_argument("runs", nargs="+", metavar="WORKDIR", help="work directories of finished trainings")
-    parser.add_argument("--examples", type=int, default=64, help="sequences of the test split [64]")
-    parser.add_argument("--data-dir", help="where the data is now [where the runs' configs say]")
-    parser.add_argument("--csv", help="file for the table")
-    parser.add_argument("--plot", help="file for the picture, .png or .svg")
-    args = parser.parse_args(argv)
-    try:
-        if args.examples < 1:
-            raise UserError(f"--examples {args.examples}: expected at least 1")
-        if args.plot is not None:
-            figures.check_name("--plot", args.plot)
-        runs = {}
-        for workdir in tqdm(args.runs, unit="run", disable=None):
-            name = epath.Path(workdir).name
-            if name in runs:
-                raise UserError(f"two work directories are called {name}: the table tells runs apart by their names")
-            runs[name] = of_run(workdir, examples=args.examples, data_dir=args.data_dir)
-        rows = records(runs)
-        print(tables.columns(list(rows[0]), [list(row.values()) for row in rows], left=3))
-        if args.csv is not None:
-            tables.write_csv(args.csv, rows)
-        if args.plot is not None:
-            figures.save_as_asked(draw(runs), "--plot", args.plot)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.status
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -87,14 +87,18 @@ def topology_devices(topology: str) -> Sequence[jax.Device]:
         except RuntimeError:  # too late: a program that uses JAX already
             pass
         if len(devices := jax.devices("cpu")) < int(shape):
-            raise UserError(f"--topology={topology}, but this process has {len(devices)} CPU devices already")
+            raise UserError(f"{topology}, but this process has {len(devices)} CPU devices already", argument="topology")
         return devices[: int(shape)]
     if not re.fullmatch(r"v\w+:\d+(x\d+){1,2}", topology):
-        raise UserError(f"--topology={topology}: expected a TPU's, such as v5e:2x4, v5e:16x16 or v5p:2x2x2, or cpu:8")
+        raise UserError(
+            f"{topology}: expected that of a TPU, such as v5e:2x4, v5e:16x16 or v5p:2x2x2, or cpu:8",
+            argument="topology",
+        )
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            f"--topology={topology} needs the TPU compiler, libtpu, though no TPU:"
-            ' python -m pip install "polaformer_jax[tpu]" (or -e ".[tpu]" in a checkout)'
+            f'{topology} needs the TPU compiler, libtpu, though no TPU: pip install "polaformer_jax[tpu]" (or -e'
+            ' ".[tpu]" in a checkout)',
+            argument="topology",
         )
     from jax.experimental import topologies
 
@@ -103,7 +107,7 @@ def topology_devices(topology: str) -> Sequence[jax.Device]:
     try:
         return topologies.get_topology_desc(topology, "tpu").devices
     except Exception as error:  # of several types, by version
-        raise UserError(f"--topology={topology}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{topology}: {str(error).splitlines()[0]}", argument="topology") from error
 
 
 def compile_step(
@@ -164,6 +168,6 @@ def out_of_memory(error: Exception, config: ml_collections.ConfigDict) -> OutOfM
     return OutOfMemoryError(
         f"a step of train.batch_size={config.train.batch_size} does not fit into a chip's memory"
         + (f" ({used[0]})" if used else "")
-        + ": lower it, or try --config.model.remat=True, --config.train.accumulate or --config.mesh.fsdp",
+        + ": lower it, or try model.remat=True, train.accumulate or mesh.fsdp",
         size,
     )

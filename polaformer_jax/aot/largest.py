@@ -1,6 +1,18 @@
 """The largest batch that fits, by few attempts, since each is a compilation of minutes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+import jax
+import ml_collections
+import tqdm
+
+from polaformer_jax.aot.compiling import OutOfMemoryError, Program, compile_step
+from polaformer_jax.errors import UserError
+from polaformer_jax.hardware.chips import chip_of
+from polaformer_jax.training import sharding
+from polaformer_jax.training.progress import log
+
+GIB = 2**30
 
 
 def largest(
@@ -45,3 +57,41 @@ def _next(points: list[tuple[int, float]], fits: int, fails: int | None, limit: 
     if guess is None or not fits < guess < fails:
         guess = (fits + fails) / 2
     return min(max(int(guess), fits + 1), fails - 1)
+
+
+def largest_batch(config: ml_collections.ConfigDict, devices: Sequence[jax.Device], *, num_examples: int) -> Program:
+    """The program of the largest batch that fits, to a sixteenth, found by compiling.
+
+    Raises:
+      UserError: not even one example a chip fits.
+    """
+    programs: dict[int, Program] = {}
+    parts = sharding.make_mesh(config.mesh, devices).size * config.train.accumulate
+
+    def used(examples: int) -> tuple[bool, float | None]:
+        bar.set_postfix_str(f"batch {examples * parts}")
+        try:
+            program = compile_step(config, devices, num_examples=num_examples, batch_size=examples * parts)
+        except OutOfMemoryError as error:
+            log.info("batch %d: does not fit", examples * parts)
+            return False, error.used
+        finally:
+            bar.update()
+        fits = program.chip is None or program.memory <= program.chip.memory
+        log.info("batch %d: %.2f GiB, compiled in %.0f s", program.batch, program.memory / GIB, program.seconds)
+        if fits:
+            programs[examples] = program
+        return fits, program.memory
+
+    with tqdm.tqdm(desc="compile", unit="program", disable=None) as bar:
+        start = max(1, config.train.batch_size // parts)
+        best = largest(used, start=start, limit=_limit(devices), within=1 / 16)
+    if best == 0:
+        raise UserError(f"not even a batch of {parts} fits: try model.remat=True, or more chips")
+    return programs[best]
+
+
+def _limit(devices) -> float:
+    if (chip := chip_of(devices[0].device_kind)) is None:
+        raise UserError(f"the memory of a {devices[0].device_kind} is not known, so neither is its largest batch")
+    return chip.memory

@@ -1,6 +1,6 @@
 """Everything that says how fast a GPU or TPU is with these models, in one go, as one CSV file for each part.
 
-    python -m polaformer_jax.benchmark all --out results --official ~/PolaFormer --official-by eager compiled
+    polaformer benchmark all --out results --official ~/PolaFormer --official-by eager compiled
 
 The parts are the benchmarks `ceilings`, `attention` and `model` in the sizes of `PARTS`, each in its own process.
 """
@@ -57,7 +57,7 @@ def main(args: argparse.Namespace) -> None:
         for name, words in commands(args):
             bar.set_postfix_str(name)
             tqdm.write(f"\n{name}: {' '.join(words)}")
-            status = subprocess.run([sys.executable, "-m", "polaformer_jax.benchmark", *words]).returncode
+            status = subprocess.run([sys.executable, "-m", "polaformer_jax.cli", "benchmark", *words]).returncode
             failed += [name] if status else []
             bar.update()
     if failed:

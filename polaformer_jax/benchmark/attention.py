@@ -1,6 +1,6 @@
 """Speed of the attention core alone against the number of tokens, beside softmax attention.
 
-    python -m polaformer_jax.benchmark attention --tokens 49 196 784 3136 --csv attention.csv
+    polaformer benchmark attention --tokens 49 196 784 3136 --csv attention.csv
 
 Polarity is `polarity_attention` on a square grid, with its depthwise convolution and gate, by operations; kernel is the
 same by one kernel, on devices that have one; softmax is `jax.nn.dot_product_attention`. None has the linear layers

@@ -1,6 +1,6 @@
 """The two ceilings of a device, measured: how fast it multiplies matrices, and how fast it reads and writes memory.
 
-    python -m polaformer_jax.benchmark ceilings --csv ceilings.csv
+    polaformer benchmark ceilings --csv ceilings.csv
 
 The product is of two square matrices; the pass reads an array and writes one of the same size. No program of the same
 type does better by much, and the peaks that makers publish are reached by none.

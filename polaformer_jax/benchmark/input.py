@@ -1,7 +1,7 @@
 """Speed of the training input: each stage, the whole pipeline, a bare loop beside it, and the official pipeline.
 
-    python -m polaformer_jax.benchmark input
-    python -m polaformer_jax.benchmark input --official ~/PolaFormer --csv input.csv
+    polaformer benchmark input
+    polaformer benchmark input --official ~/PolaFormer --csv input.csv
 
 The images are cut from scikit-learn's two photographs, at ImageNet's size and quality, so nothing is fetched. What is
 compared takes turns, and the medians count. Two rates are given: images per second of the clock, and per second of
@@ -12,7 +12,6 @@ import argparse
 import importlib.util
 import io
 import os
-import runpy
 import statistics
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from tqdm import tqdm
 
 from polaformer_jax.errors import UserError
 from polaformer_jax.files import tables
+from polaformer_jax.training import recipes
 
 STAGES = ("read", "decode", "crop", "augment", "batch", "transfer")
 _SIZE = (500, 375)  # the commonest size of ImageNet's images
@@ -287,27 +287,18 @@ def table(rates: list[Rate]) -> str:
     return "\n".join(lines)
 
 
-def load_config(text: str):
-    """The config of `FILE.py` or `FILE.py:ARGUMENT`."""
-    path, _, argument = text.partition(".py:")
-    path = path if path.endswith(".py") else f"{path}.py"
-    if not Path(path).is_file():
-        raise UserError(f"--config {text}: there is no file {path}")
-    return runpy.run_path(path)["get_config"](argument or None)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, default=256, help="in each repetition [256]")
     parser.add_argument("--batch-size", type=int, default=64, help="images in a batch [64]")
     parser.add_argument("--repetitions", type=int, default=5, help="whose median counts [5]")
-    parser.add_argument("--config", default="configs/pola_swin.py:t", help="recipe [configs/pola_swin.py:t]")
+    parser.add_argument("--config", default="pola_swin:t", help="recipe [pola_swin:t]")
     parser.add_argument("--official", metavar="PATH", help="checkout of the official code, to measure beside ours")
     parser.add_argument("--csv", metavar="FILE", help="file to write the rates to")
 
 
 def main(args: argparse.Namespace) -> None:
     rates = measure(
-        load_config(args.config),
+        recipes.load(args.config),
         images=args.images,
         batch_size=args.batch_size,
         repetitions=args.repetitions,

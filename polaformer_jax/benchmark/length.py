@@ -1,6 +1,6 @@
 """Time and memory of the sequence model against the length of its sequences, with each of its three attentions.
 
-    python -m polaformer_jax.benchmark length --csv length.csv --plot length.png
+    polaformer benchmark length --csv length.csv --plot length.png
 
 The model is that of the Long Range Arena, with ListOps' sizes unless another config is named; sequences are full. The
 forward pass is evaluation, training is the real step with AdamW. What is compared takes turns, on one device.
@@ -16,18 +16,18 @@ import ml_collections
 from flax import nnx
 
 from polaformer_jax.benchmark import length_plot, options, sweep
-from polaformer_jax.benchmark.input import load_config
 from polaformer_jax.benchmark.sweep import Job, Point
+from polaformer_jax.config import SEQUENCE_TASKS
 from polaformer_jax.data.lra.facts import facts_of
 from polaformer_jax.errors import UserError
 from polaformer_jax.files import figures, tables
 from polaformer_jax.models.pola_sequence import ATTENTIONS
-from polaformer_jax.training.checks import SEQUENCES
-from polaformer_jax.training.optimizer import make_optimizer
-from polaformer_jax.training.schedule import durations, learning_rate
-from polaformer_jax.training.step import TrainState, make_train_step
-from polaformer_jax.training.tasks.sequence_modality import SequenceModality
-from polaformer_jax.training.tasks.task import Batch
+from polaformer_jax.training import recipes
+from polaformer_jax.training.optimizer import durations, learning_rate, make_optimizer
+from polaformer_jax.training.state import TrainState
+from polaformer_jax.training.step import make_train_step
+from polaformer_jax.training.tasks import Batch
+from polaformer_jax.training.tasks.sequences import SequenceClassification
 
 MODES = ("forward", "training")
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -38,11 +38,10 @@ def job(tokens: int, attention: str, mode: str, *, config: ml_collections.Config
     """A config's model with another attention and length, on `train.batch_size` sequences."""
     config = config.copy_and_resolve_references()
     config.task.attention = attention
-    modality = SequenceModality(config)
-    task = modality.task
+    task = SequenceClassification(config)
 
     def make_model():
-        return modality.build_model(nnx.Rngs(_SEED), max_length=tokens)
+        return task.create_model(nnx.Rngs(_SEED), max_length=tokens)
 
     graphdef, _ = nnx.split(nnx.eval_shape(make_model))
     make_batch = functools.partial(batch, config, tokens)
@@ -135,7 +134,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--lengths", nargs="+", type=int, default=list(LENGTHS), help=f"in tokens [{' '.join(map(str, LENGTHS))}]"
     )
     parser.add_argument("--batch-size", type=int, help="sequences, or pairs of them [the config's]")
-    parser.add_argument("--config", default="configs/lra.py:listops", help="[configs/lra.py:listops]")
+    parser.add_argument("--config", default="lra:listops", help="[lra:listops]")
     parser.add_argument("--dtype", choices=options.DTYPES, help="of the computation [the config's]")
     sweep.add_arguments(parser)
     parser.add_argument("--plot", metavar="FILE", help="time and memory by length, both axes logarithmic: .png or .svg")
@@ -146,11 +145,11 @@ def main(args: argparse.Namespace) -> None:
     options.check_positive("--lengths", *args.lengths)
     options.check_positive("--batch-size", args.batch_size)
     if args.plot:
-        figures.check_name("--plot", args.plot)
-    config = load_config(args.config)
-    if config.task.name not in SEQUENCES:
+        figures.check_name(args.plot)
+    config = recipes.load(args.config)
+    if config.task.name not in SEQUENCE_TASKS:
         raise UserError(
-            f"--config {args.config}: its task is {config.task.name}, expected one of {', '.join(SEQUENCES)}"
+            f"--config {args.config}: its task is {config.task.name}, expected one of {', '.join(SEQUENCE_TASKS)}"
         )
     config.model.dtype = args.dtype or config.model.dtype
     config.train.batch_size = args.batch_size or config.train.batch_size
@@ -166,4 +165,4 @@ def main(args: argparse.Namespace) -> None:
     if args.plot:
         crossovers = {mode: crossover(points, mode) for mode in MODES}
         figure = length_plot.draw(points, modes=MODES, attentions=ATTENTIONS, crossovers=crossovers)
-        figures.save_as_asked(figure, "--plot", args.plot)
+        figures.save(figure, args.plot)

@@ -1,8 +1,8 @@
 """Speed of whole models: forward, with gradients, and the training step; and the official code beside them.
 
-    python -m polaformer_jax.benchmark model --models pola_pvt_t pola_swin_t --batch-sizes 8 32 --csv model.csv
-    python -m polaformer_jax.benchmark model --models pola_swin_t --modes forward               # as their --throughput
-    python -m polaformer_jax.benchmark model --models pola_pvt_t --modes forward gradient --official ~/PolaFormer
+    polaformer benchmark model --models pola_pvt_t pola_swin_t --batch-sizes 8 32 --csv model.csv
+    polaformer benchmark model --models pola_swin_t --modes forward               # as their --throughput
+    polaformer benchmark model --models pola_pvt_t --modes forward gradient --official ~/PolaFormer
 
 Images are random and lie on the device. All that is measured of one model, batch and type takes turns, in the official
 process too; compiling is timed apart.

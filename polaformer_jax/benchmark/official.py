@@ -129,12 +129,12 @@ class Official:
             stderr=self._messages,
             text=True,
         )
-        family, _ = registry.lookup(case.model)
+        config = registry.model_config(case.model, num_classes=CLASSES, img_size=case.img_size)
         try:
             answer = self._ask(
                 {
-                    "family": family.__name__,
-                    "arguments": dict(registry.arguments(case.model, num_classes=CLASSES, img_size=case.img_size)),
+                    "family": config.family,
+                    "arguments": config.to_dict(),
                     "batch": case.batch,
                     "dtype": case.dtype,
                     "device": "cuda" if platform == "gpu" else "cpu",

@@ -14,11 +14,10 @@ from flax import nnx
 
 from polaformer_jax.benchmark import options, programs
 from polaformer_jax.benchmark.timing import seconds_of
-from polaformer_jax.config import augment_officially, defaults
+from polaformer_jax.config import defaults, use_official_augmentation
 from polaformer_jax.data.sources import IMAGENET_EXAMPLES
 from polaformer_jax.errors import UserError
 from polaformer_jax.models import registry
-from polaformer_jax.models.pola_sequence import PolaSequence
 from polaformer_jax.training.experiment import Experiment
 from polaformer_jax.training.sharding import Constraints, batch_sharding, replicated
 
@@ -66,11 +65,11 @@ def cases(args: argparse.Namespace) -> list[Case]:
     options.check_positive("--batch-sizes", *args.batch_sizes)
     options.check_positive("--img-size", args.img_size)
     for model in args.models:
-        if registry.lookup(model)[0] is PolaSequence:
+        if registry.model_config(model).family == "PolaSequence":
             raise UserError(f"{model} is a model of sequences, expected one of images; see `benchmark length`")
     combinations = itertools.product(args.models, args.batch_sizes, args.dtypes)
     return [
-        Case(model, args.img_size or registry.arguments(model)["img_size"], batch, dtype)
+        Case(model, args.img_size or registry.model_config(model).img_size, batch, dtype)
         for model, batch, dtype in dict.fromkeys(combinations)
     ]
 
@@ -100,7 +99,7 @@ def experiment(case: Case, devices: Sequence[jax.Device]) -> Experiment:
         UserError: it cannot be built so, or the batch does not divide over the devices.
     """
     config = defaults()
-    augment_officially(config)
+    use_official_augmentation(config)
     config.model.name, config.model.num_classes, config.model.dtype = case.model, CLASSES, case.dtype
     config.model.img_size = config.eval.crop = config.eval.resize = case.img_size
     config.optimizer.clip_norm = 5.0
@@ -132,7 +131,7 @@ def _forward(made: Experiment, case: Case):
         params, images = constrain.whole(params), constrain.batch(images)
         return nnx.merge(graphdef, params)(images, train=False)
 
-    params, images = made.initial_params(), _images(made, case)
+    params, images = made.params.initial(), _images(made, case)
     program = programs.compiled(lambda: jax.jit(forward).trace(params, images))
     return program, lambda: program.run(params, images)
 
@@ -146,7 +145,7 @@ def _gradient(made: Experiment, case: Case):
         logits = nnx.merge(graphdef, params)(images, train=True, rngs=nnx.Rngs(dropout=key))
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels))
 
-    given = (made.initial_params(), _images(made, case), _batch(made, case)["label"])
+    given = (made.params.initial(), _images(made, case), _batch(made, case)["label"])
     given = (*given, jax.device_put(jax.random.key(_SEED), replicated(made.mesh)))
     program = programs.compiled(lambda: jax.jit(jax.value_and_grad(loss)).trace(*given))
     return program, lambda: program.run(*given)
@@ -154,8 +153,8 @@ def _gradient(made: Experiment, case: Case):
 
 def _step(made: Experiment, case: Case):
     """The training's own step, augmentation on the device and AdamW included."""
-    batch, state = _batch(made, case), made.initial_state()
-    program = programs.compiled(lambda: made.trace_train_step(batch))
+    batch, state = _batch(made, case), made.states.initial()
+    program = programs.compiled(lambda: made.train_step.trace(batch))
 
     def call():
         nonlocal state  # what a step is given is used up

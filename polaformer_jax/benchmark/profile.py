@@ -1,7 +1,7 @@
 """Where the time of a model goes, operation by operation of the compiled program, as the profiler sees them.
 
-    python -m polaformer_jax.benchmark profile --model pola_pvt_t --mode gradient
-    taskset -c 0 python -m polaformer_jax.benchmark profile --model pola_swin_t --top 40      # on one core
+    polaformer benchmark profile --model pola_pvt_t --mode gradient
+    taskset -c 0 polaformer benchmark profile --model pola_swin_t --top 40      # on one core
 
 Operations that come from the same line of the model and became the same kind of kernel are one row. With several
 cores the times of all threads are added up: more than the clock shows, so read the shares, or measure on one core.

@@ -1,7 +1,7 @@
 """How long it takes from the start of a new process to the first logits, without and with a compilation cache.
 
-    python -m polaformer_jax.benchmark start --models pola_pvt_t pola_swin_t
-    python -m polaformer_jax.benchmark start --models pola_pvt_t --official ~/PolaFormer
+    polaformer benchmark start --models pola_pvt_t pola_swin_t
+    polaformer benchmark start --models pola_pvt_t --official ~/PolaFormer
 
 Python starts, imports, makes a model with random weights, compiles and evaluates one batch of random images. All that
 is measured of one model takes turns. This process stays away from the devices, which may serve one process only.

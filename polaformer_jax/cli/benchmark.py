@@ -1,6 +1,7 @@
-"""How fast things are, on this machine: python -m polaformer_jax.benchmark WHAT (see --help).
+"""Measures speed and memory on this machine.
 
-Imports nothing heavy: processes that read data import this file again.
+polaformer benchmark model --models pola_pvt_t pola_swin_t
+polaformer benchmark model --help                               # and so for every subject
 """
 
 import argparse
@@ -8,9 +9,9 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from polaformer_jax.errors import UserError
+from polaformer_jax.cli import command
 
-# What can be measured: each is a module here with `add_arguments(parser)` and `main(args)`.
+# What can be measured: each is a module of `benchmark` with `add_arguments(parser)` and `main(args)`.
 SUBJECTS = {
     "input": "images/s per core of each stage of the training input, and of the whole",
     "ceilings": "the two ceilings of a device: matrix products, and reading and writing memory",
@@ -24,9 +25,11 @@ SUBJECTS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="python -m polaformer_jax.benchmark", description=__doc__.split(":")[0] + ".")
-    subparsers = parser.add_subparsers(dest="subject", required=True, metavar="WHAT")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = command.Parser("benchmark", __doc__)
+    subparsers = parser.add_subparsers(
+        dest="subject", required=True, metavar="SUBJECT", parser_class=argparse.ArgumentParser
+    )
     module = None
     for subject, summary in SUBJECTS.items():
         options = subparsers.add_parser(subject, help=summary, description=summary)
@@ -34,13 +37,4 @@ def main(argv: Sequence[str] | None = None) -> int:
             module = importlib.import_module(f"polaformer_jax.benchmark.{subject}")
             module.add_arguments(options)
     args = parser.parse_args(argv)
-    try:
-        module.main(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.status
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return command.run(lambda: module.main(args), options={"path": "--csv"})

@@ -1,38 +1,33 @@
-"""Says what is in images: the most probable classes, and where the model looks.
+"""Classifies image files, and shows where the model looks.
 
-    python -m polaformer_jax.cli.predict --weights pola_swin_t.safetensors photo.jpg
-    python -m polaformer_jax.cli.predict --weights pola_swin_t.pth --classes imagenet_classes.txt --json *.jpg
-    python -m polaformer_jax.cli.predict --weights digits.safetensors --data sklearn_digits --data-dir data 7.png
-    python -m polaformer_jax.cli.predict --weights pola_swin_t.pth --picture maps.png --stage 1 --token 14,10 photo.jpg
+    polaformer predict --weights pola_swin_t.safetensors photo.jpg
+    polaformer predict --weights pola_swin_t.pth --classes imagenet_classes.txt --json *.jpg
+    polaformer predict --weights digits.safetensors --data sklearn_digits --data-dir data 7.png
+    polaformer predict --weights pola_swin_t.pth --picture maps.png --stage 1 --token 14,10 photo.jpg
 
 Images are resized and cropped as the weights file says, or else by the official rule for the model's image size.
 """
 
-import argparse
 import json
-import sys
 from collections.abc import Sequence
 
+from polaformer_jax.cli import command
 from polaformer_jax.errors import UserError
+
+OPTIONS = {"file": "--classes", "path": "--picture"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    description, _, epilog = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m polaformer_jax.cli.predict",
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.Parser("predict", __doc__)
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="anything that Pillow opens")
     parser.add_argument("--weights", required=True, help="our .safetensors, or an official .pth")
     parser.add_argument("--model", help="name of the model, where the weights do not tell")
-    parser.add_argument("--top", type=positive_integer, default=5, help="how many classes to name for each image [5]")
-    parser.add_argument("--classes", metavar="FILE", help="text file with the names of the classes, one a line")
+    parser.add_argument("--top", type=command.positive_integer, default=5, help="classes to name for each image [5]")
+    parser.add_argument("--classes", metavar="FILE", help="text file with the names of the classes, one on each line")
     parser.add_argument("--data", metavar="NAME", help="prepared tfds data set that names the classes")
-    parser.add_argument("--data-dir", metavar="DIR", help="where that data set lies")
-    parser.add_argument("--batch-size", type=positive_integer, default=8, help="images at a time [8]")
-    parser.add_argument("--json", action="store_true", help="print JSON rather than a table")
+    parser.add_argument("--data-dir", metavar="DIR", help="directory of that data set")
+    parser.add_argument("--batch-size", type=command.positive_integer, default=8, help="images at a time [8]")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--picture", metavar="OUT.png", help="draw the images beside maps of where the model looks")
     parser.add_argument(
         "--stage", type=int, help="of the block that the maps show, from 0 [that of the last linear block]"
@@ -41,18 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--token",
         metavar="ROW,COLUMN",
-        help="the token whose gaze is shown, as --token=-1,-1 for the last [the average over all]",
+        help="the query token whose weights are shown, as --token=-1,-1 for the last [the average over all]",
     )
     args = parser.parse_intermixed_args(argv)
-    try:
-        print(_predict(args))
-    except (UserError, OSError) as error:  # OSError: the picture cannot be written
-        print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "status", 1)
-    return 0
+    return command.run(lambda: _predict(args), options=OPTIONS)
 
 
-def _predict(args: argparse.Namespace) -> str:
+def _predict(args) -> None:
     # Imported here: JAX takes a second, which a wrong flag need not wait for.
     from polaformer_jax import create_model, weights
     from polaformer_jax.files import figures
@@ -76,16 +66,5 @@ def _predict(args: argparse.Namespace) -> str:
         model, args.images, transform=transform, names=names, top=args.top, batch_size=args.batch_size
     )
     if args.picture is not None:
-        figure = pictures.draw(model, results, transform=transform, where=where)
-        figures.save(figure, args.picture)
-    return json.dumps(results, indent=2) if args.json else prediction.table(results)
-
-
-def positive_integer(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
-    return int(text)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        figures.save(pictures.draw(model, results, transform=transform, where=where), args.picture)
+    print(json.dumps(results, indent=2) if args.json else prediction.table(results))

@@ -19,14 +19,15 @@ from polaformer_jax.analysis.attention_maps import (
     resolve_block,
     resolve_token,
 )
+from polaformer_jax.data.images.normalisation import normalise
 from polaformer_jax.data.images.transforms import EvalImageTransform
 from polaformer_jax.errors import UserError
 from polaformer_jax.files import figures
 from polaformer_jax.files.figures import FAINT, INK
 from polaformer_jax.inference.prediction import read_image
 from polaformer_jax.models.attention import PolarityAttention
-from polaformer_jax.models.backbone import STRIDES, Backbone
-from polaformer_jax.training.tasks.task import normalise
+from polaformer_jax.models.backbone import Backbone
+from polaformer_jax.models.model_config import STRIDES
 
 MARK = "#35c2ff"
 COLOURS = "inferno"
@@ -44,9 +45,9 @@ class Where(NamedTuple):
 
 def check_request(path: epath.PathLike, *, images: int) -> None:
     """Raises a UserError, before any work, where no picture of so many images can be written to `path`."""
-    figures.check_name("--picture", path, suffixes=(".png",))
+    figures.check_name(path, suffixes=(".png",))
     if images > MOST_IMAGES:
-        raise UserError(f"--picture has room for {MOST_IMAGES} images, found {images}: draw them in several pictures")
+        raise UserError(f"a picture has room for {MOST_IMAGES} images, found {images}: draw several pictures")
 
 
 def choose(
@@ -66,7 +67,7 @@ def choose(
         if token is not None:
             if not all(str(number).lstrip("-").isdecimal() for number in token):
                 raise ValueError(f"token {','.join(map(str, token))}: expected ROW,COLUMN, two integers")
-            token = resolve_token(tuple(int(number) for number in token), model.img_size // STRIDES[stage])
+            token = resolve_token(tuple(int(number) for number in token), model.config.img_size // STRIDES[stage])
     except ValueError as error:
         raise UserError(str(error)) from error
     return Where(stage, block, token)
@@ -93,7 +94,7 @@ def draw(
     for panels, image, result, found in zip(
         figure.subplots(rows, columns, squeeze=False), images, results, maps, strict=True
     ):
-        _draw_row(figure, panels, image, result, found, where, side=model.img_size // STRIDES[where.stage])
+        _draw_row(figure, panels, image, result, found, where, side=model.config.img_size // STRIDES[where.stage])
     return figure
 
 
@@ -102,7 +103,7 @@ def _headline(model: Backbone, where: Where, maps: AttentionMaps) -> str:
     kind = "linear" if isinstance(attn, PolarityAttention) else "softmax"
     heads = next(iter(maps.streams.values())).weights.shape[1]
     whose = f"token ({where.token[0]}, {where.token[1]})" if where.token else "average over all tokens"
-    side = model.img_size // STRIDES[where.stage]
+    side = model.config.img_size // STRIDES[where.stage]
     of_heads = "1 head" if heads == 1 else f"mean of {heads} heads"
     return f"Stage {where.stage}, block {where.block} ({kind}, {side}×{side} tokens): {whose}, {of_heads}"
 

@@ -13,10 +13,11 @@ from etils import epath
 from flax import nnx
 
 from polaformer_jax.data import tfds_source
-from polaformer_jax.data.images.transforms import CorruptImageError, EvalImageTransform
+from polaformer_jax.data.images.normalisation import normalise
+from polaformer_jax.data.images.transforms import EvalImageTransform
+from polaformer_jax.data.records import CorruptRecordError
 from polaformer_jax.errors import UserError, WeightsError
 from polaformer_jax.models.backbone import Backbone
-from polaformer_jax.training.tasks.task import normalise
 
 NAMED_PROBLEMS = 10  # of many unreadable images, how many are named
 
@@ -94,7 +95,7 @@ def read_image(path: epath.PathLike, transform: EvalImageTransform) -> np.ndarra
         return transform({"image": epath.Path(path).read_bytes(), "label": 0})["image"]
     except OSError as error:
         raise UserError(f"{os.fspath(path)}: {error.strerror or error}") from error
-    except CorruptImageError as error:
+    except CorruptRecordError as error:
         raise UserError(f"{os.fspath(path)}: {error}") from error
 
 
@@ -113,7 +114,7 @@ def evaluation_transform(model: Backbone, metadata: Mapping[str, str]) -> EvalIm
         raise UserError(f"the weights are of a {type(model).__name__}, which classifies no images")
     if model.head is None:
         raise UserError("the model has no classifier (num_classes=0), so that there is nothing to predict")
-    size = model.img_size
+    size = model.config.img_size
     resize, crop = size if size >= 384 else round(size * 256 / 224), size
     if "preprocess" in metadata:
         given = _json("preprocess", metadata)
@@ -147,14 +148,14 @@ def class_names(
         UserError: the names cannot be found, or their number is not `num_classes`.
     """
     if file is not None and data is not None:
-        raise UserError(f"--classes {file} and --data {data} both name the classes: give one of them")
+        raise UserError(f"the file {file} and the data set {data} both name the classes: give one of them")
     if (data is None) != (data_dir is None):
-        raise UserError("--data and --data-dir belong together: the name of a prepared data set, and where it lies")
+        raise UserError("data and data_dir belong together: the name of a prepared data set, and its directory")
     if file is not None:
         try:
             names = [line.strip() for line in epath.Path(file).read_text().splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--classes {file}: {error}") from error
+            raise UserError(f"class names {file}: {error}") from error
         found_in = os.fspath(file)
     elif data is not None:
         prepared = tfds_source.find_prepared(data, data_dir)

@@ -1,0 +1,176 @@
+"""What the subcommands share: parsers that take their help from docstrings, configs with overrides, error messages."""
+
+import argparse
+import importlib.metadata
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from polaformer_jax.errors import Interrupted, UserError
+
+if TYPE_CHECKING:
+    import ml_collections
+
+_OVERRIDE = re.compile(r"--(no)?config\.")
+_EXTRAS_NEEDED = re.compile(r"""extra == ["']train["']""")
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose description and epilog are the first paragraph and the rest of a docstring.
+
+    Options are spelt with dashes or underscores, and never abbreviated.
+
+    Args:
+        name: of the subcommand.
+        doc: the docstring of its module.
+    """
+
+    def __init__(self, name: str, doc: str, **options):
+        description, _, epilog = doc.partition("\n\n")
+        super().__init__(
+            prog=f"polaformer {name}",
+            description=description,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            **options,
+        )
+
+    def add_argument(self, *names: str, **options) -> argparse.Action:
+        # --data-dir is --data_dir too, as absl spells flags.
+        spelt = [n.replace("-", "_").replace("__", "--", 1) for n in names if n.startswith("--") and "-" in n[2:]]
+        action = super().add_argument(*names, *spelt, **options)
+        action.option_strings = action.option_strings[: len(names)] if names[0].startswith("-") else []
+        return action
+
+    def add_config_argument(self, *, help: str) -> None:
+        """Adds `--config`; `parse_with_config` returns what it names."""
+        self.add_argument("--config", metavar="RECIPE[:ARG]", help=help)
+        self.epilog = (
+            f"{self.epilog.rstrip()}\n\n"
+            "RECIPE is the name of a packaged recipe or the path of a Python file, and ARG its argument, as in\n"
+            "pola_swin:t or digits:swin,epochs=5. --config.FIELD=VALUE changes any field of the config, as in\n"
+            "--config.optimizer.lr=1e-3; polaformer_jax/config.py describes all of them."
+        )
+
+    def parse_with_config(self, argv: Sequence[str]) -> tuple[argparse.Namespace, "ml_collections.ConfigDict | None"]:
+        """The options, and the config with its overrides; None where no `--config` is given.
+
+        Raises:
+            UserError: there is no such recipe, it refuses its argument, or an override does not fit.
+        """
+        args, rest = self.parse_known_args(argv)
+        unknown = [word for word in rest if word.startswith("-") and not _OVERRIDE.match(word) and not _number(word)]
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        if args.config is None:
+            if rest:
+                raise UserError(f"{rest[0]}: give the config whose field it changes by --config")
+            return args, None
+        from polaformer_jax.training import recipes
+
+        try:
+            config = recipes.load(args.config)
+        except UserError as error:
+            raise UserError(str(error), argument="config") from error
+        return args, _overridden(config, rest)
+
+
+def _number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _overridden(config: "ml_collections.ConfigDict", words: Sequence[str]) -> "ml_collections.ConfigDict":
+    """A config with fields changed as `--config.FIELD=VALUE` says.
+
+    `--config.FIELD=None` sets a field to None that is None in the schema; config_flags alone would take the word for a
+    value of the field's type.
+    """
+    from absl import flags
+    from ml_collections import config_flags
+
+    unset = [match[1] for word in words if (match := re.fullmatch(r"--config\.([\w.]+)=None", word))]
+    words = [word for word in words if not re.fullmatch(r"--config\.[\w.]+=None", word)]
+    values = flags.FlagValues()
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, lock_config=True, sys_argv=list(words))
+        rest = values(["polaformer", *words])
+        for field in unset:
+            _set_to_none(config, field)
+    except flags.Error as error:
+        raise UserError(f"{error}; see --help") from error
+    except (AttributeError, KeyError, IndexError) as error:
+        name = str(error).strip("'\"")
+        raise UserError(f"--config: there is no field {name}; polaformer_jax/config.py has all fields") from error
+    if len(rest) > 1:
+        raise UserError(f"unexpected arguments {' '.join(rest[1:])}; see --help")
+    return config
+
+
+def _set_to_none(config: "ml_collections.ConfigDict", field: str) -> None:
+    from polaformer_jax.config import defaults
+
+    *parts, name = field.split(".")
+    schema = defaults()
+    for part in parts:
+        config, schema = config[part], schema[part]
+    if schema[name] is not None:
+        raise UserError(f"--config.{field}=None: this field must have a value, such as {schema[name]!r}")
+    config[name] = None
+
+
+def run(action: Callable[[], int | None], *, options: Mapping[str, str] | None = None) -> int:
+    """Runs an action and returns the exit status; errors that the user can put right become one message.
+
+    Any other exception is a bug, and raised.
+
+    Args:
+        action: returns its exit status, or None for 0.
+        options: the option that sets a parameter, where its name is another than the parameter's.
+    """
+    try:
+        return action() or 0
+    except UserError as error:
+        option = _option(error.argument, options or {})
+        print(f"error: {option}{error}", file=sys.stderr)
+        return error.status
+    except Interrupted as stop:
+        print(f"interrupted: {stop}", file=sys.stderr)
+        return stop.status
+    except ModuleNotFoundError as error:
+        if not _belongs_to_training(error.name):
+            raise
+        print(
+            f"error: this command needs packages that are not installed ({error.name}): pip install"
+            ' "polaformer_jax[train]"',
+            file=sys.stderr,
+        )
+        return 1
+
+
+def _option(argument: str | None, options: Mapping[str, str]) -> str:
+    if argument is None:
+        return ""
+    return f"{options.get(argument, '--' + argument.replace('_', '-'))}: "
+
+
+def _belongs_to_training(module: str | None) -> bool:
+    """Whether a module that is missing comes with the extra `train`."""
+    if module is None or module.startswith("polaformer_jax"):
+        return False
+    known = {"tensorflow_datasets", "tensorflow", "tensorboard", "sklearn", "array_record", "importlib_resources"}
+    requires = importlib.metadata.requires("polaformer_jax") or []
+    known |= {re.split(r"[^\w-]", text)[0].replace("-", "_") for text in requires if _EXTRAS_NEEDED.search(text)}
+    return module.split(".")[0] in known
+
+
+def positive_integer(text: str) -> int:
+    """An argparse type: an integer of at least 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
+    return int(text)

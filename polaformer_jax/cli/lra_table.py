@@ -1,0 +1,45 @@
+"""Collects results on the Long Range Arena: one row for each run in a CSV file, and the README's table made from it.
+
+polaformer lra-table add runs/listops_alpha3       # a finished training's result as a row
+polaformer lra-table readme                        # the table in README.md, written again
+polaformer lra-table                               # only printed
+"""
+
+import argparse
+from collections.abc import Sequence
+
+from polaformer_jax.cli import command
+from polaformer_jax.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = command.Parser("lra-table", __doc__)
+    parser.add_argument("--csv", metavar="FILE", default="docs/results/lra.csv", help="results [docs/results/lra.csv]")
+    commands = parser.add_subparsers(dest="command", parser_class=argparse.ArgumentParser)
+    add = commands.add_parser("add", help="add the results of finished trainings")
+    add.add_argument("workdir", nargs="+", help="work directory of a training")
+    readme = commands.add_parser("readme", help="write the table into the README")
+    readme.add_argument("--file", default="README.md", help="[README.md]")
+    args = parser.parse_args(argv)
+    return command.run(lambda: _main(args))
+
+
+def _main(args) -> None:
+    from etils import epath
+
+    from polaformer_jax.analysis import lra_results
+    from polaformer_jax.files import atomic
+
+    try:
+        if args.command == "add":
+            for workdir in args.workdir:
+                row = lra_results.row_of(workdir)
+                state = "added" if lra_results.append(args.csv, row) else "is there already"
+                print(f"{workdir}: {state}: {row}")
+        elif args.command == "readme":
+            path = epath.Path(args.file)
+            atomic.write(path, lra_results.with_table(path.read_text(), lra_results.read(args.csv)))
+        else:
+            print(lra_results.table(lra_results.read(args.csv)))
+    except OSError as error:
+        raise UserError(str(error)) from error
