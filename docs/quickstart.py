@@ -21,8 +21,8 @@ import polaformer_jax as pf
 from configs.digits import get_config
 from polaformer_jax.data import sources
 from polaformer_jax.data.images import transforms
+from polaformer_jax.data.images.normalisation import normalise
 from polaformer_jax.training import export, loop
-from polaformer_jax.training.tasks.task import normalise
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # checkpoints are talkative
 folder = Path(tempfile.mkdtemp())

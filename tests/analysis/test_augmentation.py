@@ -3,17 +3,17 @@
 import numpy as np
 import pytest
 
-from configs import digits
 from polaformer_jax.analysis import augmentation
 from polaformer_jax.files import figures
 from polaformer_jax.training.experiment import Experiment
+from tests.support.recipes import digits
 
 FULL = ["as stored", "crop", "RandAugment", "random erasing", "mixup", "CutMix"]
 
 
 @pytest.fixture
 def config(digits_dir):
-    config = digits.get_config("recipe=full")
+    config = digits("recipe=full")
     config.data.data_dir = digits_dir
     config.data.workers = 0
     return config
@@ -30,14 +30,14 @@ def test_there_is_a_row_for_every_kind(config):
 
 def test_the_host_rows_are_what_training_reads(config):
     experiment = Experiment(config)
-    stream = experiment.train_batches(0)
+    stream = experiment.inputs.train_batches(0)
     batch = next(stream)
     stream.close()
     rows, _ = augmentation.augmentations(experiment, 8)
     np.testing.assert_array_equal(rows[2].images, batch["image"][:8])
     assert rows[0].titles == [str(label) for label in batch["label"][:8]]
     config.augment.rand_augment = None
-    stream = Experiment(config).train_batches(0)
+    stream = Experiment(config).inputs.train_batches(0)
     np.testing.assert_array_equal(rows[1].images, next(stream)["image"][:8])
     stream.close()
 
@@ -78,5 +78,5 @@ def test_kinds_that_are_turned_off_are_left_out_and_named(config, changes, missi
 
 
 def test_the_picture_is_a_png(config, tmp_path):
-    figures.save_as_asked(augmentation.preview(config, examples=3), "--out", tmp_path / "new" / "out.png")
+    figures.save(augmentation.preview(config, examples=3), tmp_path / "new" / "out.png")
     assert (tmp_path / "new" / "out.png").read_bytes().startswith(b"\x89PNG")

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from polaformer_jax.analysis import first_operator
+from polaformer_jax.cli import lra_baseline
 from polaformer_jax.data.lra import store
 from polaformer_jax.data.lra.listops import MAX, MIN
 
@@ -28,14 +29,14 @@ def data_dir(tmp_path):
 
 
 def test_an_answer_is_the_commonest_value_of_training_expressions_with_the_same_operator(data_dir):
-    right = first_operator.right_answers(data_dir)
+    right = first_operator.correct_answers(data_dir)
     np.testing.assert_array_equal(right["train"], [True, True, False, False, True, True])
     np.testing.assert_array_equal(right["dev"], [True, False, True, False])
     np.testing.assert_array_equal(right["test"], [True, True])
 
 
 def test_the_command_prints_a_line_for_each_split(data_dir, capsys):
-    assert first_operator.main(["--data-dir", data_dir]) == 0
+    assert lra_baseline.main(["--data-dir", data_dir]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[1:] == [
         ["train", "6", "66.67", "19.25"],
@@ -45,5 +46,5 @@ def test_the_command_prints_a_line_for_each_split(data_dir, capsys):
 
 
 def test_data_that_is_not_there_is_an_error_that_says_how_to_get_it(tmp_path, capsys):
-    assert first_operator.main(["--data-dir", str(tmp_path)]) == 1
-    assert "polaformer_jax.data.prepare lra_listops" in capsys.readouterr().err
+    assert lra_baseline.main(["--data-dir", str(tmp_path)]) == 1
+    assert "polaformer prepare lra_listops" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import pytest
 
 from polaformer_jax.analysis import lra_results
 from polaformer_jax.analysis.lra_results import Row
+from polaformer_jax.cli import lra_table
 from polaformer_jax.errors import UserError
 from tests.support import ROOT
 
@@ -77,7 +78,7 @@ def test_a_file_that_is_none(tmp_path):
 
 
 def test_a_folder_that_is_no_finished_training(tmp_path, capsys):
-    assert lra_results.main(["--csv", str(tmp_path / "a.csv"), "add", str(tmp_path)]) == 1
+    assert lra_table.main(["--csv", str(tmp_path / "a.csv"), "add", str(tmp_path)]) == 1
     assert "config.json does not exist" in capsys.readouterr().err
     for name, content in (("config", {"task": {"name": "image"}}), ("training", {}), ("eval", {})):
         (tmp_path / f"{name}.json").write_text(json.dumps(content))

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from polaformer_jax.analysis import sequence_entropy
 from polaformer_jax.analysis.sequence_entropy import draw, records, row_entropies
+from polaformer_jax.cli import lra_entropy
 from polaformer_jax.models.pola_sequence import PolaSequence, Sequences
 
 LENGTHS = np.array([9, 4], np.int32)
@@ -15,7 +15,7 @@ LENGTHS = np.array([9, 4], np.int32)
 
 def model_of(attention, **options):
     model = PolaSequence(
-        4, vocabulary=20, max_length=12, attention=attention, dim=16, mlp_dim=16, param_dtype=jnp.float64,
+        num_classes=4, vocabulary=20, max_length=12, attention=attention, dim=16, mlp_dim=16, param_dtype=jnp.float64,
         dtype=jnp.float64, rngs=nnx.Rngs(0), **options,
     )  # fmt: skip
     for name, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
@@ -121,10 +121,9 @@ def test_the_picture_shows_every_run_and_attention():
     "arguments, message",
     [
         (["nowhere"], "not the work directory of a training"),
-        (["nowhere", "--examples", "0"], "--examples 0: expected at least 1"),
-        (["nowhere", "--plot", "entropy.gif"], "--plot entropy.gif: expected the name of a .png or .svg file"),
+        (["nowhere", "--plot", "entropy.gif"], "picture 'entropy.gif': expected the name of a .png or .svg file"),
     ],
 )
 def test_what_cannot_be_measured(capsys, arguments, message):
-    assert sequence_entropy.main(arguments) == 1
+    assert lra_entropy.main(arguments) == 1
     assert message in capsys.readouterr().err

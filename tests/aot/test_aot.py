@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.digits import get_config
+from polaformer_jax.aot import report
 from polaformer_jax.aot.collectives import collectives, totals
 from polaformer_jax.aot.compiling import OutOfMemoryError, compile_step, out_of_memory, topology_devices
 from polaformer_jax.aot.largest import largest
@@ -21,6 +21,7 @@ from polaformer_jax.errors import UserError
 from polaformer_jax.files import tables
 from polaformer_jax.hardware.chips import CHIPS, chip_of
 from polaformer_jax.hardware.costs import product_flops
+from tests.support.recipes import digits as get_config
 
 # --- collectives, as XLA writes them for CPUs and TPUs
 
@@ -178,9 +179,9 @@ def test_what_the_compiler_says_of_memory():
 @pytest.mark.parametrize(
     "topology, message",
     [
-        ("v5e", "expected a TPU's, such as v5e:2x4"),
-        ("v5e:2by4", "expected a TPU's"),
-        ("cpu:0", "expected a TPU's"),
+        ("v5e", "expected that of a TPU, such as v5e:2x4"),
+        ("v5e:2by4", "expected that of a TPU"),
+        ("cpu:0", "expected that of a TPU"),
         ("cpu:9", "this process has 8 CPU devices already"),
     ],
 )
@@ -227,10 +228,10 @@ def test_products_agree_with_the_count_of_xla(program):
 
 
 def test_it_is_described_and_written(program, tmp_path):
-    text = command.describe(program)
+    text = report.describe(program)
     for part in ("batch 16 on 4 chips: mesh.data=2, mesh.fsdp=2", "all-gather", "peaks of this chip are not known"):
         assert part in text
-    tables.write_csv(tmp_path / "a.csv", [command.row("cpu:4", program)])
+    tables.write_csv(tmp_path / "a.csv", [report.row("cpu:4", program)])
     (row,) = csv.DictReader((tmp_path / "a.csv").read_text().splitlines())
     assert (row["model"], row["batch"], row["estimated_step_ms"]) == ("pola_pvt_nano", "16", "")
     assert float(row["all-gather_mib"]) > 0
@@ -238,9 +239,9 @@ def test_it_is_described_and_written(program, tmp_path):
 
 def test_times_are_called_estimates(program):
     known = dataclasses.replace(program, chip=CHIPS[1])
-    times = [line for line in command.describe(known).splitlines() if " ms" in line or " h " in line or "%" in line]
+    times = [line for line in report.describe(known).splitlines() if " ms" in line or " h " in line or "%" in line]
     assert len(times) == 3 and all(line.startswith("ESTIMATE") for line in times)
-    assert command.row("v5e:2x2", known)["estimated_step_ms"] > 0
+    assert report.row("v5e:2x2", known)["estimated_step_ms"] > 0
 
 
 def test_a_batch_that_cannot_be_split_is_refused():
@@ -250,9 +251,9 @@ def test_a_batch_that_cannot_be_split_is_refused():
 
 @pytest.mark.slow
 def test_the_command(tmp_path):
-    words = ["--config", "configs/digits.py", "--topology", "cpu:4", "--config.mesh.fsdp=2", "--num_examples", "1437"]
+    words = ["--config", "digits", "--topology", "cpu:4", "--config.mesh.fsdp=2", "--num_examples", "1437"]
     words += ["--config.model.kernel_size=1", "--csv", str(tmp_path / "a.csv")]
-    done = subprocess.run([sys.executable, "-m", "polaformer_jax.aot", *words], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "polaformer_jax.cli", "aot", *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "batch 64 on 4 chips: mesh.data=2, mesh.fsdp=2" in done.stdout
     lines = (tmp_path / "a.csv").read_text().splitlines()
@@ -260,9 +261,6 @@ def test_the_command(tmp_path):
     assert np.isfinite(float(next(csv.DictReader(lines))["memory_gib"]))
 
 
-def test_the_command_without_a_topology():
-    done = subprocess.run(
-        [sys.executable, "-m", "polaformer_jax.aot", "--config", "configs/digits.py"], capture_output=True, text=True
-    )
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: --config and --topology are needed")
+def test_the_command_without_a_topology(capsys):
+    assert command.main(["--config", "digits"]) == 1
+    assert capsys.readouterr().err.startswith("error: --config and --topology are needed")

@@ -42,7 +42,7 @@ def test_the_images_are_like_imagenets_and_all_differ(tmp_path):
     [
         (["--images=3"], "images is 3, batch size 64"),
         (["--repetitions=0"], "repetitions 0"),
-        (["--config=configs/none.py:t"], "there is no file configs/none.py"),
+        (["--config=configs/none.py:t"], "config 'configs/none.py': no such file"),
         (["--official=/nonexistent"], "there is no data/build.py in it; expected a checkout"),
     ],
 )

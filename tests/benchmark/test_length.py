@@ -13,6 +13,7 @@ from polaformer_jax.benchmark.sweep import Point
 from polaformer_jax.benchmark.timing import Timing
 from polaformer_jax.cli.benchmark import main
 from polaformer_jax.files import figures
+from tests.support.recipes import recipe
 
 
 def rows_of(path):
@@ -142,7 +143,7 @@ def test_the_plot_has_logarithmic_axes_every_point_and_the_crossover(tmp_path):
 
 
 def test_the_batch_is_of_full_sequences_or_pairs():
-    config = length.load_config("configs/lra.py:retrieval")
+    config = recipe("lra", "retrieval")
     config.train.batch_size = 3
     batch = length.batch(config, 16)
     assert (batch["tokens"].shape, batch["length"].shape, batch["mask"].shape) == ((3, 2, 16), (3, 2), (3,))

@@ -67,10 +67,11 @@ def test_the_step_is_that_of_the_training():
     """Traced, not run: its state comes out as it went in, with moments of all parameters."""
     case = Case("pola_pvt_nano", 32, 8, "float32")
     made = experiment(case, jax.devices()[:1])
-    state, sums = made.trace_train_step(made.abstract_batch(case.batch)).out_info
-    assert jax.tree.structure(state) == jax.tree.structure(made.abstract_state)
+    state, sums = made.train_step.trace(made.abstract_batch(case.batch)).out_info
+    assert jax.tree.structure(state) == jax.tree.structure(made.states.abstract)
     assert {"loss", "grad_norm", "learning_rate"} <= sums.keys()
-    assert (made.task.mixup, made.task.cutmix, made.task.erase_prob) == (0.8, 1.0, 0.25)
+    augment = made.config.augment
+    assert (augment.mixup, augment.cutmix, augment.erase_prob) == (0.8, 1.0, 0.25)
 
 
 def test_the_batch_lies_on_all_devices(tmp_path):

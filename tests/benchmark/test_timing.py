@@ -135,7 +135,7 @@ def test_what_does_not_fit_though_the_compiler_said_so_is_an_error():
 
 def test_a_table_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="--csv .*/file/table.csv cannot be written"):
+    with pytest.raises(UserError, match="table '.*/file/table.csv' cannot be written"):
         tables.write_csv(str(tmp_path / "file" / "table.csv"), [{"a": 1}])
 
 

@@ -52,7 +52,7 @@ MAY_LOSE_A_PEER = {"kill", "damage", "term twice", "disk"}
 
 
 def settings(data_dir, *, workers=0, port=None, process=0, processes=1):
-    from configs.digits import get_config
+    from tests.support.recipes import digits as get_config
 
     config = get_config()
     config.update_from_flattened_dict(
@@ -176,7 +176,7 @@ def final(workdir):
 
     experiment = Experiment(settings(ARGS.data_dir))
     with Checkpoints(workdir / "checkpoints", keep_last=2, best_metric="accuracy", read_only=True) as checkpoints:
-        state = checkpoints.restore(experiment.abstract_state).state
+        state = checkpoints.restore(experiment.states.abstract).state
     arrays = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(state)}
     numbers = written(workdir)
     shown = {name: values for name, values in numbers.items() if name not in TIMES}

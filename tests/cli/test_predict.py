@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -13,10 +14,10 @@ from PIL import Image
 
 import polaformer_jax as pf
 from polaformer_jax.cli import predict
+from polaformer_jax.data.images.normalisation import normalise
 from polaformer_jax.errors import UserError, WeightsError
 from polaformer_jax.files import figures
 from polaformer_jax.inference import pictures, prediction
-from polaformer_jax.training.tasks.task import normalise
 from tests.support import ROOT
 from tests.support.small_models import build
 
@@ -96,7 +97,8 @@ def test_the_table_names_an_image_once(results):
 
 @pytest.mark.parametrize("size, resize", [(224, 256), (384, 384), (32, 37), (448, 448), (320, 366)])
 def test_the_official_rule_of_resize_and_crop(model, size, resize, monkeypatch):
-    monkeypatch.setattr(model, "img_size", size)
+    resized = types.SimpleNamespace(img_size=size)
+    monkeypatch.setattr(model, "config", resized)
     transform = prediction.evaluation_transform(model, {})
     assert (transform.resize, transform.crop, transform.num_classes) == (resize, size, 5)
 
@@ -135,9 +137,9 @@ def test_names_come_from_the_file_else_the_data_set_else_the_weights(tmp_path, d
     "metadata, arguments, message",
     [
         ({}, {"file": "{dir}/two.txt"}, "two.txt names 2 classes, but the model has 5"),
-        ({}, {"file": "{dir}/none.txt"}, "--classes .*none.txt: .*No such file"),
+        ({}, {"file": "{dir}/none.txt"}, "class names .*none.txt: .*No such file"),
         ({}, {"file": "{dir}/two.txt", "data": "x", "data_dir": "y"}, "both name the classes"),
-        ({}, {"data": "sklearn_digits"}, "--data and --data-dir belong together"),
+        ({}, {"data": "sklearn_digits"}, "data and data_dir belong together"),
         ({}, {"data": "sklearn_digits", "data_dir": "{dir}"}, "is not prepared below"),
         ({"classes": '["a"]'}, {}, "the metadata of the weights names 1 classes, but the model has 5"),
         ({"classes": '{"a": 1}'}, {}, "expected a JSON list of names"),
@@ -202,7 +204,7 @@ def test_refuses_a_picture_before_any_work(path, images, message):
 
 
 def run(*arguments):
-    command = [sys.executable, "-m", "polaformer_jax.cli.predict", *map(str, arguments)]
+    command = [sys.executable, "-m", "polaformer_jax.cli", "predict", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 

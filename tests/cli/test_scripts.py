@@ -84,7 +84,7 @@ def test_a_killed_training_goes_on_to_the_same_end_and_leaves_no_process(digits_
 
     again = subprocess.run(train_command(digits_dir, broken), cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stderr
-    assert "going on from the checkpoint of step" in again.stderr
+    assert "resuming from the checkpoint of step" in again.stderr
     one, two = parameters(straight, 40), parameters(broken, 40)
     assert one.keys() == two.keys() and len(one) > 50
     assert one == two
@@ -99,15 +99,21 @@ def test_a_killed_training_goes_on_to_the_same_end_and_leaves_no_process(digits_
     [
         (["--config=configs/digits.py", "--config.optimizer.learning_rate=1"], "learning_rate"),
         (["--config=configs/digits.py:pvt,epoch=3"], "unknown config option 'epoch=3'; the options are: epochs="),
-        (["--config=configs/none.py", "--config.seed=1"], "No such file"),
-        (["--config=configs/none.py"], "No such file"),
-        (["--config=configs/defaults.py"], "no get_config"),
+        (
+            ["--config=configs/none.py", "--config.seed=1"],
+            "no such file; expected the path of a Python file, or a packaged",
+        ),
+        (
+            ["--config=configs/none.py"],
+            "no such file; expected the path of a Python file, or a packaged",
+        ),
+        (["--config=polaformer_jax/errors.py"], "it has no get_config"),
         (["--config=configs/digits.py", "--config.augment.crop_area[7]=0.5"], "there is no field"),
         (["--config=configs/digits.py", "--config.seed=None"], "--config.seed=None: this field must have a value"),
         (["--config=configs/digits.py:resnet"], "no model 'resnet'; it has pvt, swin"),
         (["--config=configs/digits.py", "--config.train.steps=5"], "exactly one of them must be given"),
-        (["--config=configs/digits.py"], "python -m polaformer_jax.data.prepare sklearn_digits --data-dir"),
-        (["--config=configs/pola_pvt.py:t"], "python -m polaformer_jax.data.prepare imagenet2012 --data-dir"),
+        (["--config=configs/digits.py"], "polaformer prepare sklearn_digits --data-dir"),
+        (["--config=configs/pola_pvt.py:t"], "polaformer prepare imagenet2012 --data-dir"),
         ([], "--config"),
     ],
 )

@@ -12,7 +12,8 @@ from PIL import Image
 from polaformer_jax.data.folder_source import FolderSource
 from polaformer_jax.data.images.transforms import EvalImageTransform, TrainImageTransform
 from polaformer_jax.data.pipeline import EvalBatches, train_batches
-from polaformer_jax.data.sources import Source, open_source
+from polaformer_jax.data.records import Source
+from polaformer_jax.data.sources import open_source
 from polaformer_jax.errors import UserError
 from tests.support.image_folders import CLASSES, config, digest, encode, paths, pictures, write
 

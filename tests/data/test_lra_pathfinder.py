@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from polaformer_jax.analysis import pathfinder_sheet
+from polaformer_jax.cli import lra_sheet
 from polaformer_jax.data.lra import pathfinder as pf
 from polaformer_jax.data.lra import pathfinder_pictures
 
@@ -201,7 +201,7 @@ def test_random_numbers_are_uniform_and_independent_between_pictures():
 
 
 def test_the_sheet_is_drawn(tmp_path, capsys):
-    assert pathfinder_sheet.main(["--output", str(tmp_path / "sheet.png"), "--examples", "3"]) == 0
+    assert lra_sheet.main(["--output", str(tmp_path / "sheet.png"), "--examples", "3"]) == 0
     assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
-    assert pathfinder_sheet.main(["--output", str(tmp_path / "sheet.pdf")]) == 1
+    assert lra_sheet.main(["--output", str(tmp_path / "sheet.pdf")]) == 1
     assert "expected the name of a .png file" in capsys.readouterr().err

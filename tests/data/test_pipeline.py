@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from polaformer_jax.data.images.transforms import CorruptImageError, EvalImageTransform, TrainImageTransform
+from polaformer_jax.data.images.transforms import EvalImageTransform, TrainImageTransform
 from polaformer_jax.data.pipeline import EvalBatches, train_batches
-from polaformer_jax.data.sources import Source, open_source
+from polaformer_jax.data.records import CorruptRecordError, Source
+from polaformer_jax.data.sources import open_source
 from polaformer_jax.errors import UserError
 
 
@@ -62,7 +63,7 @@ class Fail(Trace):
                     "own kind"
                 )
             if self._how == "corrupt":
-                raise CorruptImageError("no image")
+                raise CorruptRecordError("no image")
             if self._how == "unreadable":
                 raise OSError("cannot read")
         return super().__call__(record, rng)

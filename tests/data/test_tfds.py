@@ -16,10 +16,12 @@ import sklearn.datasets
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from polaformer_jax.cli import prepare as prepare_command
 from polaformer_jax.data import digits, prepare
 from polaformer_jax.data.images.transforms import EvalImageTransform, decode
 from polaformer_jax.data.pipeline import EvalBatches
-from polaformer_jax.data.sources import Source, open_source
+from polaformer_jax.data.records import Source
+from polaformer_jax.data.sources import open_source
 from polaformer_jax.data.tfds_source import find_prepared
 from polaformer_jax.errors import UserError
 from tests.support.fake_imagenet import jpeg, write_tars
@@ -130,13 +132,13 @@ def test_the_split_is_written_down():
 
 def test_preparing_again_does_nothing(digits_dir, capsys):
     files = {path: path.stat().st_mtime_ns for path in Path(digits_dir).rglob("*")}
-    assert prepare.main(["sklearn_digits", "--data-dir", digits_dir]) == 0
+    assert prepare_command.main(["sklearn_digits", "--data-dir", digits_dir]) == 0
     assert "sklearn_digits is already prepared" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in Path(digits_dir).rglob("*")} == files
 
 
 def test_preparing_elsewhere_gives_the_same_records(digits_dir, tmp_path, capsys):
-    assert prepare.main(["sklearn_digits", "--data-dir", str(tmp_path)]) == 0
+    assert prepare_command.main(["sklearn_digits", "--data-dir", str(tmp_path)]) == 0
     assert "(train 1437, test 360)" in capsys.readouterr().out
     first, second = open_split(digits_dir), open_split(tmp_path)
     assert all(first[i] == second[i] for i in range(360))
@@ -146,7 +148,9 @@ def test_reading_and_finding_import_no_tensorflow(digits_dir):
     code = f"""
 import sys
 from types import SimpleNamespace
-from polaformer_jax.data import pipeline, prepare, sources, transforms
+from polaformer_jax.cli import prepare
+from polaformer_jax.data import pipeline, sources
+from polaformer_jax.data.images import transforms
 assert prepare.main(["sklearn_digits", "--data-dir", {digits_dir!r}]) == 0
 assert "tensorflow_datasets" not in sys.modules
 source = sources.open_source(SimpleNamespace(source="tfds", name="sklearn_digits", data_dir={digits_dir!r}), "test")
@@ -220,7 +224,7 @@ def test_a_data_set_that_is_not_prepared_names_the_command_and_downloads_nothing
 
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
     monkeypatch.setattr(socket.socket, "connect", no_network)
-    with pytest.raises(UserError, match=rf"python -m polaformer_jax.data.prepare mnist --data-dir {tmp_path}"):
+    with pytest.raises(UserError, match=rf"polaformer prepare mnist --data-dir {tmp_path}"):
         open_split(tmp_path, "mnist")
     assert not list(tmp_path.iterdir())
 
@@ -230,13 +234,13 @@ def test_tfrecord_files_are_refused_with_the_way_out(tmp_path, capsys):
     with pytest.raises(UserError, match="(?s)prepared as tfrecord.*prepare to-arrayrecord cars --data-dir") as caught:
         open_split(tmp_path, "cars")
     assert str(tmp_path / "cars/1.0.0") in str(caught.value)
-    assert prepare.main(["cars", "--data-dir", str(tmp_path)]) == 1
+    assert prepare_command.main(["cars", "--data-dir", str(tmp_path)]) == 1
     assert "prepared as tfrecord" in capsys.readouterr().err
 
 
 def test_a_data_set_of_another_kind_is_refused(tmp_path, capsys):
     message = "not for image classification.*found label .ClassLabel., text .Text."
-    assert prepare.main(["sentences", "--data-dir", str(tmp_path)]) == 1
+    assert prepare_command.main(["sentences", "--data-dir", str(tmp_path)]) == 1
     assert "not for image classification" in capsys.readouterr().err
     tfds.builder("sentences", data_dir=tmp_path, file_format="array_record").download_and_prepare()
     with pytest.raises(UserError, match=message):
@@ -269,30 +273,30 @@ def test_a_source_travels_by_pickle(digits_dir):
     ],
 )
 def test_what_cannot_be_prepared_is_told(tmp_path, capsys, arguments, message):
-    assert prepare.main([*arguments, "--data-dir", str(tmp_path)]) == 1
+    assert prepare_command.main([*arguments, "--data-dir", str(tmp_path)]) == 1
     assert message in capsys.readouterr().err
 
 
 def test_a_preparation_that_failed_is_no_data_set_and_can_be_repeated(tmp_path, capsys, monkeypatch):
-    assert prepare.main(["fragile", "--data-dir", str(tmp_path)]) == 1
+    assert prepare_command.main(["fragile", "--data-dir", str(tmp_path)]) == 1
     assert "OSError" in capsys.readouterr().err
     assert find_prepared("fragile", tmp_path) is None
     monkeypatch.setattr(Fragile, "broken", False)
-    assert prepare.main(["fragile", "--data-dir", str(tmp_path)]) == 0
+    assert prepare_command.main(["fragile", "--data-dir", str(tmp_path)]) == 0
     assert len(open_split(tmp_path, "fragile", "train")) == 1
 
 
 def test_what_a_killed_preparation_left_is_reported(tmp_path, capsys, monkeypatch):
     leftover = fake(tmp_path, "fragile/incomplete.AB12CD_1.0.0")
     monkeypatch.setattr(Fragile, "broken", False)
-    assert prepare.main(["fragile", "--data-dir", str(tmp_path)]) == 0
+    assert prepare_command.main(["fragile", "--data-dir", str(tmp_path)]) == 0
     assert str(leftover) in capsys.readouterr().out
 
 
 def test_imagenet_is_prepared_from_its_tars_by_its_own_builder(tmp_path, capsys):
     wnids = ["n15075141", "n01440764", "n01443537"]
     tars = write_tars(tmp_path / "tars", wnids, validation=2)
-    assert prepare.main(["imagenet2012", "--data-dir", str(tmp_path / "data"), "--manual-dir", str(tars)]) == 0
+    assert prepare_command.main(["imagenet2012", "--data-dir", str(tmp_path / "data"), "--manual-dir", str(tars)]) == 0
     assert "(train 3, validation 2)" in capsys.readouterr().out
     source = open_split(tmp_path / "data", "imagenet2012", "train")
     assert source.num_classes == 1000

@@ -11,7 +11,8 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from polaformer_jax.data import prepare, to_arrayrecord
+from polaformer_jax.cli import prepare as prepare_command
+from polaformer_jax.data import to_arrayrecord
 from polaformer_jax.data.sources import open_source
 from polaformer_jax.data.tfds_source import find_prepared
 from polaformer_jax.errors import UserError
@@ -73,7 +74,7 @@ def files(directory):
 
 
 def convert(*arguments):
-    return prepare.main(["to-arrayrecord", "tiles/small", *map(str, arguments)])
+    return prepare_command.main(["to-arrayrecord", "tiles/small", *map(str, arguments)])
 
 
 def shard(data_dir):
@@ -101,9 +102,9 @@ def test_the_error_about_tfrecord_names_the_command_that_helps(tfrecord_dir):
         records(tfrecord_dir, "train")
     message, command = str(caught.value).splitlines()
     assert "prepared as tfrecord" in message and f"data.data_dir={tfrecord_dir}-arrayrecord" in message
-    program = "python -m polaformer_jax.data.prepare "
+    program = "polaformer prepare "
     assert command.strip().startswith(program)
-    assert prepare.main(command.strip().removeprefix(program).split()) == 0
+    assert prepare_command.main(command.strip().removeprefix(program).split()) == 0
     assert len(records(f"{tfrecord_dir}-arrayrecord", "train")) == 23
 
 
@@ -117,7 +118,7 @@ def test_what_is_there_already_is_left_alone(tfrecord_dir, tmp_path, capsys, out
     (tmp_path / "new" / "tiles" / "small" / "1.2.0").mkdir(parents=True)
     before = files(tmp_path)
     assert convert("--data-dir", tfrecord_dir, "--out-dir", tmp_path / out) == 1
-    assert "exists already; name another directory with --out-dir" in capsys.readouterr().err
+    assert "exists already; name another directory" in capsys.readouterr().err
     assert files(tmp_path) == before
 
 

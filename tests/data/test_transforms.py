@@ -12,7 +12,8 @@ from PIL import Image
 from scipy import stats
 
 from polaformer_jax.data.images import resampling, transforms
-from polaformer_jax.data.images.transforms import CorruptImageError, EvalImageTransform, TrainImageTransform
+from polaformer_jax.data.images.transforms import EvalImageTransform, TrainImageTransform
+from polaformer_jax.data.records import CorruptRecordError
 from polaformer_jax.errors import UserError
 from tests.support import GOLDEN_FOLDER
 
@@ -194,14 +195,14 @@ def test_exif_orientation_is_ignored():
     ids=["empty", "text", "truncated-jpeg", "truncated-png", "broken-png-chunk", "header-only"],
 )
 def test_broken_bytes_raise_one_kind_of_error(data):
-    with pytest.raises(CorruptImageError, match=rf"corrupt image \({len(data)} bytes\)"):
+    with pytest.raises(CorruptRecordError, match=rf"corrupt image \({len(data)} bytes\)"):
         transforms.decode(data)
 
 
 def test_decompression_bombs_are_refused(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     for fmt in ("png", "jpeg"):
-        with pytest.raises(CorruptImageError, match="bomb"):
+        with pytest.raises(CorruptRecordError, match="bomb"):
             transforms.decode(encode(noise(64, 64), fmt=fmt))
 
 

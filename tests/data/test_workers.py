@@ -101,7 +101,7 @@ SCRIPT = """
     import sys, time
     import grain
     from polaformer_jax.data.workers import Stream
-    from tests.test_data_workers import value
+    from tests.data.test_workers import value
 
     if __name__ == "__main__":  # workers import this file again
         batches = Stream(grain.MapDataset.range(1000).map(value), workers={workers})

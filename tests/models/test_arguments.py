@@ -1,4 +1,7 @@
-"""What constructors, models and the zoo refuse, and what they say about it."""
+"""What constructors, models and the registry refuse, and what they say about it."""
+
+import dataclasses
+import json
 
 import jax.numpy as jnp
 import pytest
@@ -84,13 +87,33 @@ def test_names_of_models():
         pf.create_model("pola_swin_tiny", rngs=nnx.Rngs(0))
 
 
-def test_arguments_of_models():
-    arguments = registry.arguments("pola_swin_t", drop_path=0.4, kernel_size=3)
-    assert arguments["drop_path_rate"] == 0.4 and arguments["kernel_size"] == 3
-    assert arguments["alpha"] == 4 and arguments["window_size"] == 56 and arguments["depths"] == (2, 2, 6, 2)
-    with pytest.raises(TypeError):
-        arguments["alpha"] = 3
+def test_configs_of_models():
+    config = registry.model_config("pola_swin_t", drop_path=0.4, kernel_size=3)
+    assert config.drop_path_rate == 0.4 and config.kernel_size == 3
+    assert config.alpha == 4 and config.window_size == 56 and config.depths == (2, 2, 6, 2)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.alpha = 3
     with pytest.raises(ValueError, match="PolaPVT has no argument window_size; its arguments are img_size"):
-        registry.arguments("pola_pvt_t", window_size=7)
+        registry.model_config("pola_pvt_t", window_size=7)
     with pytest.raises(ValueError, match="two names for one rate"):
-        registry.arguments("pola_pvt_t", drop_path=0.1, drop_path_rate=0.1)
+        registry.model_config("pola_pvt_t", drop_path=0.1, drop_path_rate=0.1)
+
+
+@pytest.mark.parametrize("name", pf.list_models())
+def test_a_config_survives_json_and_knows_its_name(name):
+    config = registry.model_config(name)
+    again = type(config)(**json.loads(json.dumps(config.to_dict())))
+    assert again == config and hash(again) == hash(config)
+    assert registry.name_of(dataclasses.replace(again, num_classes=3, drop_rate=0.5)) == name
+
+
+def test_constructors_take_a_config_or_its_fields():
+    config = dataclasses.replace(registry.model_config("pola_pvt_nano"), num_classes=3)
+    model = nnx.eval_shape(lambda: pf.PolaPVT(config, rngs=nnx.Rngs(0)))
+    assert model.config == config and model.head.out_features == 3
+    with pytest.raises(TypeError, match="a config and alpha: give one of them"):
+        pf.PolaPVT(config, alpha=3, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match="config is a PolaPVTConfig, expected a PolaSwinConfig"):
+        pf.PolaSwin(config, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match="PolaSwin has no argument sr_ratios; its arguments are img_size"):
+        pf.PolaSwin(sr_ratios=(1, 1, 1, 1), rngs=nnx.Rngs(0))

@@ -152,9 +152,9 @@ def test_module_has_the_official_parameters(projections, sr_ratio):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"alpha": -0.1}, "alpha -0.1: expected a finite number >= 0"),
-        ({"alpha": float("nan")}, "alpha nan"),
-        ({"kernel_size": 4}, "kernel_size 4: expected an odd number"),
+        ({"alpha": -0.1}, "alpha=-0.1: expected a number >= 0"),
+        ({"alpha": float("nan")}, "alpha=nan"),
+        ({"kernel_size": 4}, "kernel_size=4: expected an odd number"),
         ({"num_heads": 3}, "dim 8 over 3 heads"),
         ({"num_heads": 8}, "dim 8 over 8 heads"),
         ({"sr_ratio": 3}, "sr_ratio 3 does not divide the grid"),

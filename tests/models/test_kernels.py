@@ -248,5 +248,5 @@ def test_the_training_step_of_a_tpu_has_the_kernel(monkeypatch):
     """The step says on which mesh the batch lies."""
     monkeypatch.setattr(kernels, "for_tpu", lambda: True)  # the devices of that mesh are this machine's
     made = Experiment(config_of(), num_examples=64)
-    step = made.trace_train_step(made.abstract_batch(16)).lower(lowering_platforms=("tpu",))
+    step = made.train_step.trace(made.abstract_batch(16)).lower(lowering_platforms=("tpu",))
     assert step.as_text().count("tpu_custom_call") >= 2  # there and back; blocks of one shape share theirs

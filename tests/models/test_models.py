@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import polaformer_jax as pf
-from polaformer_jax.models import layers, pola_swin, registry
+from polaformer_jax.models import registry, window_attention
 from tests.support.golden_models import FULL
 from tests.support.quick import QUICK
 from tests.support.small_models import FAMILIES, all_finite, build, noise, split
@@ -49,9 +49,9 @@ def test_official_models_have_the_official_number_of_parameters(name):
 
 @pytest.mark.parametrize("name", ["pola_pvt_t", "pola_swin_t", "pola_pvt_nano", "pola_swin_nano"])
 def test_features_are_the_maps_of_four_strides(name):
-    arguments = registry.arguments(name)
-    size = arguments["img_size"]
-    dims = arguments.get("embed_dims") or [arguments["embed_dim"] * 2**i for i in range(4)]
+    config = registry.model_config(name)
+    size = config.img_size
+    dims = config.embed_dims if config.family == "PolaPVT" else [config.embed_dim * 2**i for i in range(4)]
     graphdef, params = split(nnx.eval_shape(lambda: pf.create_model(name, num_classes=7, rngs=nnx.Rngs(0))))
 
     def call(params, images):
@@ -236,7 +236,7 @@ def test_any_accepted_combination_trains(count, compiled_ones):
 
 @pytest.mark.parametrize("window", [1, 2, 3, 7])
 def test_relative_position_index(window):
-    index = pola_swin.relative_position_index(window)
+    index = window_attention.relative_position_index(window)
     places = list(itertools.product(range(window), repeat=2))
     for i, j in itertools.product(range(window**2), repeat=2):
         rows, columns = places[i][0] - places[j][0], places[i][1] - places[j][1]  # query minus key
@@ -249,7 +249,7 @@ def test_shift_mask_separates_what_is_not_adjacent(grid, window, shift):
     place = np.indices((grid, grid)).reshape(2, -1).T  # where each token stands after the shift
     wrapped = (place + shift) // grid  # how often each came around an edge, by row and column
     of_window = np.stack(np.split(place // window, 2, axis=1), axis=-1).reshape(-1, 2) @ [grid // window, 1]
-    mask = pola_swin.shift_mask(grid, window, shift)
+    mask = window_attention.shift_mask(grid, window, shift)
     for i in range((grid // window) ** 2):
         members = wrapped[of_window == i]
         np.testing.assert_array_equal(mask[i], (members[:, None] != members[None]).any(-1))
@@ -257,6 +257,6 @@ def test_shift_mask_separates_what_is_not_adjacent(grid, window, shift):
 
 def test_windows_are_cut_and_joined():
     x = noise(2, 36, 5)
-    cut = layers.partition_windows(x, 3, grid=6)
+    cut = window_attention.partition_windows(x, 3, grid=6)
     np.testing.assert_array_equal(cut[1], x[0].reshape(6, 6, 5)[:3, 3:].reshape(9, 5))
-    np.testing.assert_array_equal(layers.merge_windows(cut, 3, grid=6), x)
+    np.testing.assert_array_equal(window_attention.merge_windows(cut, 3, grid=6), x)

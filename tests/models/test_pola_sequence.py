@@ -10,13 +10,15 @@ import pytest
 from flax import nnx
 
 import polaformer_jax as pf
-from configs.lra import get_config
 from polaformer_jax import weights
 from polaformer_jax.analysis import augmentation
+from polaformer_jax.config import ATTENTIONS
 from polaformer_jax.errors import UserError
 from polaformer_jax.inference.prediction import evaluation_transform
-from polaformer_jax.models.pola_sequence import ATTENTIONS, Sequences, relu_attention
+from polaformer_jax.models.plain_attention import relu_attention
+from polaformer_jax.models.pola_sequence import Sequences
 from tests.support.quick import QUICK
+from tests.support.recipes import recipe
 from tests.support.small_models import all_finite, split
 
 SMALL = {"num_classes": 3, "vocabulary": 11, "max_length": 24, "dim": 8, "depth": 1, "mlp_dim": 12, "head_dim": 10}
@@ -99,7 +101,7 @@ def test_the_sizes_of_the_long_range_arena_are_the_defaults():
     assert shapes["blocks.1.mlp.fc1.kernel"] == (64, 128)
     assert shapes["head.fc1.kernel"] == (64, 128) and shapes["head.fc2.kernel"] == (128, 10)
     assert "blocks.2.norm1.scale" not in shapes
-    arguments = dict(model.arguments)
+    arguments = model.config.to_dict()
     assert arguments["drop_rate"] == 0.1 and arguments["alpha"] == 3 and arguments["kernel_size"] == 5
 
 
@@ -215,7 +217,7 @@ def saved(tmp_path):
 def test_a_file_knows_its_model(saved):
     model, path = saved
     again = pf.create_model(weights=path)
-    assert dict(again.arguments) == {**dict(model.arguments)}
+    assert again.config.to_dict() == {**model.config.to_dict()}
     assert weights.read_file(path).metadata["model"] == "PolaSequence"
     given = sequences(2, 9, lengths=[9, 4])
     np.testing.assert_array_equal(again(given), model(given))
@@ -230,7 +232,7 @@ def test_a_file_whose_tensors_are_of_another_depth_is_refused(saved):
             pf.create_model(weights=changed)
 
 
-def test_the_zoo_names_the_model_of_the_arena():
+def test_the_registry_names_the_model_of_the_arena():
     model = nnx.eval_shape(lambda: pf.create_model("pola_sequence", num_classes=2, texts=2, rngs=nnx.Rngs(0)))
     described = weights.model_metadata(model)
     assert described["model"] == "pola_sequence" and json.loads(described["arguments"])["texts"] == 2
@@ -268,4 +270,4 @@ def test_what_is_for_images_refuses_it(saved):
     with pytest.raises(UserError, match="the model is a PolaSequence, and maps are drawn over images"):
         pf.attention_maps(saved[0], np.zeros((1, 32, 32, 3), np.float32), stage=0, block=0)
     with pytest.raises(UserError, match="task.name='listops': the preview draws the augmentation of images"):
-        augmentation.preview(get_config("listops"))
+        augmentation.preview(recipe("lra", "listops"))

@@ -12,7 +12,7 @@ import pytest
 from polaformer_jax.errors import UserError
 from polaformer_jax.training import sharding
 from polaformer_jax.training.checkpoints import Checkpoints
-from polaformer_jax.training.step import TrainState
+from polaformer_jax.training.state import TrainState
 
 OPTIMIZER = optax.adamw(1e-3)
 

@@ -10,7 +10,6 @@ import pytest
 from flax import nnx
 
 import polaformer_jax as pf
-from configs.digits import get_config
 from polaformer_jax import weights
 from polaformer_jax.cli import export as command
 from polaformer_jax.training import evaluation
@@ -18,6 +17,7 @@ from polaformer_jax.training.checkpoints import Checkpoints
 from polaformer_jax.training.experiment import Experiment
 from polaformer_jax.training.export import export
 from polaformer_jax.training.workdir import claim
+from tests.support.recipes import digits as get_config
 from tests.support.torch_files import write_pth
 
 
@@ -47,7 +47,7 @@ def assert_same(one, other):
 def trained(digits_dir, tmp_path_factory):
     """A work directory with two checkpoints, of steps 1 (the better one) and 2, and the parameters of both."""
     workdir, config = tmp_path_factory.mktemp("run"), config_of(digits_dir)
-    state, saved = Experiment(config).initial_state(), {}
+    state, saved = Experiment(config).states.initial(), {}
     with claim(workdir, config), Checkpoints(workdir / "checkpoints", keep_last=2, best_metric="accuracy") as kept:
         for step, accuracy in ((1, 0.9), (2, 0.8)):
             raised = jax.tree.map(lambda leaf: np.asarray(leaf) + 1, (state.step, state.params))  # compiles nothing
@@ -131,13 +131,13 @@ def test_no_work_directory(tmp_path, capsys):
 def official(tmp_path, digits_dir, **changes):
     """An official checkpoint of the config's model, and the model."""
     model = Experiment(config_of(digits_dir, **changes))
-    model = model.model(model.initial_params())
+    model = model.model(model.params.initial())
     return write_pth(tmp_path / "official.pth", {"model": weights.to_torch(model)}), model
 
 
 def test_a_training_starts_from_an_official_checkpoint(digits_dir, tmp_path):
     path, model = official(tmp_path, digits_dir, seed=3)
-    begun = Experiment(config_of(digits_dir, **{"init.weights": str(path)})).initial_params()
+    begun = Experiment(config_of(digits_dir, **{"init.weights": str(path)})).params.initial()
     assert_same(flat(begun), flat(nnx.to_pure_dict(nnx.state(model))))
 
 
@@ -146,7 +146,7 @@ def test_fine_tuning_fits_image_size_and_classes(digits_dir, tmp_path, caplog, m
     path = write_pth(tmp_path / "a.pth", {"model": weights.to_torch(saved)})
     changes = {"init.weights": str(path), "model.img_size": 64, "eval.resize": 64, "eval.crop": 64}
     monkeypatch.setattr(logging.getLogger("polaformer_jax"), "propagate", True)
-    begun = flat(Experiment(config_of(digits_dir, **changes)).initial_params())
+    begun = flat(Experiment(config_of(digits_dir, **changes)).params.initial())
     assert begun["head.kernel"].shape[1] == 10 and not begun["head.kernel"].any()
     assert begun["pos_embed1"].shape == (1, 256, 32)
     np.testing.assert_array_equal(begun["block1.0.attn.qg.kernel"], saved.block1[0].attn.qg.kernel[...])
@@ -178,4 +178,4 @@ def test_another_alpha_is_refused(digits_dir, tmp_path):
     weights.save_weights(saved, tmp_path / "a.safetensors")
     config = config_of(digits_dir, **{"init.weights": str(tmp_path / "a.safetensors")})
     with pytest.raises(weights.WeightsError, match="config.model.alpha"):
-        Experiment(config).initial_params()
+        Experiment(config).params.initial()

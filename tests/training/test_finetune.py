@@ -8,10 +8,10 @@ from flax import nnx
 from PIL import Image
 
 import polaformer_jax as pf
-from configs.finetune import get_config
 from polaformer_jax.errors import UserError
 from polaformer_jax.training import loop
 from polaformer_jax.training.experiment import Experiment
+from tests.support.recipes import recipe
 
 CLASSES = ("rose", "iris", "tulip")
 
@@ -32,7 +32,7 @@ def flowers(tmp_path_factory):
 
 
 def config_of(folder, **changes):
-    config = get_config("pola_pvt_t,img_size=64")
+    config = recipe("finetune", "pola_pvt_t,img_size=64")
     config.data.data_dir = str(folder)
     config.data.workers = 0
     config.update_from_flattened_dict(changes)
@@ -43,8 +43,8 @@ def test_the_number_of_classes_is_that_of_the_data(flowers):
     config = config_of(flowers)
     experiment = Experiment(config)
     assert experiment.config.model.num_classes == len(CLASSES) and config.model.num_classes is None
-    assert experiment.abstract_params["head"]["kernel"].shape[-1] == len(CLASSES)
-    assert experiment.eval_source.class_names == tuple(sorted(CLASSES))
+    assert experiment.params.abstract["head"]["kernel"].shape[-1] == len(CLASSES)
+    assert experiment.inputs.eval_source.class_names == tuple(sorted(CLASSES))
 
 
 def test_a_number_that_was_given_must_fit(flowers):
@@ -53,11 +53,11 @@ def test_a_number_that_was_given_must_fit(flowers):
 
 
 def test_the_model_and_where_the_data_lie_are_options():
-    config = get_config("pola_swin_b_384,source=tfds")
+    config = recipe("finetune", "pola_swin_b_384,source=tfds")
     assert (config.model.img_size, config.eval.resize, config.data.source) == (384, 384, "tfds")
-    assert get_config("pola_pvt_s").eval.resize == 256
+    assert recipe("finetune", "pola_pvt_s").eval.resize == 256
     with pytest.raises(UserError, match="source=disk: it is folder or tfds"):
-        get_config("pola_pvt_t,source=disk")
+        recipe("finetune", "pola_pvt_t,source=disk")
 
 
 @pytest.mark.slow

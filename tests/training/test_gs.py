@@ -10,7 +10,6 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from configs.digits import get_config
 from polaformer_jax import weights
 from polaformer_jax.data import prepare, tfds_source
 from polaformer_jax.data.lra import prepare as lra_prepare
@@ -18,12 +17,13 @@ from polaformer_jax.data.lra.source import SequenceSource
 from polaformer_jax.errors import UserError
 from polaformer_jax.files import atomic
 from polaformer_jax.inference.prediction import evaluation_transform, read_image
-from polaformer_jax.training import evaluation, loop, writers
+from polaformer_jax.training import evaluation, loop, metrics
 from polaformer_jax.training.checkpoints import Checkpoints
 from polaformer_jax.training.export import export
 from polaformer_jax.training.workdir import claim, read_config
 from tests.support import tiny_lra, tiny_weights
 from tests.support.fake_bucket import Bucket, serving
+from tests.support.recipes import digits as get_config
 from tests.training.test_checkpoints import abstract, state_of
 from tests.training.test_interruption import (  # noqa: F401
     TIMES,
@@ -144,18 +144,18 @@ def test_a_checkpoint_that_cannot_be_written_is_named(bucket, monkeypatch):
 
 def test_the_client_that_orbax_needs_is_asked_for(monkeypatch):
     monkeypatch.setitem(sys.modules, "google.cloud.storage", None)
-    with pytest.raises(UserError, match=r'pip install -e "\.\[gcs\]"'):
+    with pytest.raises(UserError, match=r'pip install "polaformer_jax\[gcs\]"'):
         Checkpoints("gs://bucket/run/checkpoints", keep_last=1, best_metric="accuracy")
 
 
 def test_a_continued_run_writes_no_step_twice(bucket):
     for start, steps in ((0, (2, 4, 6)), (4, (6, 8))):
-        writer = writers.make_writer("gs://bucket/events", start)
+        writer = metrics.make_writer("gs://bucket/events", start)
         for step in steps:
             writer.write_scalars(step, {"loss": float(step + start)})
             writer.flush()
         writer.close()
-    steps, values = writers.read_scalars("gs://bucket/events")["loss"]
+    steps, values = metrics.read_scalars("gs://bucket/events")["loss"]
     assert steps.tolist() == [2, 4, 6, 8] and values.tolist() == [2, 4, 10, 12]
 
 

@@ -9,8 +9,8 @@ from tensorboard.util import tensor_util
 from polaformer_jax.errors import Interrupted
 from polaformer_jax.training import loop
 from polaformer_jax.training.checkpoints import Checkpoints
-from polaformer_jax.training.compiled import CompiledByShape
 from polaformer_jax.training.experiment import Experiment
+from polaformer_jax.training.programs import ProgramCache
 from polaformer_jax.training.signals import StopRequests
 from tests.training.test_training import config_of
 
@@ -32,7 +32,7 @@ class StopAtLook(StopRequests):
 @pytest.fixture(scope="module")
 def compiled_once():
     """Every run here has the same programs: they are compiled once."""
-    programs, compile_now = {}, CompiledByShape.program
+    programs, compile_now = {}, ProgramCache.program
 
     def program(step, batch):
         key = step.name, *((name, leaf.shape) for name, leaf in batch.items())
@@ -41,7 +41,7 @@ def compiled_once():
         return programs[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CompiledByShape, "program", program)
+        patch.setattr(ProgramCache, "program", program)
         yield
 
 
@@ -74,7 +74,7 @@ def interrupted_until_done(config, workdir, looks):
 
 def final_state(config, workdir):
     with Checkpoints(workdir / "checkpoints", keep_last=1, best_metric="accuracy", read_only=True) as checkpoints:
-        return checkpoints.restore(Experiment(config).abstract_state), checkpoints.best()
+        return checkpoints.restore(Experiment(config).states.abstract), checkpoints.best()
 
 
 def written(workdir):

@@ -11,7 +11,8 @@ import pytest
 
 from polaformer_jax.config import defaults
 from polaformer_jax.training.optimizer import clip_by_global_norm, decay_mask, make_optimizer
-from polaformer_jax.training.step import TrainState, make_train_step
+from polaformer_jax.training.state import TrainState
+from polaformer_jax.training.step import make_train_step
 from polaformer_jax.weights import flatten, rules
 from tests.support.golden_models import GOLDEN_FOLDER, SMALL, build_small, images
 from tests.support.quick import QUICK
@@ -23,7 +24,7 @@ GOLDEN = json.loads((GOLDEN_FOLDER / "adamw_steps.json").read_text())
 class SoftTargets:
     """The task of the golden run: ready images, and a distribution over the classes for each."""
 
-    def augmented(self, batch, key):
+    def augment(self, batch, key):
         return {**batch, "inputs": batch["image"]}
 
     def losses(self, logits, batch):

@@ -90,7 +90,7 @@ def one_device(workdir):
 def final_arrays(workdir):
     """Every array of the checkpoint of the last step, by name."""
     with Checkpoints(workdir / "checkpoints", keep_last=1, best_metric="accuracy", read_only=True) as checkpoints:
-        state = checkpoints.restore(Experiment(one_device(workdir)).abstract_state).state
+        state = checkpoints.restore(Experiment(one_device(workdir)).states.abstract).state
     assert state.step == STEPS
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(state)}
 
@@ -165,7 +165,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(trained, straight, 
         == [f"interrupted: the checkpoint of step {stopped_at} of {STEPS} is saved; the same command goes on from it"]
         * 2
     )
-    assert f"going on from the checkpoint of step {stopped_at} of {STEPS}" in finish(trained, workdir, 2)
+    assert f"resuming from the checkpoint of step {stopped_at} of {STEPS}" in finish(trained, workdir, 2)
     assert_same_run(workdir, straight)
 
 
@@ -182,7 +182,7 @@ def test_a_killed_process_ends_the_other_and_the_same_command_goes_on(trained, s
     ours, of_jax = "another process is gone, and its output says why", "another task died"
     assert (statuses[1 - killed], True) in ((1, ours in said), (-signal.SIGABRT, of_jax in said)), said
     assert "disk full" not in said
-    assert "going on from the checkpoint of step" in finish(trained, workdir, 2)
+    assert "resuming from the checkpoint of step" in finish(trained, workdir, 2)
     assert_same_run(workdir, straight)
 
 
@@ -191,7 +191,7 @@ def test_a_killed_process_ends_the_other_and_the_same_command_goes_on(trained, s
 def test_a_run_goes_on_with_another_number_of_processes(trained, straight, tmp_path, processes):
     workdir = tmp_path / "run"
     rewound(straight, workdir, STEPS - 4)
-    assert f"going on from the checkpoint of step {STEPS - 4}" in finish(trained, workdir, processes)
+    assert f"resuming from the checkpoint of step {STEPS - 4}" in finish(trained, workdir, processes)
     assert_equal_to_rounding(workdir, straight)
 
 
@@ -201,7 +201,7 @@ def test_processes_agree_on_a_damaged_checkpoint(trained, straight, tmp_path):
     rewound(straight, workdir, STEPS - 4)
     for path in (workdir / f"checkpoints/{STEPS - 4}/params").rglob("d/*"):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    assert f"going on from the checkpoint of step {STEPS - 8} of" in finish(trained, workdir, 2)
+    assert f"resuming from the checkpoint of step {STEPS - 8} of" in finish(trained, workdir, 2)
     assert len(list((workdir / "damaged_checkpoints").iterdir())) == 1
     assert_same_run(workdir, straight)
 

@@ -1,7 +1,5 @@
 """What the recipe adds to the step: mixing, accumulation, the average, frozen or slower layers, rematerialisation."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -14,13 +12,14 @@ from jax.ad_checkpoint import print_saved_residuals
 from polaformer_jax.config import defaults
 from polaformer_jax.training import sharding
 from polaformer_jax.training.optimizer import head_only, layer_depths, make_optimizer
-from polaformer_jax.training.step import TrainState, make_train_step
-from polaformer_jax.training.tasks.task import ImageClassification
+from polaformer_jax.training.state import TrainState
+from polaformer_jax.training.step import make_train_step
 from tests.support import small_models
 from tests.support.quick import QUICK
+from tests.support.recipes import image_task
 
-PLAIN = ImageClassification(5, label_smoothing=0.1)
-FULL = dataclasses.replace(PLAIN, erase_prob=0.25, mixup=0.8, cutmix=1.0)
+PLAIN = image_task(5, label_smoothing=0.1)
+FULL = image_task(5, label_smoothing=0.1, erase_prob=0.25, mixup=0.8, cutmix=1.0)
 SGD = optax.sgd(0.1)
 
 

@@ -8,15 +8,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from configs.pola_swin import get_config
 from polaformer_jax.benchmark.input import make_photographs
 from polaformer_jax.data.images.transforms import train_transform
 from polaformer_jax.data.pipeline import train_batches
 from polaformer_jax.data.sources import open_source
 from tests.data.test_pipeline import digest, union
+from tests.support.recipes import recipe
 
 pytestmark = pytest.mark.slow
-CONFIG = get_config("t")
+CONFIG = recipe("pola_swin", "t")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_batches_are_the_same_for_any_number_of_workers_and_processes(source):
 
 
 def test_memory_stays_flat_over_twenty_thousand_images(source):
-    config = get_config("t")
+    config = recipe("pola_swin", "t")
     config.model.img_size = 64  # as many images in a third of the time
     batches = train_batches(source, train_transform(config), batch_size=64, seed=3, workers=2, prefetch=1)
     used = []

@@ -7,7 +7,7 @@ import pytest
 
 from polaformer_jax.config import defaults
 from polaformer_jax.errors import UserError
-from polaformer_jax.training.schedule import durations, learning_rate, one_cycle
+from polaformer_jax.training.optimizer import durations, learning_rate, one_cycle
 from tests.support import GOLDEN_FOLDER
 
 GOLDEN = json.loads((GOLDEN_FOLDER / "lr_schedule.json").read_text())

@@ -10,20 +10,21 @@ import pytest
 from PIL import Image
 
 import polaformer_jax as pf
-from configs.lra import get_config
 from polaformer_jax import weights
-from polaformer_jax.analysis import lra_results, sequence_entropy
+from polaformer_jax.analysis import lra_results
+from polaformer_jax.cli import lra_entropy, lra_table
 from polaformer_jax.errors import UserError
-from polaformer_jax.training import evaluation, loop, report
+from polaformer_jax.training import evaluation, loop, reports
 from polaformer_jax.training.checkpoints import Checkpoints
 from polaformer_jax.training.experiment import Experiment
 from polaformer_jax.training.export import export
-from polaformer_jax.training.writers import read_scalars
+from polaformer_jax.training.metrics import read_scalars
 from tests.support import tiny_lra
+from tests.support.recipes import recipe
 
 
 def config_of(data_dir, arg="listops,steps=6", **changes):
-    config = get_config(arg)
+    config = recipe("lra", arg)
     config.data.data_dir = str(data_dir)
     config.data.workers = 0
     config.data.buckets = 3  # each is compiled
@@ -73,7 +74,7 @@ def test_speed_is_told_in_sequences(finished):
 
 def test_the_last_words_are_of_sequences(finished):
     _, workdir, result = finished
-    text = report.describe(result, workdir)
+    text = reports.describe(result, workdir)
     assert "sequences      20" in text and "top-5" not in text
     assert [path.name for path in result.pictures] == ["curves.png", "confusion.png"]
 
@@ -87,7 +88,7 @@ def test_the_result_becomes_a_row(finished, tmp_path, capsys):
     _, workdir, result = finished
     file = tmp_path / "docs/lra.csv"
     for state in ("added", "is there already"):
-        assert lra_results.main(["--csv", str(file), "add", str(workdir)]) == 0
+        assert lra_table.main(["--csv", str(file), "add", str(workdir)]) == 0
         assert state in capsys.readouterr().out
     (row,) = csv.DictReader(file.read_text().splitlines())
     assert [row[name] for name in ("task", "tokenisation", "attention", "alpha", "seed", "steps")] == [
@@ -104,7 +105,7 @@ def test_evaluating_the_work_directory_gives_the_same_numbers(finished, tmp_path
     written = evaluation.evaluate(None, workdir, json_path=tmp_path / "e.json", predictions_path=rows)
     assert written["split"] == "test"
     assert written["accuracy"] == result.evaluation.metrics["accuracy"]
-    source = Experiment(finished[0]).source("test")
+    source = Experiment(finished[0]).inputs.source("test")
     table = list(csv.DictReader(rows.read_text().splitlines()))
     assert [int(row["label"]) for row in table] == [source[i]["label"] for i in range(20)]  # in the split's order
     assert [row["record"] for row in table] == [source.describe(i) for i in range(20)]
@@ -136,7 +137,7 @@ def test_padding_to_the_longest_gives_each_example_the_same_result(finished, tmp
     config.data.buckets = 1
     experiment = Experiment(config)
     with Checkpoints(workdir / "checkpoints", keep_last=1, best_metric="accuracy", read_only=True) as checkpoints:
-        params, _ = checkpoints.restore_params(experiment.abstract_params, "best")
+        params, _ = checkpoints.restore_params(experiment.params.abstract, "best")
     with evaluation.Evaluator(experiment, "test") as evaluator:
         padded = evaluator(params)
     assert padded.metrics["loss"] == pytest.approx(result.evaluation.metrics["loss"], rel=1e-5)
@@ -152,7 +153,7 @@ def test_weights_are_exported_and_evaluate_the_same(finished, tmp_path):
     metadata = weights.read_file(path).metadata
     assert json.loads(metadata["task"]) == {"name": "listops", "tokenisation": "no_brackets"}
     assert "preprocess" not in metadata
-    assert dict(pf.create_model(weights=path).arguments)["max_length"] == 2048
+    assert pf.create_model(weights=path).config.max_length == 2048
     config = config.copy_and_resolve_references()
     config.init.weights = str(path)
     assert evaluation.evaluate(config, None)["loss"] == result.evaluation.metrics["loss"]
@@ -167,12 +168,12 @@ def test_a_stopped_run_goes_on_to_the_same_end(finished, tmp_path):
     ends = []
     for workdir in (straight, tmp_path):
         with Checkpoints(workdir / "checkpoints", keep_last=1, best_metric="accuracy", read_only=True) as checkpoints:
-            ends.append(checkpoints.restore_params(experiment.abstract_params, 6)[0])
+            ends.append(checkpoints.restore_params(experiment.params.abstract, 6)[0])
     jax.tree.map(np.testing.assert_array_equal, *ends)
 
 
 def test_a_dry_run_tells_the_largest_batch(data_dir):
-    text = report.describe_dry(Experiment(config_of(data_dir)))
+    text = reports.describe_dry(Experiment(config_of(data_dir)))
     for part in ("batch['tokens']: int32 (8, 2048)", "batch['length']: int32 (8,)", "head/fc2/kernel", "temporary"):
         assert part in text
 
@@ -181,7 +182,7 @@ def test_pairs_are_evaluated(data_dir, tmp_path):
     config = config_of(data_dir, "retrieval,attention=relu,steps=1")
     experiment = Experiment(config)
     with evaluation.Evaluator(experiment) as evaluator:
-        assert evaluator(experiment.initial_params()).counted == 20
+        assert evaluator(experiment.params.initial()).counted == 20
 
 
 def test_missing_data_is_said_at_the_start(tmp_path):
@@ -197,8 +198,8 @@ def test_missing_data_is_said_at_the_start(tmp_path):
         ({"task.attention": "linear"}, "task.attention='linear': it is one of polarity, softmax, relu"),
         ({"data.source": "tfds"}, "data.source='tfds': with task.name='listops' it is 'lra'"),
         ({"model.name": "pola_pvt_t"}, "model.name='pola_pvt_t': with task.name='listops' it is 'pola_sequence'"),
-        ({"optimizer.layer_decay": 0.5}, "optimizer.layer_decay=0.5: it is for the models of images"),
-        ({"task.name": "image"}, "the model and the data of sequences belong to their tasks"),
+        ({"optimizer.layer_decay": 0.5}, "optimizer.layer_decay=0.5: it is for image models"),
+        ({"task.name": "image"}, "sequence models and data belong to sequence tasks"),
         ({"checkpoint.best_after": 1.0}, r"checkpoint.best_after=1.0: it must be in \[0, 1\)"),
         ({"optimizer.clip_value": 0.0}, "optimizer.clip_value=0.0: it must be positive, or None"),
         ({"data.buckets": 0}, "data.buckets=0: it must be positive"),
@@ -215,7 +216,7 @@ def test_what_cannot_work_is_refused(data_dir, change, message):
 def test_the_entropies_of_a_run_become_a_table_and_a_picture(finished, tmp_path, capsys):
     _, workdir, _ = finished
     arguments = [str(workdir), "--examples", "3", "--plot", str(tmp_path / "e.png"), "--csv", str(tmp_path / "e.csv")]
-    assert sequence_entropy.main(arguments) == 0
+    assert lra_entropy.main(arguments) == 0
     rows = list(csv.DictReader((tmp_path / "e.csv").read_text().splitlines()))
     printed = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [line[-1] for line in printed[1:]] == [row["deviation"] for row in rows]

@@ -13,18 +13,19 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 import polaformer_jax as pf
-from configs.digits import get_config
 from polaformer_jax import weights
 from polaformer_jax.aot.collectives import collectives
 from polaformer_jax.errors import UserError
 from polaformer_jax.training import evaluation, loop, sharding
 from polaformer_jax.training.checkpoints import Checkpoints
-from polaformer_jax.training.compiled import CompiledByShape
 from polaformer_jax.training.experiment import Experiment
-from polaformer_jax.training.step import TrainState, make_train_step
-from polaformer_jax.training.tasks.task import ImageClassification
+from polaformer_jax.training.programs import ProgramCache
+from polaformer_jax.training.state import TrainState
+from polaformer_jax.training.step import make_train_step
 from tests.support import small_models
 from tests.support.quick import QUICK
+from tests.support.recipes import digits as get_config
+from tests.support.recipes import image_task
 
 
 def mesh_of(data, fsdp):
@@ -112,7 +113,7 @@ def test_a_batch_is_checked_against_both_axes():
 
 # --- the same training
 
-FULL = ImageClassification(5, label_smoothing=0.1, erase_prob=0.25, mixup=0.8, cutmix=1.0)
+FULL = image_task(5, label_smoothing=0.1, erase_prob=0.25, mixup=0.8, cutmix=1.0)
 OPTIMIZER = optax.adamw(1e-3)
 
 
@@ -168,7 +169,7 @@ def test_any_mesh_gives_the_same_training(model, on_one_device, split_everything
 @pytest.mark.parametrize("data, fsdp", [(2, 4), *slow((8, 1), (1, 8), (1, 1))])
 def test_initial_weights_are_those_of_create_model_on_any_mesh(data, fsdp):
     config = config_of(data=data, fsdp=fsdp, seed=3)
-    found = Experiment(config, num_examples=1437).initial_params()
+    found = Experiment(config, num_examples=1437).params.initial()
     expected = pf.create_model(
         config.model.name, num_classes=10, img_size=32, kernel_size=1, rngs=nnx.Rngs(config.seed)
     )
@@ -193,18 +194,18 @@ def test_no_device_ever_holds_the_whole_state(monkeypatch):
         return placed
 
     monkeypatch.setattr(sharding, "place", watched)
-    abstract = jax.tree.leaves(experiment.abstract_params)
+    abstract = jax.tree.leaves(experiment.params.abstract)
     whole = 4 * sum(leaf.size for leaf in abstract)
     share = 4 * sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in abstract)
     assert share < 0.35 * whole  # many of its tensors are small
-    params = experiment.initial_params()
+    params = experiment.params.initial()
     assert len(seen) == len(abstract)
     assert max(seen) < share + 0.1 * whole  # and one tensor as it is drawn
     del params
-    state = experiment.initial_state()
+    state = experiment.states.initial()
     gc.collect()
     assert bytes_on(device) - before < 4.1 * share  # with moments and average
-    for leaf, expected in zip(jax.tree.leaves(state), jax.tree.leaves(experiment.abstract_state), strict=True):
+    for leaf, expected in zip(jax.tree.leaves(state), jax.tree.leaves(experiment.states.abstract), strict=True):
         assert leaf.sharding.is_equivalent_to(expected.sharding, leaf.ndim)
         assert (leaf.shape, leaf.dtype) == (expected.shape, expected.dtype)
 
@@ -214,9 +215,9 @@ def test_weights_of_a_file_go_straight_to_their_shards(tmp_path):
     pf.save_weights(model, tmp_path / "w.safetensors")
     config = config_of(**{"init.weights": str(tmp_path / "w.safetensors")})
     experiment = Experiment(config, num_examples=1437)
-    params = experiment.initial_params()
+    params = experiment.params.initial()
     jax.tree.map(np.testing.assert_array_equal, params, small_models.split(model)[1])
-    for leaf, expected in zip(jax.tree.leaves(params), jax.tree.leaves(experiment.abstract_params), strict=True):
+    for leaf, expected in zip(jax.tree.leaves(params), jax.tree.leaves(experiment.params.abstract), strict=True):
         assert leaf.sharding == expected.sharding
 
 
@@ -227,7 +228,7 @@ def test_weights_of_a_file_go_straight_to_their_shards(tmp_path):
 def trained(digits_dir, tmp_path_factory):
     """A whole run with fsdp: its config, work directory and result, and the text of its compiled step."""
     workdir, texts = tmp_path_factory.mktemp("run"), []
-    config, compile_it = config_of(digits_dir), CompiledByShape.program
+    config, compile_it = config_of(digits_dir), ProgramCache.program
 
     def compiled(step, batch):
         program = compile_it(step, batch)
@@ -236,13 +237,13 @@ def trained(digits_dir, tmp_path_factory):
         return program
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CompiledByShape, "program", compiled)
+        patch.setattr(ProgramCache, "program", compiled)
         return config, workdir, loop.train(config, workdir), texts[0]
 
 
 def check_program(experiment, text):
     found, fsdp = collectives(text), experiment.mesh.shape["fsdp"]
-    params = jax.tree.leaves(experiment.abstract_params)
+    params = jax.tree.leaves(experiment.params.abstract)
     split = [leaf for leaf in params if not leaf.sharding.is_fully_replicated]
 
     # Gradients, every one of them, are summed over all devices; beside them a few numbers.
@@ -263,7 +264,7 @@ def check_program(experiment, text):
     assert len(summed) + len(gathered) + len(moved) == len(found)
 
     # All of the state is used again.
-    state = jax.tree.leaves(experiment.abstract_state)
+    state = jax.tree.leaves(experiment.states.abstract)
     assert text.splitlines()[0].count("-alias)") == len(state)
 
 
@@ -279,7 +280,7 @@ def test_the_compiled_step_sends_parameters_and_gradients_and_no_activations(tra
 def test_the_same_on_other_meshes(data, fsdp):
     experiment = Experiment(config_of(data=data, fsdp=fsdp), num_examples=1437)
     batch = experiment.abstract_batch(experiment.config.train.batch_size)
-    check_program(experiment, experiment.trace_train_step(batch).lower().compile().as_text())
+    check_program(experiment, experiment.train_step.trace(batch).lower().compile().as_text())
 
 
 # --- checkpoints
@@ -291,7 +292,7 @@ def test_a_checkpoint_restores_on_any_mesh(trained, digits_dir, data, fsdp):
     config, workdir, *_ = trained
     states = []
     for mesh in ((config.mesh.data, config.mesh.fsdp), (data, fsdp)):
-        abstract = Experiment(config_of(digits_dir, *mesh)).abstract_state
+        abstract = Experiment(config_of(digits_dir, *mesh)).states.abstract
         with Checkpoints(workdir / "checkpoints", keep_last=1, best_metric="accuracy", read_only=True) as checkpoints:
             states.append(checkpoints.restore(abstract).state)
         for leaf, expected in zip(jax.tree.leaves(states[-1]), jax.tree.leaves(abstract), strict=True):
@@ -309,7 +310,7 @@ def test_a_checkpoint_is_evaluated_on_one_device_and_on_all(trained, digits_dir,
     assert written["images"] == 360
     assert written["loss"] == pytest.approx(result.evaluation.metrics["loss"], rel=1e-5)
     with Checkpoints(workdir / "checkpoints", keep_last=1, best_metric="accuracy", read_only=True) as checkpoints:
-        params, _ = checkpoints.restore_params(Experiment(config_of(digits_dir)).abstract_params)
+        params, _ = checkpoints.restore_params(Experiment(config_of(digits_dir)).params.abstract)
     exported = weights.read_file(file).tensors
     for name, leaf in weights.flatten(params).items():
         np.testing.assert_array_equal(exported[name], leaf)

@@ -70,7 +70,7 @@ def test_handlers_are_put_back():
 
 WATCHED = """
 import time
-from polaformer_jax.training.watchdog import Watchdog
+from polaformer_jax.training.runtime import Watchdog
 
 def hang_here():
     time.sleep(60)

@@ -8,11 +8,12 @@ import pytest
 from flax import nnx
 
 import polaformer_jax as pf
-from polaformer_jax.training.step import TrainState, make_eval_step, make_train_step, purpose_key
-from polaformer_jax.training.tasks.task import ImageClassification
+from polaformer_jax.training.state import TrainState
+from polaformer_jax.training.step import make_eval_step, make_train_step, purpose_key
 from tests.support.quick import QUICK
+from tests.support.recipes import image_task
 
-TASK = ImageClassification(10, label_smoothing=0.1)
+TASK = image_task(10, label_smoothing=0.1)
 OPTIMIZER = optax.adamw(1e-3)
 
 

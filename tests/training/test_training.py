@@ -10,13 +10,13 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from configs.digits import get_config
 from polaformer_jax.data import sources
 from polaformer_jax.errors import UserError
-from polaformer_jax.training import evaluation, loop, report
+from polaformer_jax.training import evaluation, loop, reports
 from polaformer_jax.training.checkpoints import Checkpoints
 from polaformer_jax.training.experiment import Experiment
-from polaformer_jax.training.writers import read_scalars
+from polaformer_jax.training.metrics import read_scalars
+from tests.support.recipes import digits as get_config
 
 
 def config_of(digits_dir, **changes):
@@ -46,7 +46,7 @@ def checkpoints_of(workdir):
 def final_params(config, workdir):
     experiment = Experiment(config)
     with checkpoints_of(workdir) as checkpoints:
-        params, step = checkpoints.restore_params(experiment.abstract_params, "latest")
+        params, step = checkpoints.restore_params(experiment.params.abstract, "latest")
     assert step == experiment.length.total
     return params
 
@@ -108,7 +108,7 @@ def test_pictures_are_drawn(finished):
 
 def test_the_last_words_name_what_was_made(finished):
     _, workdir, result = finished
-    text = report.describe(result, workdir)
+    text = reports.describe(result, workdir)
     for part in ("test accuracy", "360", str(result.checkpoint), f"--logdir {workdir}", "predictions.png"):
         assert part in text
 
@@ -143,8 +143,8 @@ def test_a_training_starts_from_weights(finished, tmp_path):
     config = config.copy_and_resolve_references()
     config.init.weights = str(file)
     experiment = Experiment(config)
-    trained, _ = checkpoints_of(workdir).restore_params(experiment.abstract_params, "best")
-    jax.tree.map(np.testing.assert_array_equal, experiment.initial_state().params, trained)
+    trained, _ = checkpoints_of(workdir).restore_params(experiment.params.abstract, "best")
+    jax.tree.map(np.testing.assert_array_equal, experiment.states.initial().params, trained)
 
 
 def test_a_work_directory_is_evaluated_by_its_checkpoint_wherever_it_began(finished, tmp_path):
@@ -221,8 +221,8 @@ def test_images_that_cannot_be_decoded_are_skipped_and_counted(digits_dir, tmp_p
     config = config_of(digits_dir, **{"data.on_error": "skip"})
     result = loop.train(config, tmp_path)
     assert (result.evaluation.counted, result.evaluation.skipped) == (288, 72)
-    assert "skipped        72 images" in report.describe(result, tmp_path)
-    stream = Experiment(config).train_batches(0)
+    assert "skipped        72 images" in reports.describe(result, tmp_path)
+    stream = Experiment(config).inputs.train_batches(0)
     expected = sum(int((~next(stream)["mask"]).sum()) for _ in range(8))
     stream.close()
     assert read_scalars(tmp_path)["skipped"][1].sum() == expected > 0
@@ -236,7 +236,7 @@ def test_nothing_that_can_be_decoded(digits_dir, monkeypatch):
     monkeypatch.setattr(sources, "open_source", lambda data, split: Unreadable(opened(data, split), range(2000)))
     experiment = Experiment(config_of(digits_dir, **{"data.on_error": "skip"}))
     with evaluation.Evaluator(experiment) as evaluator, pytest.raises(UserError, match="none of the 360 examples"):
-        evaluator(experiment.initial_params())
+        evaluator(experiment.params.initial())
 
 
 def test_a_finished_run_evaluates_again_and_trains_no_more(finished):
@@ -290,7 +290,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoints(finish
     monkeypatch.undo()
     with checkpoints_of(tmp_path) as checkpoints:
         assert checkpoints.steps() == [3, 4]
-        restored = checkpoints.restore(Experiment(config).abstract_state)
+        restored = checkpoints.restore(Experiment(config).states.abstract)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restored.state.params))
 
 
@@ -331,13 +331,13 @@ def test_nothing_to_evaluate(digits_dir, tmp_path):
         evaluation.evaluate(None, None)
     with pytest.raises(UserError, match="no weights"):
         evaluation.evaluate(config_of(digits_dir), None)
-    with pytest.raises(UserError, match="--checkpoint=best needs --workdir"):
+    with pytest.raises(UserError, match="checkpoint='best' needs the work directory"):
         evaluation.evaluate(config_of(digits_dir, **{"init.weights": "w"}), None, checkpoint="best")
     with pytest.raises(UserError, match="has no checkpoints"):
         evaluation.evaluate(None, tmp_path)
 
 
 def test_a_dry_run_tells(digits_dir):
-    text = report.describe_dry(Experiment(config_of(digits_dir)))
+    text = reports.describe_dry(Experiment(config_of(digits_dir)))
     for part in ('"name": "pola_pvt_nano"', "head/kernel", "Total: ", "uint8 (16, 32, 32, 3)", "temporary"):
         assert part in text

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from polaformer_jax.hardware import chips
-from polaformer_jax.training import debugging, loop, utilisation
+from polaformer_jax.training import loop, metrics, runtime
 from polaformer_jax.training.checkpoints import Checkpoints
 from polaformer_jax.training.experiment import Experiment
+from polaformer_jax.training.inputs import Inputs
+from polaformer_jax.training.metrics import read_scalars
 from polaformer_jax.training.progress import log
-from polaformer_jax.training.tasks.task import ImageClassification
-from polaformer_jax.training.writers import read_scalars
+from polaformer_jax.training.tasks.images import ImageClassification
 from tests.training.test_training import config_of
 
 CHIP = chips.Chip("a CPU", "cpu", 1e12, 8e9, 20e9, 1e9)
@@ -30,10 +31,10 @@ def settings(digits_dir, **changes):
 
 def poison(patch):
     """The loss of a batch that has one class alone is NaN, and so is a step's batch."""
-    batches, losses = Experiment.train_batches, ImageClassification.losses
+    batches, losses = Inputs.train_batches, ImageClassification.losses
 
-    def poisoned_batches(experiment, start):
-        with contextlib.closing(batches(experiment, start)) as stream:
+    def poisoned_batches(inputs, start):
+        with contextlib.closing(batches(inputs, start)) as stream:
             for step, batch in enumerate(stream, start):
                 yield batch | {"label": np.full_like(batch["label"], 3)} if step == POISONED else batch
 
@@ -41,7 +42,7 @@ def poison(patch):
         alone = jnp.all(batch["label"] == batch["label"][0])
         return losses(task, logits, batch) + jnp.where(alone, jnp.nan, 0)
 
-    patch.setattr(Experiment, "train_batches", poisoned_batches)
+    patch.setattr(Inputs, "train_batches", poisoned_batches)
     patch.setattr(ImageClassification, "losses", poisoned_losses)
 
 
@@ -93,7 +94,7 @@ def test_a_skipped_step_is_counted_and_leaves_the_state_alone(watched):
     states, experiment = [], Experiment(config)
     with Checkpoints(workdir / "checkpoints", keep_last=9, best_metric="accuracy", read_only=True) as checkpoints:
         for step in (1, 2, 3):
-            states.append(checkpoints.restore_params(experiment.abstract_params, step)[0])
+            states.append(checkpoints.restore_params(experiment.params.abstract, step)[0])
     before, after, later = (np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(s)]) for s in states)
     assert np.array_equal(before, after) and not np.array_equal(after, later)
 
@@ -123,7 +124,7 @@ def test_transfers_that_nobody_asked_for_are_refused_while_the_guard_lasts():
 
     config = types.SimpleNamespace(nans=False, transfer_guard="disallow")
     with (
-        debugging.checked(config),
+        runtime.checked(config),
         pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"),
     ):
         add_one()
@@ -132,10 +133,10 @@ def test_transfers_that_nobody_asked_for_are_refused_while_the_guard_lasts():
 
 def test_deterministic_operations_are_a_matter_of_gpus(monkeypatch):
     config = types.SimpleNamespace(deterministic=True)
-    assert debugging.compiler_options(config) == {}
+    assert runtime.compiler_options(config) == {}
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert debugging.compiler_options(config) == {"xla_gpu_deterministic_ops": True}
-    assert debugging.compiler_options(types.SimpleNamespace(deterministic=False)) == {}
+    assert runtime.compiler_options(config) == {"xla_gpu_deterministic_ops": True}
+    assert runtime.compiler_options(types.SimpleNamespace(deterministic=False)) == {}
 
 
 def test_a_trace_is_written_for_the_profiler(watched):
@@ -158,9 +159,10 @@ def test_mfu_is_the_model_s_work_over_what_the_chip_could_do(watched):
 
 
 def test_a_chip_that_is_not_in_the_table_has_no_mfu(digits_dir):
-    meter = utilisation.Utilisation(Experiment(settings(digits_dir)))
+    experiment = Experiment(settings(digits_dir))
+    meter = metrics.Utilisation(experiment.step_flops, experiment.mesh)
     meter.step({})
-    assert meter.close(1.0) == {}
+    assert meter.reset(1.0) == {}
 
 
 def test_neither_recomputation_nor_a_kernel_s_zeros_are_progress(digits_dir):
@@ -170,7 +172,7 @@ def test_neither_recomputation_nor_a_kernel_s_zeros_are_progress(digits_dir):
     )
     batch = plain.abstract_batch(16)
     assert plain.step_flops(batch) == remat.step_flops(batch) == kernel.step_flops(batch)
-    assert len(str(remat.trace_train_step(batch).jaxpr)) > len(str(plain.trace_train_step(batch).jaxpr))
+    assert len(str(remat.train_step.trace(batch).jaxpr)) > len(str(plain.train_step.trace(batch).jaxpr))
 
 
 def test_the_fullest_device_counts():
@@ -181,5 +183,5 @@ def test_the_fullest_device_counts():
 
     devices = [device(3), device(4)]
     mesh = types.SimpleNamespace(size=2, devices=np.array(devices), local_devices=devices)
-    meter = utilisation.Utilisation(types.SimpleNamespace(mesh=mesh))
-    assert meter.close(1.0) == {"device_memory_gib": 4.0, "device_memory_share": 0.25}
+    meter = metrics.Utilisation(lambda batch: 1.0, mesh)
+    assert meter.reset(1.0) == {"device_memory_gib": 4.0, "device_memory_share": 0.25}

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from configs.digits import get_config
 from polaformer_jax.errors import UserError
 from polaformer_jax.training.workdir import claim, read_config
+from tests.support.recipes import digits as get_config
 
 
 def test_the_config_is_kept(tmp_path):

@@ -11,6 +11,7 @@ from flax import nnx
 import convert_torch_weights
 import polaformer_jax as pf
 from polaformer_jax import weights
+from polaformer_jax.models import registry
 from polaformer_jax.weights import conversion
 from tests.golden.fill import image
 from tests.support import small_models
@@ -35,7 +36,7 @@ def checkpoint(tmp_path):
 def logits(model, batch: int) -> np.ndarray:
     graphdef, params = nnx.split(model)
     forward = jax.jit(lambda params, x: nnx.merge(graphdef, params)(x), compiler_options=QUICK)
-    return np.asarray(forward(params, images(batch, model.img_size, model.dtype)))
+    return np.asarray(forward(params, images(batch, model.config.img_size, model.dtype)))
 
 
 def small_pth(path, **changes):
@@ -104,8 +105,7 @@ def test_the_official_layout_is_complete(name):
     shapes = {**ENTRIES, **FULL}[name]["shapes"]
     file = weights.WeightsFile("a", "torch", {k: np.broadcast_to(np.float32(0), s) for k, s in shapes.items()}, {}, {})
     identity = weights.identify(file)
-    family = {"PolaPVT": pf.PolaPVT, "PolaSwin": pf.PolaSwin}[identity.family]
-    model = nnx.eval_shape(lambda: family(**identity.arguments, rngs=nnx.Rngs(0)))
+    model = registry.create_abstract(identity.config)
     flat = weights.flatten(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
     empty = {key: np.broadcast_to(np.float32(0), leaf.shape) for key, leaf in flat.items()}
     official = weights.in_official_layout(empty, model)
@@ -141,8 +141,7 @@ def test_other_sizes_and_classes(tmp_path, capsys):
     assert run(source, target, "--img-size", 64, "--num-classes", 9, "--alpha", 3) == 0
     assert "pos_embed1: resized from 8x8 to 16x16 (bilinear)" in capsys.readouterr().out
     model = pf.create_model(weights=target)
-    arguments = dict(model.arguments)
-    assert (arguments["img_size"], arguments["num_classes"], arguments["alpha"]) == (64, 9, 3)
+    assert (model.config.img_size, model.config.num_classes, model.config.alpha) == (64, 9, 3)
 
 
 def test_compares_with_reference_logits(tmp_path, capsys):
@@ -211,7 +210,7 @@ def test_nothing_is_overwritten_unasked(tmp_path, capsys):
     source, target = small_pth(tmp_path / "a.pth"), tmp_path / "a.safetensors"
     target.write_text("precious")
     assert run(source) == 1
-    assert "a.safetensors exists: give another name, --out-dir, or --overwrite" in capsys.readouterr().err
+    assert "a.safetensors exists: give another name or folder, or overwrite it" in capsys.readouterr().err
     assert target.read_text() == "precious"
     assert run(source, "--overwrite") == 0
     assert weights.read_file(target).layout == "ours"
@@ -219,7 +218,7 @@ def test_nothing_is_overwritten_unasked(tmp_path, capsys):
     other_target.write_text("precious")
     for options in ([], ["--overwrite"]):  # a glob may have named it as a file to convert
         assert run(source, other_target, *options) == 1
-        assert "to replace it give --out" in capsys.readouterr().err
+        assert "to replace it, name it as out and overwrite" in capsys.readouterr().err
     assert other_target.read_text() == "precious"
     assert run(source, "--out", other_target, "--overwrite") == 0
     for second in ("none.pth", tmp_path):

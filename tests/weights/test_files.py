@@ -209,14 +209,14 @@ def test_a_file_names_its_own_model(tmp_path):
     for saved in (tiny(seed=1, alpha=2.5, drop_path_rate=0.25), small_models.build("swin", alpha=3)):
         weights.save_weights(saved, tmp_path / "a.safetensors")
         model = pf.create_model(weights=tmp_path / "a.safetensors")
-        assert type(model) is type(saved) and model.arguments == saved.arguments
+        assert type(model) is type(saved) and model.config == saved.config
         assert_same(pure(model), pure(saved))
 
 
 def test_models_from_files_take_other_sizes_where_asked(tmp_path, caplog):
     weights.save_weights(tiny(seed=1), tmp_path / "a.safetensors")
     model = pf.create_model(weights=tmp_path / "a.safetensors", img_size=64, num_classes=7, dtype="bfloat16")
-    arguments = dict(model.arguments)
+    arguments = model.config.to_dict()
     assert (arguments["img_size"], arguments["num_classes"], model.dtype) == (64, 7, jnp.bfloat16)
     assert not model.head.kernel[...].any()
     assert "pos_embed1: resized from 8x8 to 16x16 (bilinear)" in caplog.text

@@ -9,6 +9,7 @@ from flax import nnx
 import polaformer_jax as pf
 from polaformer_jax import weights
 from polaformer_jax.models import registry
+from polaformer_jax.models.model_config import differences
 from polaformer_jax.weights import WeightsFile, creation, rules
 from tests.support import small_models
 from tests.support.golden_models import FULL, SMALL
@@ -31,9 +32,9 @@ def official_shapes(model) -> dict:
 @pytest.mark.parametrize("buffers", [True, False])
 @pytest.mark.parametrize("name", FULL)
 def test_official_models_are_recognised(name, buffers):
-    family, arguments, assumed = weights.identify(file_of(FULL[name]["shapes"], buffers=buffers))
-    assert registry.name_of(family, arguments) == name
-    assert (arguments["img_size"], arguments["num_classes"]) == (224, 1000)
+    config, assumed = weights.identify(file_of(FULL[name]["shapes"], buffers=buffers))
+    assert registry.name_of(config) == name
+    assert (config.img_size, config.num_classes) == (224, 1000)
     assert assumed == ["alpha: 4, as in all official models"]
 
 
@@ -41,11 +42,11 @@ def test_official_models_are_recognised(name, buffers):
 def test_every_kind_of_block_is_recognised(name):
     spec = SMALL[name]["spec"]
     config = {"MODEL": {"LA": {"ALPHA": spec["alpha"]}, "DROP_PATH_RATE": 0.3, "SWIN": {"DEPTHS": [9, 9, 9, 9]}}}
-    family, arguments, _ = weights.identify(file_of(SMALL[name]["shapes"], config=config))
+    found, _ = weights.identify(file_of(SMALL[name]["shapes"], config=config))
     wanted = {key: value for key, value in spec.items() if key not in ("family", "patch_size", "norm_eps")}
-    assert family == {"pola_pvt": "PolaPVT", "pola_swin": "PolaSwin"}[spec["family"]]
-    assert registry.differences(family, arguments, wanted) == []
-    assert arguments["drop_path_rate"] == 0.3
+    kind = {"pola_pvt": pf.PolaPVT, "pola_swin": pf.PolaSwin}[spec["family"]].Config
+    assert differences(found, kind(**wanted)) == []
+    assert found.drop_path_rate == 0.3
 
 
 @pytest.mark.parametrize("name", [name for name in registry.list_models() if name != "pola_sequence"])
@@ -53,9 +54,9 @@ def test_every_model_of_the_zoo_is_recognised(name):
     model = nnx.eval_shape(lambda: pf.create_model(name, rngs=nnx.Rngs(0)))
     flat = weights.flatten(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
     shapes = {rules.official_name(k, v.ndim): rules.official_shape(k, v.shape) for k, v in flat.items()}
-    family, arguments, _ = weights.identify(file_of(shapes))
-    assert registry.differences(family, arguments, dict(model.arguments)) == []
-    assert registry.name_of(family, arguments) == name
+    config, _ = weights.identify(file_of(shapes))
+    assert differences(config, model.config) == []
+    assert registry.name_of(config) == name
 
 
 @pytest.mark.parametrize("family", small_models.FAMILIES)
@@ -65,10 +66,9 @@ def test_changed_models_are_recognised(family, changes):
         changes = {**changes, "window_size": 8}
     model = small_models.build(family, **changes)
     found = weights.identify(file_of(official_shapes(model), config={"MODEL": {"LA": {"ALPHA": 4}}}))
-    known = dict(model.arguments)
     if family == "pvt":  # no shape shows the heads of a softmax stage
         assert found.assumed == ["num_heads of the softmax stage 2: 2, as in the official models"]
-    assert registry.differences(found.family, found.arguments, known) == []
+    assert differences(found.config, model.config) == []
 
 
 def test_swin_of_softmax_alone_needs_an_image_size():
@@ -76,9 +76,9 @@ def test_swin_of_softmax_alone_needs_an_image_size():
     shapes = official_shapes(model)
     with pytest.raises(weights.WeightsError, match=r"image size is needed \(img_size\), for the tensors leave it open"):
         weights.identify(file_of(shapes))
-    assert weights.identify(file_of(shapes), img_size=32).arguments["img_size"] == 32
+    assert weights.identify(file_of(shapes), img_size=32).config.img_size == 32
     config = {"DATA": {"IMG_SIZE": 64}}
-    assert weights.identify(file_of(shapes, config=config)).arguments["img_size"] == 64
+    assert weights.identify(file_of(shapes, config=config)).config.img_size == 64
 
 
 def test_our_files_are_checked_against_what_they_say():
@@ -86,9 +86,9 @@ def test_our_files_are_checked_against_what_they_say():
     flat = weights.flatten(nnx.to_pure_dict(nnx.state(model)))
     metadata = weights.model_metadata(model)
     file = WeightsFile("a", "ours", {name: np.asarray(leaf) for name, leaf in flat.items()}, metadata, {})
-    assert weights.identify(file).arguments == dict(model.arguments)
+    assert weights.identify(file).config == model.config
     for change in ({"depths": [1, 1, 1, 2]}, {"img_size": 64}, {"num_classes": 4}, {"attn_type": "LLLL"}):
-        edited = {**metadata, "arguments": json.dumps({**dict(model.arguments), **change})}
+        edited = {**metadata, "arguments": json.dumps({**model.config.to_dict(), **change})}
         with pytest.raises(weights.WeightsError, match=f"contradicts itself: .*{next(iter(change))}"):
             weights.identify(WeightsFile("a", "ours", file.tensors, edited, {}))
     for arguments in ("[]", "nonsense", "null", '{"num_heads": 3}', '{"attn_type": 5}', '{"attn_type": {"a": 1}}'):
@@ -147,7 +147,7 @@ def test_whatever_the_shapes_there_is_a_model_or_an_error(name):
             weights.identify(file_of(shapes))
             recognised += 1
             if recognised == 1:
-                creation.abstract_of(file_of(shapes), None, {})  # each takes a second
+                creation.abstract_model(file_of(shapes), None, {})  # each takes a second
         except weights.WeightsError:
             pass
     assert 0 < recognised < 300
@@ -156,5 +156,5 @@ def test_whatever_the_shapes_there_is_a_model_or_an_error(name):
 def test_models_that_cannot_be_are_refused():
     shapes = dict(FULL["pola_pvt_t"]["shapes"])
     shapes["block1.0.attn.power"] = (1, 3, 1, 64)  # 64 channels over three heads
-    with pytest.raises(weights.WeightsError, match=r"(?s)cannot be: .*num_heads"):
+    with pytest.raises(weights.WeightsError, match=r"(?s)cannot be built: .*num_heads"):
         pf.create_model(weights=file_of(shapes))

@@ -1,16 +1,17 @@
-"""Every config resolves to a known text. `python -m tests.test_configs` writes the texts anew."""
+"""Every config resolves to a known text. `python -m tests.training.test_config` writes the texts anew."""
 
-import importlib
+import ast
 import json
 
 import pytest
 from flax import nnx
 
 from polaformer_jax import weights
-from polaformer_jax.config import defaults, parse_arg
+from polaformer_jax.config import check, defaults
 from polaformer_jax.errors import UserError
-from polaformer_jax.training.checks import check_config
-from polaformer_jax.training.experiment import build_model
+from polaformer_jax.training import recipes
+from polaformer_jax.training.experiment import create_abstract_model
+from polaformer_jax.training.recipes import parse_arg
 from polaformer_jax.training.workdir import as_json
 from tests.support import GOLDEN_FOLDER
 
@@ -26,7 +27,7 @@ ALL = [(file, model) for file, models in CONFIGS.items() for model in models]
 
 
 def resolve(file, arg):
-    return importlib.import_module(f"configs.{file}").get_config(arg)
+    return recipes.load(file if arg is None else f"{file}:{arg}")
 
 
 def text_of(config):
@@ -41,10 +42,10 @@ def test_resolved_config(file, model):
 @pytest.mark.parametrize("file, model", ALL)
 def test_config_can_work_and_names_a_model(file, model):
     config = resolve(file, model)
-    check_config(config)
+    check(config)
     assert config.is_locked
-    model = nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0)))
-    assert config.model.num_classes in (None, dict(model.arguments)["num_classes"])  # None: the data set's
+    model = create_abstract_model(config)
+    assert config.model.num_classes in (None, model.config.num_classes)  # None: the data set's
 
 
 def test_architecture_can_be_overridden():
@@ -53,7 +54,7 @@ def test_architecture_can_be_overridden():
     config.model.attn_type = "LLLL"
     config.model.window_size = 28
     config.model.kernel_size = 3
-    params = nnx.to_pure_dict(nnx.split(nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0))))[1])
+    params = nnx.to_pure_dict(nnx.split(create_abstract_model(config))[1])
     names = weights.flatten(params)
     assert names["layers.0.blocks.0.attn.positional_encoding"].shape == (1, 28 * 28, 96)
     assert names["layers.3.blocks.0.attn.dwc.kernel"].shape[:2] == (3, 3)
@@ -66,8 +67,8 @@ def test_the_first_model_is_the_default(file):
 
 def test_every_docstring_has_the_launch_command_and_what_is_published():
     for file in CONFIGS:
-        text = importlib.import_module(f"configs.{file}").__doc__
-        assert f"--config configs/{file}.py" in text
+        text = ast.get_docstring(ast.parse(recipes.packaged()[file].read_text()))
+        assert f"--config {file}" in text
         assert "published" in text.lower()
 
 
@@ -129,7 +130,7 @@ def test_all_problems_are_reported_at_once():
     config.optimizer.layer_decay = 0.0
     config.train.accumulate = 0
     with pytest.raises(UserError) as error:
-        check_config(config)
+        check(config)
     text = str(error.value)
     for expected in (
         "train.epochs=1.0 and train.steps=10: exactly one",
