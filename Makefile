@@ -1,12 +1,14 @@
 # make train   set up .venv, prepare the digits, train, evaluate the best checkpoint
 # make docs    build docs/quickstart.ipynb from docs/quickstart.py, and run it
 # make test    set up what is missing and run the tests        make test-all   the slow ones too
+#              make test ROOM=weights runs those of one package
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DATA ?= data
 CONFIG ?= digits
+ROOM ?=
 WORKDIR ?= runs/digits
 
 .PHONY: train test test-all docs lint clean
@@ -18,7 +20,7 @@ train: $(VENV)/.runtime
 
 # Two processes; and the quick tests leave out most of XLA's optimisations, whose time they would spend on programs that
 # run once. The slow ones are compiled as users' programs are.
-PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile $(addprefix tests/,$(ROOM))
 
 test: lint
 	XLA_FLAGS="$$($(BIN)/python tests/support/quick.py)" $(PYTEST) -m "not slow"

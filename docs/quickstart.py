@@ -18,11 +18,10 @@ import numpy as np
 from flax import nnx
 
 import polaformer_jax as pf
-from configs.digits import get_config
 from polaformer_jax.data import sources
 from polaformer_jax.data.images import transforms
 from polaformer_jax.data.images.normalisation import normalise
-from polaformer_jax.training import export, loop
+from polaformer_jax.training import export, loop, recipes
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # checkpoints are talkative
 folder = Path(tempfile.mkdtemp())
@@ -44,9 +43,9 @@ print(model(images).shape, [features.shape for features in model.features(images
 # What `make train` does, cut short: three epochs. The same function runs on ImageNet and on a pod.
 
 # %%
-command = [sys.executable, "-m", "polaformer_jax.data.prepare", "sklearn_digits", "--data-dir", str(folder / "data")]
+command = [sys.executable, "-m", "polaformer_jax.cli", "prepare", "sklearn_digits", "--data-dir", str(folder / "data")]
 subprocess.run(command, check=True, capture_output=True)
-config = get_config("pvt,epochs=3.0")
+config = recipes.load("digits:pvt,epochs=3.0")
 config.data.data_dir = str(folder / "data")
 config.data.workers = 0
 config.log.pictures = False
@@ -68,7 +67,7 @@ print(type(model).__name__, "with", len(file.tensors), "tensors;", file.metadata
 # %% [markdown]
 # ## Predict
 #
-# From the command line: `python -m polaformer_jax.cli.predict --weights digits.safetensors IMAGE...`
+# From the command line: `polaformer predict --weights digits.safetensors IMAGE...`
 
 # %%
 source = sources.open_source(config.data, "test")
@@ -113,7 +112,7 @@ for panel in panels.flat:
 larger = pf.create_model(weights=folder / "digits.safetensors", img_size=64)
 
 # %%
-config = get_config("pvt,epochs=2.0")
+config = recipes.load("digits:pvt,epochs=2.0")
 with config.unlocked():
     config.data.data_dir, config.data.workers = str(folder / "data"), 0
     config.model.img_size = config.eval.resize = config.eval.crop = 64

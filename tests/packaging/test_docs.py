@@ -5,6 +5,8 @@ import re
 
 import pytest
 
+from polaformer_jax.cli import COMMANDS
+from polaformer_jax.training import recipes
 from tests.support import ROOT
 
 
@@ -24,17 +26,29 @@ def test_the_notebook_was_executed_without_an_error():
     assert not [output for cell in code for output in cell["outputs"] if output["output_type"] == "error"]
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/performance.md", "docs/scaling.md"])
+DOCUMENTS = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_files_that_documents_name_exist(document):
     text = (ROOT / document).read_text()
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)\)", text)
+    files = re.findall(r"`((?:polaformer_jax|tests|configs)/[\w/]+\.py)", text)
     scripts = re.findall(r"python ([\w/]+\.py)", text)
-    modules = [
-        f"{name.replace('.', '/')}" for name in re.findall(r"python -m (polaformer_jax[\w.]+|tests[\w.]+)", text)
-    ]
-    configs = re.findall(r"configs/\w+\.py", text)
-    for path in {*links, *scripts, *configs}:
+    modules = [name.replace(".", "/") for name in re.findall(r"python -m (polaformer_jax[\w.]+|tests[\w.]+)", text)]
+    for path in {*links, *files, *scripts}:
         assert (ROOT / path).exists() or (ROOT / document).parent.joinpath(path).exists(), path
     for path in set(modules):
         assert (ROOT / f"{path}.py").exists() or (ROOT / path / "__main__.py").exists(), path
     assert not re.findall(r"\b(TODO|FIXME|[A-Z]+_SECTION)\b", text)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_commands_and_recipes_that_documents_name_exist(document):
+    text = (ROOT / document).read_text()
+    commands = re.findall(r"(?:^|[`/ ])polaformer ([a-z][\w-]*)(?= |$|`)", text, flags=re.MULTILINE)
+    assert set(commands) <= set(COMMANDS), set(commands) - set(COMMANDS)
+    placeholders = ("mine.py:t", "NAME")
+    for words in set(re.findall(r"--config ([\w/.:,=]+)", text)) - set(placeholders):
+        path, _ = recipes.find(words)
+        assert path.parent == ROOT / "configs"

@@ -19,7 +19,7 @@ from polaformer_jax.data.workers import Stream
 from polaformer_jax.models import registry
 from polaformer_jax.models.initializers import Keys
 from polaformer_jax.training.metrics import Sums, masked
-from polaformer_jax.training.tasks import Batch
+from polaformer_jax.training.tasks.task import Batch
 
 # Fields of `config.model` that replace those of the model's config where they are not None.
 ARCHITECTURE = ("attn_type", "window_size", "softmax_window_size", "alpha", "kernel_size")

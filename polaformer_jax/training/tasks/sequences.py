@@ -19,7 +19,7 @@ from polaformer_jax.models import registry
 from polaformer_jax.models.initializers import Keys
 from polaformer_jax.models.pola_sequence import Sequences
 from polaformer_jax.training.metrics import Sums, masked
-from polaformer_jax.training.tasks import Batch
+from polaformer_jax.training.tasks.task import Batch
 
 
 class SequenceClassification:
