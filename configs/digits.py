@@ -1,13 +1,13 @@
-"""Small PolaFormers on handwritten digits: the run to begin with, about two minutes on two CPU cores.
+"""Small PolaFormers on handwritten digits: the run to start with, about two minutes on two CPU cores.
 
-The 1,797 digits that scikit-learn ships, 1,437 to train on and 360 to test with, brought from 8x8 to 32x32 pixels.
+The 1,797 digits that scikit-learn ships, 1,437 to train on and 360 to test with, resized from 8x8 to 32x32 pixels.
 
     polaformer prepare sklearn_digits --data-dir data
     polaformer train --config digits --workdir runs/digits                # Pola-PVT, or: make train
     polaformer train --config digits:swin --workdir runs/digits_swin      # Pola-Swin
 
 Expected: at least 97.5 % of the test digits (there is no published figure). Options: `epochs=`, and `recipe=full` for
-what the ImageNet recipe adds: RandAugment, random erasing, mixup, CutMix, and a moving average of the weights.
+the additions of the ImageNet recipe: RandAugment, random erasing, mixup, CutMix, and a moving average of the weights.
 """
 
 from polaformer_jax.config import defaults, use_official_augmentation
@@ -30,7 +30,7 @@ def get_config(arg=None):
     config.data.workers = 1
 
     config.augment.crop_area = (0.6, 1.0)
-    config.augment.flip = 0.0  # a mirrored digit is no digit
+    config.augment.flip = 0.0  # a mirrored digit is not a digit
     if arg.recipe == "full":
         use_official_augmentation(config)
         config.ema.decay = 0.99

@@ -1,15 +1,16 @@
-"""Fine-tuning of trained weights on a data set of one's own, whose classes are taken from the data.
+"""Fine-tuning of trained weights on your own data set, whose classes are taken from the data.
 
     polaformer train --config finetune:pola_swin_t --config.init.weights=pola_swin_t.pth \
         --config.data.data_dir=flowers --workdir runs/flowers
 
-`flowers/{train,val}/CLASS/*.jpeg` is a folder of images, a folder for each class. A data set of tensorflow-datasets is
-named: `--config finetune:pola_swin_t,source=tfds --config.data.name=oxford_flowers102
---config.data.eval_split=validation`. A start to be tuned: nothing published compares with it. The augmentation is the
-official one, the learning rate a tenth of it and smaller from each layer to the one below, for 30 epochs.
+`flowers/{train,val}/CLASS/*.jpeg` is a folder of images, one folder per class. A tensorflow-datasets data set is given
+by name: `--config finetune:pola_swin_t,source=tfds --config.data.name=oxford_flowers102
+--config.data.eval_split=validation`. A starting point to tune: there is no published figure to compare with. The
+augmentation is the official one; the learning rate is a tenth of the official one, and decreases from each layer to the
+one below, for 30 epochs.
 
-Models: those of images in `polaformer_jax.list_models()`. Options: `source=` folder or tfds; `img_size=`, 0 for that of
-the model.
+Models: the image models of `polaformer_jax.list_models()`. Options: `source=` folder or tfds; `img_size=`, 0 for that
+of the model.
 """
 
 from polaformer_jax import list_models
@@ -29,7 +30,7 @@ def get_config(arg=None):
     config.model.name = arg.model
     config.model.num_classes = None
     config.model.img_size = config.eval.crop = arg.img_size or registry.model_config(arg.model).img_size
-    # At 384 pixels and more the whole image is seen, as the official evaluation does.
+    # At 384 pixels and more the model sees the whole image, as in the official evaluation.
     config.eval.resize = config.eval.crop if config.eval.crop >= 384 else round(config.eval.crop * 256 / 224)
     config.data.source = arg.source
     if arg.source == "folder":

@@ -1,10 +1,10 @@
-"""The Long Range Arena: long sequences, classified by two layers with polarity-aware attention, or with another.
+"""The Long Range Arena: long sequences, classified by two layers with polarity-aware or another attention.
 
     polaformer prepare lra_listops --data-dir data
     polaformer train --config lra:listops,alpha=3 --workdir runs/listops_alpha3
     polaformer lra-table add runs/listops_alpha3    # as a row of docs/results/lra.csv
 
-Tasks: listops, text, retrieval, pathfinder, image_lra; and listops_short, which is no part of the Long Range Arena:
+Tasks: listops, text, retrieval, pathfinder, image_lra; and listops_short, which is not part of the Long Range Arena:
 ListOps of 51 to 255 symbols, for a CPU. Options: `alpha=` (3), `attention=` (polarity, softmax or relu),
 `tokenisation=` of ListOps (no_brackets, on which the published figures were measured, or brackets), `seed=`, `steps=`.
 
@@ -69,7 +69,7 @@ def get_config(arg=None):
     config.data.name = "lra_image" if task == "image_lra" else f"lra_{task}"
     config.data.eval_split = "dev"
     config.data.test_split = "test"
-    config.data.workers = 1  # reading takes a millisecond a batch
+    config.data.workers = 1  # reading takes a millisecond per batch
     config.data.prefetch = 8
 
     config.train.steps = arg.steps

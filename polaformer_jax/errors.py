@@ -1,8 +1,8 @@
-"""The errors for what a user gave and can put right."""
+"""Errors that the user can fix."""
 
 
 class UserError(ValueError):
-    """Says what was found, what was expected, and the way out. Commands print the message without a traceback.
+    """Says what was found, what was expected, and how to fix it. Commands print the message without a traceback.
 
     Args:
         message: names values and parameters as Python has them; commands add the option that sets `argument`.

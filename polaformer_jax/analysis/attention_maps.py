@@ -1,7 +1,7 @@
 """Where a block looks: its attention weights, recovered from its own queries and keys.
 
-Linear attention never forms its weights. They exist all the same: each stream of `polarity_attention` is A v, and row i
-of A says how much query token i takes from each key token. Here A is formed, some rows at a time.
+Linear attention never forms its weights, but they are well defined: each stream of `polarity_attention` is A v, and row
+i of A says how much query token i takes from each key token. This module forms A, several rows at a time.
 """
 
 import dataclasses
@@ -34,9 +34,9 @@ class Stream:
     Attributes:
         weights: (batch, heads, height, width) on the grid of the keys: a row of the attention matrix, or the mean of
             its rows. Softmax rows sum to 1. A row of a linear stream sums to s / (s + 1e-6), where s is the normaliser
-            without its 1e-6: mostly just below 1, less where queries and keys hardly meet, and 0 where they do not.
+            without its 1e-6: mostly just below 1, less where queries and keys hardly overlap, and 0 where they do not.
         entropy: (batch, heads) in nats, of the row divided by its sum; averaged over the rows where `weights` is.
-            Rows that are zero throughout have no entropy and do not count; NaN if there are no others.
+            All-zero rows have no entropy and are not counted; NaN if there are no others.
     """
 
     weights: np.ndarray
@@ -49,8 +49,8 @@ class AttentionMaps:
 
     Attributes:
         stage, block: which block, counted from 0.
-        streams: of a linear block "same" (same-signed) and "opposite" (opposite-signed), of a softmax block "softmax".
-        uniform_entropy: log n, the entropy of a token that looks at all n keys within its reach alike.
+        streams: "same" (same-signed) and "opposite" (opposite-signed) of a linear block, "softmax" of a softmax block.
+        uniform_entropy: log n, the entropy of a token that attends equally to all n keys within its reach.
     """
 
     stage: int
@@ -69,14 +69,14 @@ def attention_maps(
 ) -> AttentionMaps:
     """Where a block of a model looks in each image.
 
-    The weights are the model's own, formed from its queries and keys: of a linear block, with Q = [q+, q-],
+    The weights are the model's own, formed from its queries and keys: for a linear block, with Q = [q+, q-],
     Q' = [q-, q+], K = [k+, k-] as in `polarity_attention`,
 
         A_same[i, j]     = (Q_i  K_j / n) / (Q_i  mean_n(K) + 1e-6)        A_same v1 is the same-signed stream,
         A_opposite[i, j] = (Q'_i K_j / n) / (Q'_i mean_n(K) + 1e-6)        A_opposite v2 the opposite-signed one.
 
-    Windows of Pola-Swin are put back where they lie in the image, their cyclic shift undone: a token has weights within
-    its window alone, and zeros elsewhere. Takes time O(N n) of N query and n key tokens, and memory O(N + n).
+    Windows of Pola-Swin are placed at their positions in the image, their cyclic shift undone: a token has weights
+    within its window, and zeros elsewhere. Takes time O(N n) for N query and n key tokens, and memory O(N + n).
 
     Args:
         images: normalised, as the model takes them.
@@ -85,10 +85,10 @@ def attention_maps(
             32; None averages over all query tokens.
 
     Raises:
-        ValueError: there is no such stage, block or token, or the images do not fit the model.
+        ValueError: the stage, block or token does not exist, or the images do not fit the model.
     """
     if not isinstance(model, Backbone):
-        raise UserError(f"the model is a {type(model).__name__}, and maps are drawn over images")
+        raise UserError(f"the model is a {type(model).__name__}, expected an image model: maps are drawn over images")
     stage, block = resolve_block(model, stage, block)
     side = model.config.img_size // STRIDES[stage]
     members = _members(model.blocks(stage)[block], side)  # (windows, tokens of a window)
@@ -102,7 +102,7 @@ def attention_maps(
         _sums(graphdef, nnx.to_pure_dict(params), jnp.asarray(images), position, stage=stage, block=block)
     )
     keys = next(iter(sums.values())).rows.shape[-1]
-    if keys != members.shape[1]:  # spatially reduced keys lie on a grid of their own
+    if keys != members.shape[1]:  # spatially reduced keys have their own grid
         members = np.arange(keys)[None]
     return AttentionMaps(
         stage=stage,
@@ -113,9 +113,9 @@ def attention_maps(
 
 
 def last_linear_block(model: Backbone) -> tuple[int, int]:
-    """(stage, block) of the last block of type L, or else of type S.
+    """(stage, block) of the last block of type L, or of type S if there is no L.
 
-    Blocks of a single token, which has nothing to choose from, count only where there are no others.
+    Blocks of a single token, which has nothing to choose from, are returned only if there are no others.
     """
 
     def rank(place: tuple[int, int]) -> tuple:
@@ -130,7 +130,7 @@ def resolve_block(model: Backbone, stage: int, block: int) -> tuple[int, int]:
     """Stage and block counted from 0.
 
     Raises:
-        ValueError: there is no such stage, or no such block in it.
+        ValueError: the stage, or the block in it, does not exist.
     """
     stage = _index("stage", stage, len(STRIDES), f"{type(model).__name__} has {len(STRIDES)} stages")
     depth = len(model.blocks(stage))
@@ -141,7 +141,7 @@ def resolve_token(token: tuple[int, int], side: int) -> tuple[int, int]:
     """(row, column) counted from 0.
 
     Raises:
-        ValueError: it is no pair, or not on a grid of side x side tokens.
+        ValueError: the token is not a pair, or not on a grid of side x side tokens.
     """
     grid = f"the stage's grid has {side}x{side} tokens"
     if len(token) != 2:
@@ -149,14 +149,14 @@ def resolve_token(token: tuple[int, int], side: int) -> tuple[int, int]:
     return _index("token row", token[0], side, grid), _index("token column", token[1], side, grid)
 
 
-def _index(what: str, value: int, count: int, there_is: str) -> int:
+def _index(what: str, value: int, count: int, available: str) -> int:
     try:
         number = operator.index(value)
     except TypeError:
         number = count
     if not -count <= number < count:
         raise ValueError(
-            f"{what} {value!r}: expected an integer from 0 to {count - 1} (or -1 for the last one): {there_is}"
+            f"{what} {value!r}: expected an integer from 0 to {count - 1} (or -1 for the last one): {available}"
         )
     return number % count
 
@@ -165,8 +165,8 @@ def polarity_weights(q_signed: jax.Array, k_signed: jax.Array) -> tuple[jax.Arra
     """The weights of the same-signed and of the opposite-signed stream.
 
     Args:
-        q_signed: [q+, q-] (B, m, h, 2d) of any m query tokens, k_signed: [k+, k-] (B, n, h, 2d) of all key tokens, as
-            `signed_features` returns them.
+        q_signed: [q+, q-] (B, m, h, 2d) of any m query tokens, as `signed_features` returns them.
+        k_signed: [k+, k-] (B, n, h, 2d) of all key tokens.
 
     Returns:
         Two arrays (B, h, m, n), at least float32.
@@ -182,16 +182,16 @@ def polarity_weights(q_signed: jax.Array, k_signed: jax.Array) -> tuple[jax.Arra
 
 
 class _Sums(NamedTuple):
-    """Sums over query tokens, of each window of each image."""
+    """Sums over query tokens, for each window of each image."""
 
     rows: jax.Array  # (B, windows, h, n) of the rows of the attention matrix
-    entropy: jax.Array  # (B, windows, h) of the entropies of those rows that are not zero throughout
+    entropy: jax.Array  # (B, windows, h) of the entropies of the rows that are not all zero
     counted: jax.Array  # (B, windows, h) the number of those rows
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "stage", "block"))
 def _sums(graphdef, params, images: jax.Array, position, *, stage: int, block: int) -> dict[str, _Sums]:
-    """By stream; over all query tokens, or where `position` is given over that one of each window."""
+    """Sums by stream: over all query tokens, or, if `position` is given, over that one token of each window."""
     model = nnx.merge(graphdef, params)
     chosen = model.blocks(stage)[block]
     x = chosen.norm1(model.tokens_before(images, stage=stage, block=block))  # (B, N, C)
@@ -257,13 +257,13 @@ def _summed(weights: jax.Array) -> _Sums:
 
 
 def row_entropy(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Entropy, in nats, of rows of weights of at least 0, each divided by its sum.
+    """Entropy, in nats, of rows of non-negative weights, each divided by its sum.
 
     Args:
         weights: (..., n).
 
     Returns:
-        (...) entropies, 0 for a row of zeros, and whether a row has a weight that is not 0.
+        (...) entropies, 0 for a row of zeros, and whether a row has a non-zero weight.
     """
     total = jnp.sum(weights, axis=-1, keepdims=True)
     seen = total > 0
@@ -271,7 +271,7 @@ def row_entropy(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _members(block: Block, side: int) -> np.ndarray:
-    """(windows, tokens of a window): which token of the image each one is."""
+    """(windows, tokens of a window): the index of each token in the image."""
     tokens = np.arange(side**2)
     if not isinstance(block, SwinBlock):
         return tokens[None]
@@ -279,7 +279,7 @@ def _members(block: Block, side: int) -> np.ndarray:
 
 
 def _placed(sums: _Sums, members: np.ndarray, window: int | None, *, queries: int) -> Stream:
-    """On the whole grid: the row of one query token, which lies in `window`, or the mean of all."""
+    """A stream on the whole grid: the row of one query token, which is in `window`, or the mean of all rows."""
     rows, entropy, counted = sums
     batch, _, heads, _ = rows.shape
     here = slice(None) if window is None else slice(window, window + 1)

@@ -1,7 +1,7 @@
-"""What the augmentation does: a picture of a training batch before and after each kind.
+"""A picture of training examples before and after each kind of augmentation.
 
 The first examples of the run that the config describes, with the random numbers that the run draws for them on the
-host. Each kind of augmentation on the device is shown alone, on every image, whatever its probability.
+host. Each kind of augmentation on the device is shown by itself, on every image, whatever its probability.
 """
 
 import copy
@@ -34,7 +34,7 @@ class Row(NamedTuple):
     Attributes:
         name: what was done.
         images: uint8 RGB, one for each example; sizes may differ.
-        titles: one for each example; empty where the row above says it.
+        titles: one for each example; empty where the row above has it already.
     """
 
     name: str
@@ -45,10 +45,10 @@ class Row(NamedTuple):
 def preview(config: ml_collections.ConfigDict, *, examples: int = EXAMPLES) -> Figure:
     """Draws the first examples of the training, a row for each kind of augmentation that the config uses.
 
-    Mixing takes its partners among the examples shown.
+    Mixing takes its partners from the examples shown.
 
     Raises:
-        UserError: the config cannot work, or a record cannot be read.
+        UserError: the config is not valid, or a record cannot be read.
     """
     if config.task.name != "image":
         raise UserError(f"task.name={config.task.name!r}: the preview draws the augmentation of images")
@@ -58,7 +58,7 @@ def preview(config: ml_collections.ConfigDict, *, examples: int = EXAMPLES) -> F
     if left_out:
         notes.append(f"turned off in the config: {', '.join(left_out)}")
     if "targets" in rows[-1].name and config.train.label_smoothing:
-        notes.append(f"targets have label smoothing {config.train.label_smoothing:g} in them")
+        notes.append(f"targets include label smoothing {config.train.label_smoothing:g}")
     return draw(rows, notes)
 
 
@@ -68,7 +68,7 @@ def augmentations(experiment: Experiment, examples: int) -> tuple[list[Row], lis
     augment, seed = config.augment, config.seed
     source, transform = experiment.inputs.train_source, transforms.train_transform(config)
     names = source.class_names or tuple(str(label) for label in range(source.num_classes))
-    # Batches of one, since stored images differ in size: the random numbers depend on the position in the stream alone.
+    # Batches of one, since stored images differ in size; random numbers depend only on the position in the stream.
     stream = pipeline.train_batches(source, _Stages(transform), batch_size=1, seed=seed)
     found = [{name: value[0] for name, value in next(stream).items()} for _ in range(examples)]
     stream.close()
@@ -116,7 +116,7 @@ def augmentations(experiment: Experiment, examples: int) -> tuple[list[Row], lis
 
 
 def _mixed_visibly(images: jax.Array, mask: jax.Array, seed: int, alphas: dict[str, float]) -> device_transforms.Mixed:
-    """Mixed with the numbers of the first step that leaves a good part of both images; many leave next to none."""
+    """Mixes with the keys of the first step that leaves much of both images; many leave almost nothing of one."""
     for step in range(_STEPS):
         key = purpose_key(seed, step, "mix")
         mixed = device_transforms.mix(images, mask, key, **alphas, probability=1.0, switch_probability=0.5)
@@ -145,7 +145,7 @@ def draw(rows: list[Row], notes: list[str]) -> Figure:
 
 @dataclasses.dataclass(frozen=True)
 class _Stages:
-    """As the transform that it holds, and the image after each stage besides, all from the same random numbers."""
+    """Applies `transform`, and adds the image after each stage, all from the same random numbers."""
 
     transform: transforms.TrainImageTransform
 
@@ -165,13 +165,13 @@ class _Stages:
 
 
 def _visible(images: jax.Array) -> list[np.ndarray]:
-    """Normalised images as pixels; noise beyond black and white is cut off."""
+    """Normalised images as pixels; noise beyond black and white is clipped."""
     pixels = 255 * (np.asarray(images) * np.array(IMAGENET_STD) + np.array(IMAGENET_MEAN))
     return list(np.clip(np.rint(pixels), 0, 255).astype(np.uint8))
 
 
 def _shares(targets: np.ndarray, labels: np.ndarray, names: tuple[str, ...]) -> list[str]:
-    """What each target says of the example's own class and, below it, of its partner's."""
+    """The share of the example's own class in each target and, below it, that of its partner's class."""
     titles = []
     for target, own, partner in zip(targets, labels, labels[::-1], strict=True):
         lines = [f"{_short(names[label])}: {100 * target[label]:.0f} %" for label in dict.fromkeys((own, partner))]

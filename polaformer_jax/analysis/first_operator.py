@@ -1,7 +1,6 @@
-"""A baseline for ListOps: the answer that the first operator of an expression alone suggests.
+"""A baseline for ListOps that answers an expression by its first operator only.
 
-An expression is answered by the commonest value of the training expressions that begin with the same operator: 0 for
-MIN, 9 for MAX.
+The answer is the most common value of the training expressions that begin with the same operator: 0 for MIN, 9 for MAX.
 """
 
 from collections.abc import Iterator
@@ -14,13 +13,13 @@ from polaformer_jax.data.lra.source import SequenceSource
 
 
 def correct_answers(data_dir: str, task: str = "listops") -> dict[str, np.ndarray]:
-    """By split, bool (examples,): which expressions are answered correctly by the first operator.
+    """For each split, bool (examples,): which expressions are answered correctly by the first operator.
 
     Args:
         task: `listops` or `listops_short`.
 
     Raises:
-        UserError: ListOps is not prepared there, or is damaged.
+        UserError: ListOps is not prepared in `data_dir`, or is damaged.
     """
     firsts, values = {}, {}
     for split in SPLITS:

@@ -26,7 +26,7 @@ TITLES = {
     "image_lra": "Image",
     "listops_short": "ListOps of up to 255 symbols",
 }
-# Of the paper, in %; softmax attention as measured with the same code as the others (see configs/lra.py).
+# From the paper, in %; softmax attention as measured with the same code as the others (see configs/lra.py).
 _ARENA = ("listops", "text", "retrieval", "pathfinder", "image_lra")
 PUBLISHED = {
     ("polarity", 3.0): dict(zip(_ARENA, (37.35, 73.06, 80.50, 70.53, 42.15), strict=True)),
@@ -41,12 +41,13 @@ class Row:
     """One run: the test accuracy of the checkpoint that dev accuracy chose.
 
     Attributes:
-      tokenisation: empty where a task has one only. alpha: None where the attention has none.
-      accuracy: in %.
-      time: of the training steps, in seconds.
-      commit: of the code that trained, with a plus where files were changed since.
-      data: where the data came from.
-      changes: the fields of the config that differ from those of `configs/lra.py`, as the command line takes them.
+        tokenisation: empty where a task has only one.
+        alpha: None where the attention has none.
+        accuracy: in %.
+        time: of the training steps, in seconds.
+        commit: of the code that trained, followed by a plus if files had been changed since.
+        data: where the data came from.
+        changes: the fields of the config that differ from those of `configs/lra.py`, as the command line takes them.
     """
 
     task: str
@@ -67,7 +68,7 @@ COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
 
 
 def read(path: epath.PathLike) -> list[Row]:
-    """The rows of a CSV file; a UserError names the line that is no row."""
+    """The rows of a CSV file; a UserError names the line that is not a valid row."""
     lines = csv.reader(epath.Path(path).read_text().splitlines())
     header = tuple(next(lines, ()))
     if header != COLUMNS:
@@ -95,8 +96,8 @@ def row_of(workdir: epath.PathLike) -> Row:
     """The result of a finished training in its work directory.
 
     Raises:
-      UserError: it is no finished training of a Long Range Arena task, or what was evaluated last is not the best
-        checkpoint on the test split.
+        UserError: it is not a finished training of a Long Range Arena task, or the last evaluation was not that of the
+            best checkpoint on the test split.
     """
     workdir = epath.Path(workdir)
     config = read_config(workdir)
@@ -109,7 +110,7 @@ def row_of(workdir: epath.PathLike) -> Row:
         raise UserError(
             f"{workdir}/eval.json is of {result.get('kind')} weights on the split {result['split']!r}"
             f" from {result.get('origin')}, expected {config.eval.weights} on {wanted!r}, and where its data came"
-            f" from: polaformer eval --workdir {workdir}"
+            " from: run `polaformer eval` on this work directory"
         )
     return Row(
         task=task.name,
@@ -128,7 +129,7 @@ def row_of(workdir: epath.PathLike) -> Row:
 
 
 def _changes(config: ml_collections.ConfigDict) -> str:
-    """What was changed of the task's recipe, other options than those of a row."""
+    """The changes to the task's recipe, other than the options that have a column of their own."""
     names = ("attention", "tokenisation", "alpha")
     given = {"seed": config.seed, "steps": config.train.steps}
     given |= dict(zip(names, (config.task.attention, config.task.tokenisation, config.model.alpha), strict=True))
@@ -144,7 +145,7 @@ def _json(path: epath.Path) -> dict:
 
 
 def append(path: epath.PathLike, row: Row) -> bool:
-    """Adds a row at the end of the file, which is made if need be; False if this very row is there already."""
+    """Appends a row to the file, which is created if necessary; returns False if the file already has this row."""
     path = epath.Path(path)
     rows = read(path) if path.exists() else []
     if row in rows:
@@ -163,9 +164,9 @@ def write(path: epath.PathLike, rows: Iterable[Row]) -> None:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The table in Markdown: a line for each published figure, a dash where nothing was run, and one for all else.
+    """The table in Markdown: a line for each published figure (dashes where nothing was run) and each other setting.
 
-    Runs that differ in the seed alone are one line, their mean, with the standard deviation from two on.
+    Runs that differ only in the seed are one line: their mean, with the standard deviation if there are at least two.
     """
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
@@ -218,9 +219,9 @@ def _time(seconds: float) -> str:
 
 
 def with_table(readme: str, rows: Sequence[Row]) -> str:
-    """The README's text with its table made anew; a UserError if it has no place for one."""
+    """The README's text with its table regenerated; a UserError if it has no place for one."""
     before, begin, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise UserError(f"there is no place for the table, which is between the two lines\n{BEGIN}\n{END}")
+        raise UserError(f"no place for the table: expected the two lines that enclose it\n{BEGIN}\n{END}")
     return f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{after}"

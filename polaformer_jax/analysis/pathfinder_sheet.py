@@ -1,6 +1,6 @@
 """A sheet of Pathfinder examples with their labels, to be judged by eye.
 
-Each picture is above what was drawn: the two target curves in colour, their discs, and the distractors in grey.
+Below each picture is a plan of it: the two target curves in colour, their discs, and the distractors in grey.
 """
 
 from matplotlib.figure import Figure

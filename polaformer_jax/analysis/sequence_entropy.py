@@ -1,7 +1,7 @@
 """How concentrated attention is: entropies of the attention rows of trained sequence models, as a table and a picture.
 
 The paper says that relu features leave linear attention flat, and that its learnable power makes it spiky again. So
-polarity-aware attention is measured twice: as it was trained, and with the power p = 1 in its place.
+polarity-aware attention is measured twice: as it was trained, and with its power replaced by p = 1.
 """
 
 import functools
@@ -23,34 +23,35 @@ from polaformer_jax.models.layers import accumulation_dtype, product
 from polaformer_jax.models.plain_attention import PlainAttention
 from polaformer_jax.models.pola_sequence import PolaSequence, Sequences
 
-# Plotted with the same colour whether the power is there or not; open marks are without it.
+# The same colour with and without the power; open marks are without it.
 COLOURS = {"same": "#2364aa", "opposite": "#73bfb8", "relu": "#e09f3e", "softmax": "#c8382c"}
 WITHOUT_POWER = ", p = 1"
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "block"))
 def row_entropies(graphdef: nnx.GraphDef, params, sequences: Sequences, *, block: int) -> dict[str, jax.Array]:
-    """Entropies of the attention rows of one block, as shares of the greatest that there can be.
+    """Entropies of the attention rows of one block, as fractions of the largest possible entropy.
 
     Args:
         graphdef, params: of a `PolaSequence` of single texts.
-        sequences: (B, N) tokens and (B,) lengths n > 1; padding is neither query nor key.
+        sequences: (B, N) tokens and (B,) lengths n > 1; padding is used neither as query nor as key.
         block: counted from 0.
 
     Returns:
-        By attention ("same" and "opposite" of polarity-aware attention, "same, p = 1" and "opposite, p = 1" of the same
-        without its power, "relu", "softmax"): (B, h), the means over the n query tokens i of
+        For each attention ("same" and "opposite" for polarity-aware attention, "same, p = 1" and "opposite, p = 1" for
+        the same without its power, "relu", "softmax"): (B, h), the means over the n query tokens i of
 
             -sum_j a_ij log a_ij / log n        a_i: row i of the attention matrix, divided by its sum.
 
-        1 is to attend to all tokens alike, 0 to a single one. Rows of zeros do not count; NaN if there are no others.
+        1 means attending equally to all tokens, 0 to a single one. All-zero rows are not counted; NaN if there are no
+        others.
     """
     model: PolaSequence = nnx.merge(graphdef, params)
     chosen = model.blocks[block]
     weights = _polarity_weights if isinstance(chosen.attn, PolarityAttention) else _plain_weights
     x, mask = model.tokens_before(sequences, block=block)
 
-    def of_one(example):  # one after the other: the weights of one are (h, N, N)
+    def of_one(example):  # one at a time: the weights of one are (h, N, N)
         x, mask = example
         found = weights(chosen.attn, chosen.norm1(x[None]), mask)
         return {name: _mean_entropy(rows[0], mask) for name, rows in found.items()}
@@ -85,7 +86,7 @@ def _plain_weights(attn: PlainAttention, x: jax.Array, mask: jax.Array) -> dict[
 
 
 def _mean_entropy(weights: jax.Array, mask: jax.Array) -> jax.Array:
-    """(h, N, N) weights of one example, (N,) which tokens are there -> (h,)."""
+    """(h, N, N) weights of one example, (N,) mask of valid tokens -> (h,)."""
     weights = jnp.where(mask[None, None], weights, 0).astype(accumulation_dtype(weights.dtype))
     entropy, seen = row_entropy(weights)  # (h, N) each
     counts = seen & mask[None]
@@ -97,14 +98,14 @@ def of_run(workdir: epath.PathLike, *, examples: int, data_dir: str | None = Non
     """The entropies of a trained model on examples spread evenly over the split that its result is reported on.
 
     Args:
-        workdir: of a training of a `pola_sequence`; its best checkpoint is taken.
+        workdir: of a training of a `pola_sequence`; its best checkpoint is used.
         data_dir: where the data is now, if not where the run's config says.
 
     Returns:
         (block, attention) -> (examples, h), see `row_entropies`.
 
     Raises:
-        UserError: there is no such run or checkpoint, or it is not one of single sequences.
+        UserError: the run or its checkpoint does not exist, or it was not trained on single sequences.
     """
     from polaformer_jax.training import checkpoints
     from polaformer_jax.training.experiment import Experiment
@@ -139,10 +140,10 @@ def of_run(workdir: epath.PathLike, *, examples: int, data_dir: str | None = Non
 def of_runs(
     workdirs: Sequence[epath.PathLike], *, examples: int, data_dir: str | None = None
 ) -> dict[str, dict[tuple[int, str], np.ndarray]]:
-    """The same for several runs, by the names of their work directories.
+    """The entropies (see `of_run`) of several runs, by the names of their work directories.
 
     Raises:
-        UserError: two of them have the same name; and see `of_run`.
+        UserError: two work directories have the same name; or as for `of_run`.
     """
     runs = {}
     for workdir in tqdm(workdirs, unit="run", disable=None):
@@ -154,7 +155,7 @@ def of_runs(
 
 
 def records(runs: Mapping[str, Mapping[tuple[int, str], np.ndarray]]) -> list[dict[str, str]]:
-    """One for each run, block, attention and head: mean, and standard deviation over the examples."""
+    """One record for each run, block, attention and head: mean, and standard deviation over the examples."""
     return [
         {
             "run": run,
@@ -177,7 +178,7 @@ def draw(runs: Mapping[str, Mapping[tuple[int, str], np.ndarray]]) -> Figure:
     rows = [(run, name) for run, found in runs.items() for name in dict.fromkeys(name for _, name in found)]
     figure = figures.new(2 + 4.2 * len(blocks), 1.2 + 0.42 * len(rows))
     panels = figure.subplots(1, len(blocks), sharex=True, sharey=True, squeeze=False)[0]
-    panels[0].invert_yaxis()  # and of all: the first run on top
+    panels[0].invert_yaxis()  # of all panels, which share it: the first run is on top
     for axes, block in zip(panels, blocks, strict=True):
         for place, (run, name) in enumerate(rows):
             if (block, name) not in runs[run]:

@@ -1,10 +1,10 @@
-"""What the devices of a compiled program send each other, read from the program's HLO text.
+"""Collectives of a compiled program: what its devices send each other, parsed from its HLO text.
 
-The text is XLA's (https://openxla.org/xla/operation_semantics). An instruction stands on one line:
+The text is XLA's (https://openxla.org/xla/operation_semantics). An instruction is on one line:
 
     %name = f32[64,128]{1,0} all-reduce(%operand), channel_id=1, ..., metadata={op_name="jit(train_step)/..."}
 
-or, where others run meanwhile, as a pair of `all-reduce-start` and `all-reduce-done`.
+or, if other instructions run meanwhile, a pair of `all-reduce-start` and `all-reduce-done`.
 """
 
 import collections
@@ -32,9 +32,9 @@ class Collective(NamedTuple):
 
     Attributes:
         kind: one of `KINDS`.
-        shapes: of its results on one device, with their types: ("f32", (64, 128)).
-        group: devices that exchange with each other; 0 where the text does not say.
-        source: what the program calls the operation that it comes from.
+        shapes: of its results on one device, with their dtypes: ("f32", (64, 128)).
+        group: number of devices that exchange with each other; 0 if the text does not contain it.
+        source: the name of the operation that it comes from.
     """
 
     kind: str
@@ -49,7 +49,7 @@ class Collective(NamedTuple):
 
     @property
     def moved(self) -> float:
-        """Bytes that each device sends, at least, in a ring of its group."""
+        """Least number of bytes that each device sends in a ring of its group."""
         n = self.group or 2
         share = {"all-reduce": 2 * (n - 1) / n, "all-gather": (n - 1) / n, "reduce-scatter": n - 1}
         share |= {"all-to-all": (n - 1) / n}
@@ -59,9 +59,9 @@ class Collective(NamedTuple):
 def collectives(text: str) -> list[Collective]:
     """All collectives of a program. One inside a loop is listed once.
 
-    TPU programs also have all-reduces whose result is cut up at once, in a computation called `all-reduce-scatter`:
-    these are listed as the reduce-scatters that they are. And a TPU takes a collective in several steps, each merged
-    with some arithmetic: these have one channel, and count as one.
+    TPU programs also have all-reduces whose result is sliced at once, in a computation called `all-reduce-scatter`:
+    these are listed as reduce-scatters. And a TPU may split a collective into several steps, each fused with some
+    arithmetic: these have one channel, and count as one.
     """
     found, computation, channels = [], "", set()
     for line in text.splitlines():
@@ -76,7 +76,7 @@ def collectives(text: str) -> list[Collective]:
         result, kind, start = match.groups()
         shapes = [(d, tuple(int(n) for n in s.split(",") if n)) for d, s in _SHAPE.findall(_without_layouts(result))]
         if start and kind != "all-reduce":
-            # (operands, results, and perhaps counters): of an all-reduce the results alone.
+            # (operands, results, and perhaps counters); of an all-reduce the results only.
             shapes = [shape for shape in shapes if shape[1] or shape[0] not in ("u32", "s32")]
             shapes = shapes[len(shapes) // 2 :]
         group = _group(line)
@@ -88,7 +88,7 @@ def collectives(text: str) -> list[Collective]:
 
 
 def totals(found: Iterable[Collective]) -> dict[str, tuple[int, int]]:
-    """How many of each kind, and their bytes (of the results, on one device)."""
+    """The number of collectives of each kind, and the bytes of their results on one device."""
     counts: dict[str, tuple[int, int]] = collections.defaultdict(lambda: (0, 0))
     for item in found:
         count, size = counts[item.kind]
@@ -97,10 +97,10 @@ def totals(found: Iterable[Collective]) -> dict[str, tuple[int, int]]:
 
 
 def _group(line: str) -> int:
-    """Devices in each group. There are three ways to write them.
+    """Number of devices in each group. There are three notations.
 
-    {{0,1},{2,3}}: in full. [groups,size]<=[...]: counted. mesh['a'=4,'b'=2] {'a'}: the axes along which a group lies,
-    or parts of them, 'a':(1)2.
+    {{0,1},{2,3}}: all devices. [groups,size]<=[...]: numbers. mesh['a'=4,'b'=2] {'a'}: the axes that a group spans, or
+    parts of them, 'a':(1)2.
     """
     match = _GROUPS.search(line)
     if match is None:
@@ -115,7 +115,7 @@ def _group(line: str) -> int:
 
 
 def _cut(shape: tuple[int, ...], group: int) -> tuple[int, ...]:
-    """A shape of one group-th of the elements."""
+    """A 1-D shape with a fraction 1 / `group` of the elements."""
     return (-(-math.prod(shape) // max(group, 1)),)
 
 

@@ -1,4 +1,4 @@
-"""The real training step, compiled for devices that are not here."""
+"""Compiles the real training step for devices that are not present."""
 
 import dataclasses
 import importlib.util
@@ -25,7 +25,7 @@ class OutOfMemoryError(UserError):
     """The step does not fit into a chip's memory.
 
     Attributes:
-        used: bytes that it would need, None where the compiler does not say.
+        used: bytes that it would need, None if the compiler does not report them.
     """
 
     def __init__(self, message: str, used: float | None):
@@ -38,12 +38,12 @@ class Program:
     """A compiled training step. Memory, bytes and collectives are those of one chip.
 
     Attributes:
-        memory: bytes, all of it: state, batch, temporary values and the program.
+        memory: bytes in total: state, batch, temporary values and the program.
         state, temporary: bytes of the state and the batch, and of temporary values.
-        products: operations of matrix products of the whole batch, over all chips, recomputation (`model.remat`) not
-            counted.
+        products: operations of the matrix products of the whole batch, over all chips, without recomputation
+            (`model.remat`).
         xla_flops, xla_bytes: operations, and bytes moved to and from memory, as XLA counts them for one chip.
-        seconds: that compiling took.
+        seconds: time of compiling.
     """
 
     model: str
@@ -63,7 +63,7 @@ class Program:
 
     @property
     def estimate(self) -> Estimate | None:
-        """None for a chip whose peaks are not known."""
+        """None for a chip with unknown peaks."""
         if self.chip is None:
             return None
         return estimate(
@@ -75,35 +75,35 @@ class Program:
 
 
 def topology_devices(topology: str) -> Sequence[jax.Device]:
-    """Devices of a TPU topology such as "v5e:16x16"; "cpu:8" has eight fake ones, to try things with.
+    """Devices of a TPU topology such as "v5e:16x16"; "cpu:8" has eight fake ones, for trials.
 
     Raises:
-      UserError: there is no such topology, or libtpu is not installed.
+        UserError: there is no such topology, or libtpu is not installed.
     """
     generation, _, shape = topology.partition(":")
     if generation == "cpu" and shape.isdecimal() and int(shape):
         try:
             jax.config.update("jax_num_cpu_devices", int(shape))
-        except RuntimeError:  # too late: a program that uses JAX already
+        except RuntimeError:  # too late: JAX is in use already
             pass
         if len(devices := jax.devices("cpu")) < int(shape):
             raise UserError(f"{topology}, but this process has {len(devices)} CPU devices already", argument="topology")
         return devices[: int(shape)]
     if not re.fullmatch(r"v\w+:\d+(x\d+){1,2}", topology):
         raise UserError(
-            f"{topology}: expected that of a TPU, such as v5e:2x4, v5e:16x16 or v5p:2x2x2, or cpu:8",
+            f"{topology}: expected a TPU topology, such as v5e:2x4, v5e:16x16 or v5p:2x2x2, or cpu:8",
             argument="topology",
         )
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            f'{topology} needs the TPU compiler, libtpu, though no TPU: pip install "polaformer_jax[tpu]" (or -e'
+            f'{topology} needs the TPU compiler, libtpu (but no TPU): pip install "polaformer_jax[tpu]" (or -e'
             ' ".[tpu]" in a checkout)',
             argument="topology",
         )
     from jax.experimental import topologies
 
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # a machine without a TPU has no metadata server to ask
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several may compile at once: no chip is taken
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several processes may compile at once: no chip is in use
     try:
         return topologies.get_topology_desc(topology, "tpu").devices
     except Exception as error:  # of several types, by version
@@ -117,14 +117,15 @@ def compile_step(
     num_examples: int,
     batch_size: int | None = None,
 ) -> Program:
-    """Compiles the training step of a config for these devices, which need not be here.
+    """Compiles the training step of a config for these devices, which need not be present.
 
     Args:
         num_examples: size of the training set, which is not opened.
-        batch_size: in place of `train.batch_size`.
+        batch_size: replaces `train.batch_size`.
 
     Raises:
-      UserError: the config cannot work. OutOfMemoryError: the step does not fit.
+        UserError: the config is not valid.
+        OutOfMemoryError: the step does not fit.
     """
     config = config.copy_and_resolve_references()
     if batch_size is not None:
@@ -160,7 +161,7 @@ def compile_step(
 
 
 def out_of_memory(error: Exception, config: ml_collections.ConfigDict) -> OutOfMemoryError | None:
-    """What the compiler's error says of memory; None if it is about something else."""
+    """Converts a compiler error about memory; None if it is about something else."""
     if not is_out_of_memory(error):
         return None
     used = _USED.search(str(error))

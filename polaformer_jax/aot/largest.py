@@ -1,4 +1,4 @@
-"""The largest batch that fits, by few attempts, since each is a compilation of minutes."""
+"""Finds the largest batch that fits, with few attempts, since each is a compilation of minutes."""
 
 from collections.abc import Callable, Sequence
 
@@ -18,13 +18,13 @@ GIB = 2**30
 def largest(
     used: Callable[[int], tuple[bool, float | None]], *, start: int, limit: float, within: float = 1 / 16
 ) -> int:
-    """The largest number of examples a chip that fits, to a relative `within`; 0 if not even one does.
+    """The largest number of examples per chip that fits, to a relative `within`; 0 if not even one does.
 
-    Memory grows with the number of examples along a line, so that a new attempt goes where the line through the last
-    two meets the limit; where it is not known by how much an attempt failed, the interval is halved.
+    Memory grows linearly with the number of examples, so the next attempt is where the line through the last two meets
+    the limit; if it is not known by how much an attempt failed, the interval is halved.
 
     Args:
-        used: whether a number of examples fits, and the bytes used, None where they are not known.
+        used: returns whether a number of examples fits, and the bytes used, None if they are not known.
         start: the first attempt.
         limit: bytes of memory.
     """
@@ -44,7 +44,7 @@ def largest(
 
 
 def _next(points: list[tuple[int, float]], fits: int, fails: int | None, limit: float) -> int:
-    """Strictly between what fits and what does not."""
+    """The next attempt, strictly between what fits and what does not."""
     guess = None
     if len(points) == 2 and points[1][1] != points[0][1]:
         (n0, size0), (n1, size1) = points
@@ -52,7 +52,7 @@ def _next(points: list[tuple[int, float]], fits: int, fails: int | None, limit: 
     elif points and points[0][1] > 0:
         guess = points[0][0] * limit / points[0][1]
     if fails is None:
-        # Never more than fourfold: a line through two near points may point anywhere.
+        # At most fourfold: a line through two points close to each other may lead anywhere.
         return max(fits + 1, min(int(guess or 0) + 1, 4 * fits))
     if guess is None or not fits < guess < fails:
         guess = (fits + fails) / 2
@@ -63,7 +63,7 @@ def largest_batch(config: ml_collections.ConfigDict, devices: Sequence[jax.Devic
     """The program of the largest batch that fits, to a sixteenth, found by compiling.
 
     Raises:
-      UserError: not even one example a chip fits.
+        UserError: not even one example per chip fits.
     """
     programs: dict[int, Program] = {}
     parts = sharding.make_mesh(config.mesh, devices).size * config.train.accumulate

@@ -1,4 +1,4 @@
-"""What is said of a compiled training step: for people, and as a row of a table."""
+"""Reports of a compiled training step: for people, and as a row of a table."""
 
 from polaformer_jax.aot import collectives
 from polaformer_jax.aot.compiling import Program
@@ -7,7 +7,7 @@ GIB, MIB = 2**30, 2**20
 
 
 def describe(program: Program) -> str:
-    """What is printed of a program, for people."""
+    """The printed report of a program, for people."""
     data, fsdp = program.mesh
     lines = [
         f"{program.model}, batch {program.batch} on {data * fsdp} chips: mesh.data={data}, mesh.fsdp={fsdp}"
@@ -17,9 +17,9 @@ def describe(program: Program) -> str:
         f" temporary {program.temporary / GIB:.2f}"
         + (f" (a {program.chip.name} has {program.chip.memory / GIB:.0f})" if program.chip else ""),
         f"FLOPs of a step      {program.products:.4g} in matrix products, all chips, recomputation not counted",
-        f"                     {program.xla_flops:.4g} on one chip as XLA counts them: with the elementwise ones, and"
-        " without what its fusions hide from it",
-        f"memory traffic       {program.xla_bytes / GIB:.2f} GiB a step and chip, as XLA counts it",
+        f"                     {program.xla_flops:.4g} on one chip as XLA counts them: with elementwise operations,"
+        " without those hidden by its fusions",
+        f"memory traffic       {program.xla_bytes / GIB:.2f} GiB per step and chip, as XLA counts it",
     ]
     found = collectives.totals(program.collectives)
     if not found:

@@ -1,7 +1,7 @@
-"""How long a step might take, from what it computes, reads and sends, and what the chip could do at best.
+"""Estimates the time of a step from what it computes, reads and sends, and from the peaks of the chip.
 
 The roofline model (Williams et al., "Roofline: an insightful visual performance model", 2009), with a third roof for
-what chips send each other. All three overlap in it, and each runs at its published peak.
+communication between chips. It assumes that all three overlap, and that each runs at its published peak.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from polaformer_jax.hardware.chips import Chip
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Seconds of one step, each alone. An estimate, not a measurement."""
+    """Seconds of one step for each resource by itself. An estimate, not a measurement."""
 
     compute: float
     memory: float
@@ -23,7 +23,7 @@ class Estimate:
 
     @property
     def bound(self) -> str:
-        """What the step waits for."""
+        """The resource that limits the step."""
         return max(("compute", "memory", "links"), key=lambda name: getattr(self, name))
 
     @property
@@ -36,9 +36,9 @@ def estimate(chip: Chip, *, flops: float, memory_bytes: float, link_bytes: float
     """The time of a step by the model.
 
     Args:
-        flops: of the matrix products on one chip, in one step.
-        memory_bytes: what the chip reads from its memory and writes there.
-        link_bytes: what it sends.
+        flops: operations of the matrix products on one chip, in one step.
+        memory_bytes: bytes that the chip reads from and writes to its memory.
+        link_bytes: bytes that it sends.
     """
     return Estimate(
         compute=flops / chip.flops, memory=memory_bytes / chip.memory_bandwidth, links=link_bytes / chip.link_bandwidth

@@ -1,8 +1,8 @@
-"""Everything that says how fast a GPU or TPU is with these models, in one go, as one CSV file for each part.
+"""All benchmarks of these models on a GPU or TPU in one run, with one CSV file for each part.
 
     polaformer benchmark all --out results --official ~/PolaFormer --official-by eager compiled
 
-The parts are the benchmarks `ceilings`, `attention` and `model` in the sizes of `PARTS`, each in its own process.
+The parts are the benchmarks `ceilings`, `attention` and `model` with the sizes of `PARTS`, each in its own process.
 """
 
 import argparse
@@ -20,7 +20,7 @@ _TIMING = ("--calls=10", "--seconds=1")
 _CORE = ("attention", "--dtype=bfloat16", "--batch-size=128", *_TIMING)
 _MODEL = ("model", "--dtypes", "bfloat16", "--devices=1", "--modes", "forward", "gradient", "step", *_TIMING)
 
-# By the name of the CSV file: what to run. Cores have the heads of Pola-Swin-T in stage 1 and of Pola-PVT in stage 2.
+# What to run, by the name of the CSV file. Cores have the heads of Pola-Swin-T in stage 1 and of Pola-PVT in stage 2.
 PARTS: dict[str, tuple[str, ...]] = {
     "ceilings": ("ceilings", *_TIMING),
     "core_3x32": (*_CORE, "--heads=3", "--width=32", "--tokens", "49", "196", "784", "3136"),
@@ -42,7 +42,7 @@ def commands(args: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", metavar="FOLDER", required=True, help="where the CSV files go; it is made if need be")
+    parser.add_argument("--out", metavar="FOLDER", required=True, help="folder for the CSV files; created if necessary")
     official.add_arguments(parser)
 
 
@@ -50,8 +50,8 @@ def main(args: argparse.Namespace) -> None:
     try:
         Path(args.out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out {args.out} cannot be made: {error}") from error
-    official.openers(args)  # what cannot be is found before anything is measured
+        raise UserError(f"--out {args.out} cannot be created: {error}") from error
+    official.openers(args)  # invalid options are found before anything is measured
     failed = []
     with tqdm(total=len(PARTS), desc="parts", unit="part", disable=None) as bar:
         for name, words in commands(args):
@@ -61,4 +61,4 @@ def main(args: argparse.Namespace) -> None:
             failed += [name] if status else []
             bar.update()
     if failed:
-        raise UserError(f"{', '.join(failed)} failed, as said above; the other parts are in {args.out}")
+        raise UserError(f"{', '.join(failed)} failed, see above; the other parts are in {args.out}")

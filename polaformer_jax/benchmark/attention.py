@@ -1,11 +1,11 @@
-"""Speed of the attention core alone against the number of tokens, beside softmax attention.
+"""Speed of the attention core by itself against the number of tokens, compared with softmax attention.
 
     polaformer benchmark attention --tokens 49 196 784 3136 --csv attention.csv
 
-Polarity is `polarity_attention` on a square grid, with its depthwise convolution and gate, by operations; kernel is the
-same by one kernel, on devices that have one; softmax is `jax.nn.dot_product_attention`. None has the linear layers
-around it. The floor is what no core can be faster than: a program that only reads what the polarity core is given once,
-and writes as much as its results once. What is compared takes turns, on one device.
+Polarity is `polarity_attention` on a square grid, with its depthwise convolution and gate, in XLA operations; kernel
+is the same in one kernel, on devices that have one; softmax is `jax.nn.dot_product_attention`. None includes the linear
+layers around it. The floor is a lower bound of every core's time: a program that only reads the inputs of the polarity
+core once, and writes as much as its results once. Measurements take turns, on one device.
 """
 
 import argparse
@@ -25,13 +25,13 @@ from polaformer_jax.models import kernels
 from polaformer_jax.models.attention import polarity_attention
 
 MODES = ("forward", "gradient")
-KERNEL = 5  # of the depthwise convolution
+KERNEL = 5  # size of the depthwise convolution
 
 Arrays = dict[str, jax.Array]
 
 
 class Sizes(NamedTuple):
-    """Of the arrays: (batch, tokens, heads * width), of a type."""
+    """Sizes and dtype of the arrays (batch, tokens, heads * width)."""
 
     batch: int
     heads: int
@@ -40,23 +40,23 @@ class Sizes(NamedTuple):
 
 
 def polarity(given: Arrays, implementation: str = "xla") -> jax.Array:
-    """(B, N, C) of everything that `arguments` makes."""
+    """(B, N, C) from all arrays of `arguments`."""
     side = math.isqrt(given["q"].shape[1])
     return polarity_attention(**given, grid=(side, side), implementation=implementation)
 
 
 def softmax(given: Arrays) -> jax.Array:
-    """(B, N, h, d) of q, k and v of the same shape."""
+    """(B, N, h, d) from q, k and v of the same shape."""
     return jax.nn.dot_product_attention(given["q"], given["k"], given["v"])
 
 
 def floor(given: Arrays) -> jax.Array:
-    """(B, N, C) of q, k, v and g, each read once."""
+    """(B, N, C) from q, k, v and g, each read once."""
     return given["q"] + given["k"] + given["v"] + given["g"]
 
 
 def floor_gradient(given: Arrays) -> Arrays:
-    """As much as the gradients of q, k, v and g, each of which is read once."""
+    """Arrays of the sizes of the gradients of q, k, v and g, each of which is read once."""
     total = floor(given)
     return {name: total * given[name] for name in "qkvg"}
 
@@ -71,7 +71,7 @@ RATIOS = (("softmax", "polarity"), ("polarity", "floor"), ("kernel", "floor"))
 
 
 def here(width: int) -> tuple[str, ...]:
-    """The names of `ATTENTIONS` to be measured on this process's devices: the kernel would be interpreted on some."""
+    """The names of `ATTENTIONS` to measure on this process's devices: without the kernel if it would be interpreted."""
     kernel = kernels.has_kernel(jax.default_backend(), width)
     return tuple(name for name in ATTENTIONS if kernel or name != "kernel")
 
@@ -95,7 +95,7 @@ def arguments(attention: str, tokens: int, sizes: Sizes) -> Arrays:
 
 
 def job(tokens: int, attention: str, mode: str, *, sizes: Sizes) -> Job:
-    """The attention, or ("gradient") the sum of its result with the gradients of all its arguments."""
+    """The attention, or ("gradient") the sum of its result and the gradients of all its arguments."""
     forward = ATTENTIONS[attention]
 
     def total(given: Arrays) -> jax.Array:
@@ -149,7 +149,7 @@ def main(args: argparse.Namespace) -> None:
     if wrong := [tokens for tokens in args.tokens if tokens < 1 or math.isqrt(tokens) ** 2 != tokens]:
         raise UserError(f"--tokens has {wrong[0]}: expected square numbers, such as 49, 196, 784, 3136")
     if args.width % 2:
-        raise UserError(f"--width is {args.width}: expected an even number, for each stream takes half of a head")
+        raise UserError(f"--width is {args.width}: expected an even number, since each stream has half of a head")
     sizes = Sizes(args.batch_size, args.heads, args.width, args.dtype)
     points = sweep.run(
         args,

@@ -3,7 +3,7 @@
     polaformer benchmark ceilings --csv ceilings.csv
 
 The product is of two square matrices; the pass reads an array and writes one of the same size. No program of the same
-type does better by much, and the peaks that makers publish are reached by none.
+dtype is much faster, and none reaches the published peaks.
 """
 
 import argparse
@@ -32,9 +32,9 @@ class Ceiling(NamedTuple):
         name: "product" or "memory".
         dtype: of the arrays.
         unit: of the rates: "TFLOP/s" or "GB/s".
-        work: how much of the unit's seconds a call is.
-        peak: the published one; None where it is not known.
-        timing: seconds a call.
+        work: TFLOP or GB per call.
+        peak: the published rate; None if it is not known.
+        timing: seconds per call.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Ceiling(NamedTuple):
         return self.work / self.timing.median
 
     def record(self) -> dict[str, object]:
-        """The row of a CSV file; None where something is not known."""
+        """The row of a CSV file; None for unknown values."""
         return {
             "ceiling": self.name,
             "dtype": self.dtype,
@@ -74,8 +74,8 @@ def measure(
     """Both ceilings on the first device, taking turns.
 
     Args:
-        dtypes: of the matrices; memory is read and written in the first of them.
-        side: of the matrices.
+        dtypes: dtypes of the matrices; the array that is read and written has the first of them.
+        side: rows and columns of the matrices.
         mib: size of the array that is read.
         calls, seconds, after_turn: see `take_turns`.
     """
@@ -101,7 +101,7 @@ def _warm(program: Callable, *arrays: jax.Array) -> Callable[[], float]:
 
 
 def table(ceilings: Sequence[Ceiling]) -> str:
-    """A line for each."""
+    """A line for each ceiling."""
     lines = []
     for found in ceilings:
         least, greatest = found.work / found.timing.greatest, found.work / found.timing.least
@@ -118,7 +118,9 @@ def table(ceilings: Sequence[Ceiling]) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtypes", nargs="+", choices=options.DTYPES, default=["bfloat16", "float32"], help="[both]")
     parser.add_argument(
-        "--side", type=int, help=f"of the matrices [{SIDE['cpu']} on CPUs, else {SIDE_OF_ACCELERATORS}]"
+        "--side",
+        type=int,
+        help=f"rows and columns of the matrices [{SIDE['cpu']} on CPUs, otherwise {SIDE_OF_ACCELERATORS}]",
     )
     parser.add_argument("--mib", type=float, default=512, help="size of the array that is read [512]")
     options.add_timing(parser)
@@ -128,7 +130,7 @@ def main(args: argparse.Namespace) -> None:
     options.check_timing(args)
     options.check_positive("--side", args.side)
     options.check_positive("--mib", args.mib)
-    keep_freed_memory()  # as train.py and eval.py do
+    keep_freed_memory()  # as training and evaluation do
     dtypes = list(dict.fromkeys(args.dtypes))
     side = args.side or SIDE.get(jax.default_backend(), SIDE_OF_ACCELERATORS)
     total = (len(dtypes) + 1) * args.calls

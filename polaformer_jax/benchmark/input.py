@@ -1,11 +1,11 @@
-"""Speed of the training input: each stage, the whole pipeline, a bare loop beside it, and the official pipeline.
+"""Speed of the training input: each stage, the whole pipeline, a bare loop for comparison, and the official pipeline.
 
     polaformer benchmark input
     polaformer benchmark input --official ~/PolaFormer --csv input.csv
 
-The images are cut from scikit-learn's two photographs, at ImageNet's size and quality, so nothing is fetched. What is
-compared takes turns, and the medians count. Two rates are given: images per second of the clock, and per second of
-processor time, which other programs on the machine disturb less.
+The images are cut from scikit-learn's two photographs, at ImageNet's size and quality, so nothing is fetched.
+Measurements take turns, and medians are reported. There are two rates: images per second of elapsed time, and per
+second of processor time, which other programs on the machine disturb less.
 """
 
 import argparse
@@ -31,8 +31,8 @@ from polaformer_jax.training import recipes
 
 STAGES = ("read", "decode", "crop", "augment", "batch", "transfer")
 _SIZE = (500, 375)  # the commonest size of ImageNet's images
-_QUALITY = (92, 97)  # of the JPEG files, from and to below
-_TRIES = 5  # at an image, of the official transform
+_QUALITY = (92, 97)  # of the JPEG files, upper end excluded
+_TRIES = 5  # of the official transform, per image
 _SEED = 0
 
 
@@ -41,8 +41,8 @@ class Rate(NamedTuple):
 
     Attributes:
         name: what was measured.
-        clock: images per second of the clock.
-        cpu: images per second of processor time of this process; None where another process does the work.
+        clock: images per second of elapsed time.
+        cpu: images per second of processor time of this process; None if another process does the work.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Rate(NamedTuple):
 
 
 class _Seconds(NamedTuple):
-    """What one repetition took for all its images."""
+    """Seconds that one repetition took for all its images."""
 
     clock: float
     cpu: float
@@ -69,7 +69,7 @@ def make_photographs(folder: str | os.PathLike, count: int) -> None:
     for number in tqdm(range(count), desc="making images", unit="image", disable=None, leave=False):
         label = number % len(photographs)
         whole = photographs[label]
-        # At the aspect of the result, and not enlarged, which would leave little to compress.
+        # With the aspect ratio of the result, and not enlarged, since enlarged images compress too well.
         height = rng.uniform(_SIZE[1], whole.height)
         width = height * _SIZE[0] / _SIZE[1]
         left, top = rng.uniform(0, whole.width - width), rng.uniform(0, whole.height - height)
@@ -85,13 +85,13 @@ def measure(config, *, images: int, batch_size: int, repetitions: int, official:
     """Measures everything on `images` images.
 
     Args:
-        config: a config whose `augment` and `model.img_size` count.
+        config: a config, of which `augment` and `model.img_size` are used.
         batch_size: images in a batch; the images are rounded down to whole batches.
-        repetitions: of everything, taking turns.
-        official: path of a checkout of the official code to measure beside ours.
+        repetitions: number of repetitions of all measurements, taking turns.
+        official: path of a checkout of the official code to measure next to ours.
 
     Raises:
-        UserError: an argument that cannot be, or the official code does not import.
+        UserError: an argument is not valid, or the official code does not import.
     """
     if not 1 <= batch_size <= images or repetitions < 1:
         raise UserError(
@@ -132,7 +132,7 @@ def measure(config, *, images: int, batch_size: int, repetitions: int, official:
 
 
 def _stages(source, transform, batch_size: int) -> dict[str, _Seconds]:
-    """Takes all images through the stages one after the other, as the pipeline does, with a clock in between."""
+    """Passes all images through the stages one after the other, as the pipeline does, and times each stage."""
     import jax
 
     from polaformer_jax.data.images import transforms
@@ -174,7 +174,7 @@ def _stages(source, transform, batch_size: int) -> dict[str, _Seconds]:
 
 
 def _bare_loop(source, transform) -> _Seconds:
-    """Decode, crop, flip and RandAugment of files that are in memory, and nothing else."""
+    """Decode, crop, flip and RandAugment of files in memory, and nothing else."""
     records = [source[index] for index in range(len(source))]
     begin = _now()
     for record, rng in zip(records, _generators(len(records)), strict=True):
@@ -188,7 +188,7 @@ def _pipeline(source, transform, batches: int, batch_size: int, *, workers: int)
 
     stream = train_batches(source, transform, batch_size=batch_size, seed=_SEED, workers=workers, prefetch=1)
     try:
-        # Asked for without a pause, the worker is always behind: no batch that is timed was made before.
+        # Batches are requested without a pause, so the worker is always behind: no timed batch was made before.
         next(stream)
         begin = _now()
         for _ in range(batches):
@@ -202,7 +202,7 @@ def official_transform(path: str, config) -> Callable[[Image.Image], object]:
     """The transform of training images that a checkout of the official code builds, with the values of our config.
 
     Args:
-        path: of the checkout. Its `data` package is imported: only name one that you trust.
+        path: path of the checkout. Its `data` package is imported: only give one that you trust.
 
     Raises:
         UserError: there is no such checkout, or it does not import.
@@ -210,7 +210,7 @@ def official_transform(path: str, config) -> Callable[[Image.Image], object]:
     folder = Path(path).expanduser() / "data"
     if not (folder / "build.py").is_file():
         raise UserError(f"--official {path}: there is no data/build.py in it; expected a checkout of the official code")
-    name = "_official_data"  # not `data`, which may be anything here
+    name = "_official_data"  # not `data`, which may be another package here
     spec = importlib.util.spec_from_file_location(
         name, folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
@@ -223,7 +223,7 @@ def official_transform(path: str, config) -> Callable[[Image.Image], object]:
     except Exception as error:  # an old timm on a new PyTorch fails in more ways than ImportError
         raise UserError(
             f"--official {path}: its data/build.py does not import here: {type(error).__name__}: {error}. It needs "
-            "torch, torchvision and timm as its README says (timm 0.4.12), installed beside this package"
+            "torch, torchvision and timm as its README says (timm 0.4.12), installed together with this package"
         ) from error
     import torch
 
@@ -247,7 +247,7 @@ def official_transform(path: str, config) -> Callable[[Image.Image], object]:
 def _official_loop(source, transform) -> _Seconds:
     """Image by image from files in memory to a float tensor; decoded as torchvision's ImageFolder does.
 
-    timm 0.4.12 may ask to keep no bit of a colour, which new versions of Pillow refuse: then the image is drawn again.
+    timm 0.4.12 may request to keep no bit of a colour, which new versions of Pillow refuse: then it is tried again.
     """
     records = [source[index]["image"] for index in range(len(source))]
     begin = _now()
@@ -263,17 +263,17 @@ def _official_loop(source, transform) -> _Seconds:
 
 
 def _now() -> np.ndarray:
-    """(2,) seconds: of the clock, of this process's processor time."""
+    """(2,) seconds: elapsed time, and processor time of this process."""
     return np.array([time.perf_counter(), time.process_time()])
 
 
 def _generators(count: int) -> Iterator[np.random.Generator]:
-    """As Grain makes them for `random_map`: one for each image."""
+    """Generators as Grain creates them for `random_map`: one for each image."""
     return (np.random.Generator(np.random.Philox(key=(_SEED << 64) + index)) for index in range(count))
 
 
 def table(rates: list[Rate]) -> str:
-    """All rates, then what the pipeline reaches of the bare loop and of the official code."""
+    """All rates, then the rate of the pipeline relative to the bare loop and to the official code."""
     by_name = {rate.name: rate for rate in rates}
     width = max(len(name) for name in by_name)
     lines = [f"{'':{width}}  {'ms/image':>9}  {'images/s':>9}  {'per CPU s':>9}"]
@@ -288,11 +288,13 @@ def table(rates: list[Rate]) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--images", type=int, default=256, help="in each repetition [256]")
+    parser.add_argument("--images", type=int, default=256, help="images in each repetition [256]")
     parser.add_argument("--batch-size", type=int, default=64, help="images in a batch [64]")
-    parser.add_argument("--repetitions", type=int, default=5, help="whose median counts [5]")
+    parser.add_argument(
+        "--repetitions", type=int, default=5, help="number of repetitions, whose median is reported [5]"
+    )
     parser.add_argument("--config", default="pola_swin:t", help="recipe [pola_swin:t]")
-    parser.add_argument("--official", metavar="PATH", help="checkout of the official code, to measure beside ours")
+    parser.add_argument("--official", metavar="PATH", help="checkout of the official code, to measure next to ours")
     parser.add_argument("--csv", metavar="FILE", help="file to write the rates to")
 
 

@@ -2,8 +2,8 @@
 
     polaformer benchmark length --csv length.csv --plot length.png
 
-The model is that of the Long Range Arena, with ListOps' sizes unless another config is named; sequences are full. The
-forward pass is evaluation, training is the real step with AdamW. What is compared takes turns, on one device.
+The model is that of the Long Range Arena, with ListOps' sizes unless another config is given; sequences have full
+length. The forward pass is evaluation, training is the real step with AdamW. Measurements take turns, on one device.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def job(tokens: int, attention: str, mode: str, *, config: ml_collections.Config
         state, examples = make_state(), make_batch()
 
         def call():
-            nonlocal state  # what a step is given is used up
+            nonlocal state  # a step donates its state
             state, sums = program(state, examples)
             return state, sums
 
@@ -110,7 +110,7 @@ def crossover(points: Sequence[Point], mode: str) -> int | None:
 
 
 def table(points: Sequence[Point]) -> str:
-    """A line for each mode and length, and last from where on polarity is faster than softmax."""
+    """A line for each mode and length; the last line states from which length polarity is faster than softmax."""
     by_name = {point[:3]: point for point in points}
     head = ["mode", "tokens", *(f"{name} {cell}" for name in ATTENTIONS for cell in sweep.CELLS)]
     lines = [
@@ -131,7 +131,11 @@ def _verdict(points: Sequence[Point]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--lengths", nargs="+", type=int, default=list(LENGTHS), help=f"in tokens [{' '.join(map(str, LENGTHS))}]"
+        "--lengths",
+        nargs="+",
+        type=int,
+        default=list(LENGTHS),
+        help=f"numbers of tokens [{' '.join(map(str, LENGTHS))}]",
     )
     parser.add_argument("--batch-size", type=int, help="sequences, or pairs of them [the config's]")
     parser.add_argument("--config", default="lra:listops", help="[lra:listops]")

@@ -22,8 +22,8 @@ def draw(
     """Milliseconds above, memory below, a column for each mode.
 
     Args:
-        points: those that were left out are not drawn.
-        crossovers: of each mode, the length that a dotted line marks; None: there is none.
+        points: those that were skipped are not drawn.
+        crossovers: for each mode, the length marked by a dotted line; None: no line.
     """
     figure = figures.new(5.2 * len(modes), 7)
     grid = figure.subplots(2, len(modes), squeeze=False, sharex=True, sharey="row")
@@ -50,8 +50,8 @@ def draw(
         if row == 0 and crossovers[mode] is not None:
             axes.axvline(crossovers[mode], color=COLOURS["polarity"], linewidth=0.9, linestyle=":")
             axes.set_title(f"polarity faster: {crossovers[mode]:,}", loc="right", color=COLOURS["polarity"], fontsize=9)
-    grid[0][0].set_ylabel("ms a batch (median)", color=INK)
-    grid[1][0].set_ylabel("GiB, by the compiler's account", color=INK)
+    grid[0][0].set_ylabel("ms per batch (median)", color=INK)
+    grid[1][0].set_ylabel("GiB, as reported by the compiler", color=INK)
     for axes in grid[1]:
         axes.set_xlabel("tokens", color=INK)
     grid[0][0].legend(loc="upper left", frameon=False, labelcolor=INK)

@@ -1,11 +1,11 @@
-"""Speed of whole models: forward, with gradients, and the training step; and the official code beside them.
+"""Speed of whole models: forward, with gradients, and the training step; optionally compared with the official code.
 
     polaformer benchmark model --models pola_pvt_t pola_swin_t --batch-sizes 8 32 --csv model.csv
-    polaformer benchmark model --models pola_swin_t --modes forward               # as their --throughput
+    polaformer benchmark model --models pola_swin_t --modes forward               # like the official --throughput
     polaformer benchmark model --models pola_pvt_t --modes forward gradient --official ~/PolaFormer
 
-Images are random and lie on the device. All that is measured of one model, batch and type takes turns, in the official
-process too; compiling is timed apart.
+Images are random and on the device. All measurements of one model, batch and dtype take turns, including those in the
+official process; compiling is timed separately.
 """
 
 import argparse
@@ -32,16 +32,16 @@ OURS = "ours"
 
 
 class Row(NamedTuple):
-    """What was measured of one thing.
+    """One measurement.
 
     Attributes:
         case: the model and its images.
         mode: "forward", "gradient" or "step".
-        code: `OURS`, or which official one.
-        devices: of JAX, on which the batch lay; the official code runs on one.
+        code: `OURS`, or the name of the official code.
+        devices: number of JAX devices over which the batch was split; the official code runs on one.
         device_kind: what JAX calls them.
         subject: what was timed.
-        timing: seconds a batch.
+        timing: seconds per batch.
     """
 
     case: Case
@@ -58,13 +58,13 @@ class Row(NamedTuple):
 
     @property
     def mfu(self) -> float | None:
-        """Share of the published peak for bfloat16, whatever the type is; None where no peak or count is known."""
+        """Fraction of the published bfloat16 peak, whatever the dtype; None if the peak or the count is not known."""
         if (chip := chip_of(self.device_kind)) is None or self.subject.flops is None:
             return None
         return self.subject.flops / (self.timing.median * self.devices * chip.flops)
 
     def record(self) -> dict[str, object]:
-        """The row of a CSV file; None where something is not known."""
+        """The row of a CSV file; None for unknown values."""
         subject, timing = self.subject, self.timing
         return {
             "model": self.case.model,
@@ -97,13 +97,13 @@ def measure(
     officials: Mapping[str, official.Opener],
     after_turn: Callable[[], object] = lambda: None,
 ) -> list[Row]:
-    """Everything of one case, taking turns.
+    """All measurements of one case, taking turns.
 
     Args:
-        made: `experiment` of the case, on whose devices it is measured.
-        modes: of `MODES`. The official code has those of `official.MODES`.
+        made: the `experiment` of the case, on whose devices it is measured.
+        modes: those of `MODES` to measure. The official code has only `official.MODES`.
         calls, seconds: see `take_turns`.
-        officials: what starts the official code, in each way that is wanted, see `official.openers`.
+        officials: start the official code, one for each requested variant, see `official.openers`.
 
     Raises:
         UserError: the case does not fit into the memory, or the official code does not run.
@@ -134,7 +134,7 @@ def measure(
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Everything in columns, then what ours reaches of the official code."""
+    """All measurements in columns, then our speed relative to that of the official code."""
     head = (
         *("model", "img", "batch", "dtype", "mode", "code", "images/s", "(least - greatest)"),
         *("calls", "compile s", "GiB", "by", "GFLOPs", "MFU"),
@@ -167,7 +167,7 @@ def _ratios(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = f"{parser.description}. `--modes forward` is what the official --throughput measures."
+    parser.description = f"{parser.description}. `--modes forward` measures what the official --throughput does."
     ours.add_arguments(parser, batch_size=32)
     parser.add_argument(
         "--modes",
@@ -177,24 +177,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="forward: evaluation; gradient: cross-entropy of a batch and all its gradients, without an optimizer; "
         "step: the training step, with augmentation on the device and AdamW [forward step]",
     )
-    parser.add_argument("--devices", type=int, help="how many [all that there are]")
+    parser.add_argument("--devices", type=int, help="number of devices [all]")
     options.add_timing(parser)
     official.add_arguments(parser)
 
 
 def main(args: argparse.Namespace) -> None:
-    keep_freed_memory()  # as train.py and eval.py do
+    keep_freed_memory()  # as training and evaluation do
     options.check_timing(args)
     options.check_positive("--threads", args.threads)
     wanted = ours.cases(args)
     if args.official is not None:
-        # Of a GPU's memory JAX would else take three quarters at once, and leave PyTorch the rest.
+        # JAX would otherwise allocate three quarters of a GPU's memory at once, and leave PyTorch the rest.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     devices = _devices(args.devices)
     officials = official.openers(args)
-    if officials and len(devices) > 1 and devices[0].platform != "cpu":  # those of a CPU share its cores
+    if officials and len(devices) > 1 and devices[0].platform != "cpu":  # CPU devices share the cores
         raise UserError(f"--official runs on one device, but there are {len(devices)}: add --devices 1")
-    made = {case: experiment(case, devices) for case in wanted}  # what cannot be is found before anything is measured
+    made = {case: experiment(case, devices) for case in wanted}  # invalid cases are found before anything is measured
     things = len(wanted) * (len(args.modes) + len(officials) * len([m for m in args.modes if m in official.MODES]))
     rows: list[Row] = []
     try:

@@ -1,6 +1,6 @@
-"""The official PyTorch code in a process of its own, as things to be timed beside ours.
+"""The official PyTorch code, in its own process and ready to be timed next to ours.
 
-The checkout is the user's (https://github.com/ZacharyMeng/PolaFormer); nothing is fetched, and nothing of it is here.
+The checkout is the user's (https://github.com/ZacharyMeng/PolaFormer); nothing is fetched or contained in this package.
 """
 
 import argparse
@@ -20,28 +20,31 @@ from polaformer_jax.models import registry
 
 Opener = Callable[[Case, Sequence[str], str], "Official"]
 
-MODES = ("forward", "gradient")  # that both programs have
+MODES = ("forward", "gradient")  # that both codes have
 _NAMES = {"eager": "official", "compiled": "official, compiled"}
 _WORKER = Path(__file__).with_name("official_worker.py")
 _FILES = ("models/pola_pvt.py", "models/pola_swin.py")
 
 
 def threads_here() -> int:
-    """How many threads JAX computes with on a CPU: one for each core that this process may use."""
+    """Number of threads with which JAX computes on a CPU: one for each core that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--official", metavar="PATH", help="checkout of the official code, to measure beside ours")
+    parser.add_argument("--official", metavar="PATH", help="checkout of the official code, to measure next to ours")
     parser.add_argument(
-        "--official-python", metavar="PYTHON", default=sys.executable, help="that has torch, timm and einops [this one]"
+        "--official-python",
+        metavar="PYTHON",
+        default=sys.executable,
+        help="a Python with torch, timm and einops [this one]",
     )
     parser.add_argument(
         "--threads",
         type=int,
         default=threads_here(),
-        help="of the official code on a CPU [as many as JAX takes: the cores of this process, which taskset limits for "
-        "both]",
+        help="threads of the official code on a CPU [as many as JAX uses: the cores of this process, which taskset "
+        "limits for both]",
     )
     parser.add_argument(
         "--official-by",
@@ -53,10 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def openers(args: argparse.Namespace) -> "dict[str, Opener]":
-    """What starts the official code, by what it is called in each way that was asked for; none without `--official`.
+    """Functions that start the official code, by the name of each requested variant; none without `--official`.
 
     Args:
-        args: with what `add_arguments` adds.
+        args: contains the options of `add_arguments`.
 
     Raises:
         UserError: there is no such checkout or Python.
@@ -84,26 +87,26 @@ def _check(path: str, python: str) -> None:
     if missing := [name for name in _FILES if not (Path(path).expanduser() / name).is_file()]:
         raise UserError(f"--official {path}: there is no {missing[0]} in it; expected a checkout of the official code")
     if not os.access(Path(python).expanduser(), os.X_OK):
-        raise UserError(f"--official-python {python}: there is no such program; expected a Python that has PyTorch")
+        raise UserError(f"--official-python {python}: there is no such program; expected a Python with PyTorch")
 
 
 class Official:
-    """One official model, built and warm in a process that lives until `close`. Use it with `with`.
+    """One official model, built and warm, in a process that lives until `close`. Use as a context manager.
 
     Attributes:
         subjects: by mode.
-        version: of PyTorch.
+        version: the version of PyTorch.
 
     Args:
-        path: of the checkout. What it imports is run: only name one that you trust.
-        python: that has PyTorch, timm and einops.
-        platform: of JAX's device, on which the model runs there too.
-        modes: those of `subjects`, which are warm.
-        threads: of PyTorch, on a CPU.
-        compiled: by `torch.compile`, rather than eager.
+        path: path of the checkout. Its code is run: only give one that you trust.
+        python: a Python with PyTorch, timm and einops.
+        platform: platform of JAX's device; the official model runs there too.
+        modes: modes of `subjects`.
+        threads: threads of PyTorch, on a CPU.
+        compiled: whether `torch.compile` compiles the model; otherwise it runs eagerly.
 
     Raises:
-        UserError: it does not import, build or run there, or not on this platform.
+        UserError: it does not import, build or run, or not on this platform.
     """
 
     def __init__(
@@ -118,9 +121,9 @@ class Official:
         compiled: bool,
     ):
         if platform not in ("cpu", "gpu"):
-            raise UserError(f"--official runs on a CPU or by CUDA, but JAX is on a {platform}: leave it out")
+            raise UserError(f"--official runs on a CPU or by CUDA, but JAX is on a {platform}: omit it")
         self._path, self._case = path, case
-        # In a file, for a full pipe would stop the process; whole, for it may say much before it fails.
+        # In a file, since a full pipe would stop the process; complete, since it may print much before it fails.
         self._messages = tempfile.TemporaryFile("w+", prefix="benchmark_official_")
         self._process = subprocess.Popen(
             [os.fspath(Path(python).expanduser()), os.fspath(_WORKER), os.fspath(Path(path).expanduser().resolve())],
@@ -159,7 +162,7 @@ class Official:
         }
 
     def run(self, mode: str) -> float:
-        """Does it once and returns the seconds."""
+        """Runs it once and returns the seconds."""
         return self._ask(mode)["seconds"]
 
     def _ask(self, question: object) -> dict:
@@ -173,7 +176,7 @@ class Official:
         if "error" in answer:
             raise UserError(
                 f"--official {self._path}: {self._case} does not run in its process: {answer['error']}. It needs "
-                "torch, timm and einops as its README says: name a Python that has them by --official-python"
+                "torch, timm and einops as its README says: give a Python with them as --official-python"
             )
         return answer
 

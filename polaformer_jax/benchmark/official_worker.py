@@ -2,8 +2,8 @@
 
     python official_worker.py CHECKOUT
 
-Imports nothing of this package. Reads JSON from standard input, a line each, and answers each line with one: first what
-to build; then names of modes, each of which is run once and timed. Ends with its input.
+Imports nothing of this package. Reads lines of JSON from standard input and answers each with a line: first what to
+build; then names of modes, each of which is run once and timed. Ends when its input does.
 """
 
 import functools
@@ -17,7 +17,7 @@ CLASSES = {"PolaPVT": ("pola_pvt", "PyramidVisionTransformer"), "PolaSwin": ("po
 
 
 def build(given):
-    """The official class with our model's arguments, whose names are the same, and what the class is not told."""
+    """The official class with our model's arguments, whose names are the same, and additional ones that it needs."""
     import torch
 
     module, name = CLASSES[given["family"]]
@@ -31,7 +31,7 @@ def build(given):
 
 
 def make_runs(given):
-    """Functions by mode: what is timed."""
+    """The timed functions, by mode."""
     import torch
 
     torch.manual_seed(0)
@@ -73,7 +73,7 @@ def timed(run, device):
 
 
 def prepare(given):
-    """Builds, and calls everything twice. What the first call took counts as compiling, where anything is compiled."""
+    """Builds the model and calls everything twice. The first call counts as compiling, if anything is compiled."""
     import torch
 
     runs = make_runs(given)
@@ -91,7 +91,7 @@ def prepare(given):
 
 def main():
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what imported code prints is no answer
+    os.dup2(2, 1)  # what imported code prints is not an answer
     sys.path[0] = sys.argv[1]  # in place of this folder
     given = json.loads(sys.stdin.readline())
     try:
@@ -100,7 +100,7 @@ def main():
         for line in sys.stdin:
             seconds = timed(runs[json.loads(line)], given["device"])
             print(json.dumps({"seconds": seconds}), file=answers, flush=True)
-    except Exception as error:  # whatever the official code, PyTorch and timm raise: it is told
+    except Exception as error:  # whatever the official code, PyTorch and timm raise is reported
         message = f"{type(error).__name__}: {error}"
         print(json.dumps({"error": message}), file=answers, flush=True)
 

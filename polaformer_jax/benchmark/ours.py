@@ -1,4 +1,4 @@
-"""The models of this package, compiled for the devices that are here, as things to be timed."""
+"""The models of this package, compiled for the present devices and ready to be timed."""
 
 import argparse
 import functools
@@ -26,12 +26,12 @@ _SEED = 0
 
 
 class Case(NamedTuple):
-    """A model, and what it is measured on.
+    """A model, and its input.
 
     Attributes:
-        model: name of a model of images.
+        model: name of an image model.
         img_size: pixels, square.
-        batch: images, over all devices.
+        batch: number of images, over all devices.
         dtype: of the computation, "float32" or "bfloat16"; parameters are float32.
     """
 
@@ -57,10 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
 
 
 def cases(args: argparse.Namespace) -> list[Case]:
-    """All combinations that were asked for.
+    """All requested combinations.
 
     Raises:
-        UserError: there is no such model of images, or a size cannot be.
+        UserError: there is no such image model, or a size is not valid.
     """
     options.check_positive("--batch-sizes", *args.batch_sizes)
     options.check_positive("--img-size", args.img_size)
@@ -75,14 +75,14 @@ def cases(args: argparse.Namespace) -> list[Case]:
 
 
 class Subject(NamedTuple):
-    """Something to be timed, warm already.
+    """Something to be timed, already warm.
 
     Attributes:
-        run: does it once and returns the seconds.
-        compile_s: seconds that compiling took; None where nothing is compiled.
-        memory: bytes that one device needs; None where that is not known.
-        memory_by: whose account of the memory it is.
-        flops: operations of matrix products and convolutions, on all devices; None where nobody counted.
+        run: runs it once and returns the seconds.
+        compile_s: seconds of compiling; None if nothing is compiled.
+        memory: bytes needed on one device; None if they are not known.
+        memory_by: what reported the memory, "compiler" or "device".
+        flops: operations of matrix products and convolutions, on all devices; None if they are not counted.
     """
 
     run: Callable[[], float]
@@ -93,10 +93,10 @@ class Subject(NamedTuple):
 
 
 def experiment(case: Case, devices: Sequence[jax.Device]) -> Experiment:
-    """The training of a case: the recipe of `configs/` with all that it does on the device, on a mesh of the devices.
+    """The training of a case: the recipe of `configs/` with all its work on the device, on a mesh of the devices.
 
     Raises:
-        UserError: it cannot be built so, or the batch does not divide over the devices.
+        UserError: it cannot be built with these sizes, or the batch does not divide over the devices.
     """
     config = defaults()
     use_official_augmentation(config)
@@ -157,14 +157,14 @@ def _step(made: Experiment, case: Case):
     program = programs.compiled(lambda: made.train_step.trace(batch))
 
     def call():
-        nonlocal state  # what a step is given is used up
+        nonlocal state  # a step donates its state
         state, sums = program.run(state, batch)
         return state, sums
 
     return program, call
 
 
-# What can be measured of a model: each makes the program, and a function that calls it once.
+# What can be measured of a model: each returns the program, and a function that calls it once.
 MODES = {"forward": _forward, "gradient": _gradient, "step": _step}
 
 
@@ -176,7 +176,7 @@ def _images(made: Experiment, case: Case) -> jax.Array:
 
 
 def _batch(made: Experiment, case: Case) -> dict[str, jax.Array]:
-    """A training batch: bytes, labels, and a mask that leaves none out."""
+    """A training batch: bytes, labels, and a mask of True."""
     rng = np.random.default_rng(_SEED)
     values = {"image": functools.partial(rng.integers, 0, 256), "label": functools.partial(rng.integers, 0, CLASSES)}
     return {

@@ -1,10 +1,10 @@
-"""Where the time of a model goes, operation by operation of the compiled program, as the profiler sees them.
+"""Time of a model by operation of the compiled program, as the profiler measures it.
 
     polaformer benchmark profile --model pola_pvt_t --mode gradient
     taskset -c 0 polaformer benchmark profile --model pola_swin_t --top 40      # on one core
 
 Operations that come from the same line of the model and became the same kind of kernel are one row. With several
-cores the times of all threads are added up: more than the clock shows, so read the shares, or measure on one core.
+cores the times of all threads are added up to more than the elapsed time, so read the shares, or measure on one core.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from polaformer_jax.errors import UserError
 from polaformer_jax.files import tables
 from polaformer_jax.hardware.host_memory import keep_freed_memory
 
-# These hold other operations, which are counted themselves.
+# These contain other operations, which are counted by themselves.
 _HOLDERS = ("while", "call", "conditional")
 _OPERATION = re.compile(r'^\s*(?:ROOT )?%?([\w.-]+) = .*?([\w-]+)\((?:.*op_name="([^"]*)")?', re.MULTILINE)
 
@@ -32,8 +32,8 @@ class Row(NamedTuple):
     Attributes:
         kernel: what they became in the compiled program, e.g. "multiply_exponential_fusion".
         origin: where they come from: transformations and functions, and the primitive last.
-        count: how many there are in a call.
-        seconds: that they take in a call together.
+        count: number of operations per call.
+        seconds: their total time per call.
     """
 
     kernel: str
@@ -43,7 +43,7 @@ class Row(NamedTuple):
 
 
 def operations(program_text: str) -> dict[str, tuple[str, str]]:
-    """By name of an operation of a compiled program: its opcode, and what it says of its origin."""
+    """Opcode and origin of each operation of a compiled program, by name."""
     found = {}
     for match in _OPERATION.finditer(program_text):
         found.setdefault(match[1], (match[2], match[3] or ""))
@@ -51,7 +51,7 @@ def operations(program_text: str) -> dict[str, tuple[str, str]]:
 
 
 def profile(call: Callable[[], object], program_text: str, *, calls: int) -> list[Row]:
-    """Calls it so often and returns what was seen, what takes longest first.
+    """Calls it `calls` times and returns its operations, the longest first.
 
     Raises:
         UserError: the profiler saw no operation on this device.
@@ -112,18 +112,18 @@ def _short(origin: str, length: int = 60) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="pola_pvt_t", help="[pola_pvt_t]")
     parser.add_argument(
-        "--mode", choices=tuple(ours.MODES), default="forward", help="as of `benchmark model` [forward]"
+        "--mode", choices=tuple(ours.MODES), default="forward", help="as in `benchmark model` [forward]"
     )
     parser.add_argument("--batch-size", type=int, default=8, help="images [8]")
     parser.add_argument("--img-size", type=int, help="pixels, square [the model's own]")
     parser.add_argument("--dtype", choices=options.DTYPES, default="float32", help="[float32]")
-    parser.add_argument("--calls", type=int, default=3, help="that are profiled [3]")
+    parser.add_argument("--calls", type=int, default=3, help="number of profiled calls [3]")
     parser.add_argument("--top", type=int, default=25, help="rows to show [25]")
     parser.add_argument("--csv", metavar="FILE", help="file to write all rows to")
 
 
 def main(args: argparse.Namespace) -> None:
-    keep_freed_memory()  # as train.py and eval.py do
+    keep_freed_memory()  # as training and evaluation do
     options.check_positive("--calls", args.calls)
     options.check_positive("--top", args.top)
     (case,) = ours.cases(

@@ -1,4 +1,4 @@
-"""Compiled programs to be measured: what compiling takes, what they compute, and the memory that they need."""
+"""Compiled programs to be measured: their compilation time, operations and memory."""
 
 import dataclasses
 import os
@@ -10,7 +10,7 @@ import jax
 from polaformer_jax.hardware.costs import is_out_of_memory, memory_needed, product_flops
 
 GIB = 2**30
-CPU_SHARE, DEVICE_SHARE = 0.5, 0.9  # of the memory there is, that programs may have unless told otherwise
+CPU_SHARE, DEVICE_SHARE = 0.5, 0.9  # fractions of the memory that programs may use by default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,10 +19,10 @@ class Program:
 
     Attributes:
         run: the program.
-        seconds: that tracing and compiling took.
+        seconds: time of tracing and compiling.
         flops: operations of its matrix products and convolutions (`product_flops`), on all devices together.
-        memory: bytes on one device that it needs while it runs, by the compiler's account (`memory_needed`).
-        arguments: bytes of that which its arguments have.
+        memory: bytes on one device that it needs while it runs, as reported by the compiler (`memory_needed`).
+        arguments: bytes of its arguments, which `memory` includes.
     """
 
     run: jax.stages.Compiled
@@ -33,7 +33,7 @@ class Program:
 
 
 def compiled(trace: Callable[[], jax.stages.Traced]) -> Program:
-    """Traces and compiles."""
+    """Traces, lowers and compiles."""
     began = time.perf_counter()
     traced = trace()
     program = traced.lower().compile()
@@ -48,7 +48,7 @@ def compiled(trace: Callable[[], jax.stages.Traced]) -> Program:
 
 
 def compiled_within(trace: Callable[[], jax.stages.Traced], limit: float) -> Program | None:
-    """The compiled program; None where it needs more than `limit` bytes, or more than the compiler allows."""
+    """The compiled program; None if it needs more than `limit` bytes, or more than the compiler allows."""
     try:
         program = compiled(trace)
     except jax.errors.JaxRuntimeError as error:
@@ -59,7 +59,7 @@ def compiled_within(trace: Callable[[], jax.stages.Traced], limit: float) -> Pro
 
 
 def memory_limit(gib: float | None) -> float:
-    """Bytes that a program may need: those given, or a share of what the first device has, or of a CPU's machine."""
+    """Bytes that a program may need: as given, or a fraction of the memory of the first device, or of the machine."""
     if gib is not None:
         return gib * GIB
     if stats := jax.devices()[0].memory_stats():
@@ -68,10 +68,10 @@ def memory_limit(gib: float | None) -> float:
 
 
 def device_peak(program: Program, call: Callable[[], object], devices: Sequence[jax.Device]) -> float | None:
-    """Calls once; bytes on the fullest device that this took, arguments included, by the devices' own account.
+    """Calls it once; the most bytes that this used on a device, arguments included, as reported by the devices.
 
-    None where it cannot be told: on CPUs, which keep no account, and where something before had the devices fuller,
-    for they only remember the fullest moment of the process.
+    None if it is not known: on CPUs, which report nothing, and if the process used more memory earlier, because the
+    devices only report the peak of the process.
     """
     before = [device.memory_stats() for device in devices]
     jax.block_until_ready(call())

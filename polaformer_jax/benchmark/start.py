@@ -1,10 +1,10 @@
-"""How long it takes from the start of a new process to the first logits, without and with a compilation cache.
+"""Time from the start of a new process to the first logits, without and with a compilation cache.
 
     polaformer benchmark start --models pola_pvt_t pola_swin_t
     polaformer benchmark start --models pola_pvt_t --official ~/PolaFormer
 
-Python starts, imports, makes a model with random weights, compiles and evaluates one batch of random images. All that
-is measured of one model takes turns. This process stays away from the devices, which may serve one process only.
+Python starts, imports, creates a model with random weights, compiles and evaluates one batch of random images. All
+measurements of one model take turns. This process does not use the devices, which may serve one process only.
 """
 
 import argparse
@@ -32,12 +32,12 @@ COLD, WARM = "ours, nothing compiled", "ours, compilation cache"
 
 
 class Row(NamedTuple):
-    """What was measured of one thing.
+    """One measurement.
 
     Attributes:
         case: the model and its images.
-        code: `COLD`, `WARM`, or which official one.
-        platform: what JAX calls the kind of device.
+        code: `COLD`, `WARM`, or the name of the official code.
+        platform: JAX's name for the kind of device.
         timing: seconds from the start of a process to the logits.
     """
 
@@ -60,7 +60,7 @@ class Row(NamedTuple):
 
 
 def measure(case: Case, *, calls: int, officials: Mapping[str, official.Opener], after_turn) -> list[Row]:
-    """A row for each of: nothing compiled, everything compiled, the official code in each way that is wanted.
+    """A row for each of: nothing compiled, everything compiled, each requested variant of the official code.
 
     Args:
         officials: see `official.openers`.
@@ -88,7 +88,7 @@ def measure(case: Case, *, calls: int, officials: Mapping[str, official.Opener],
 
 
 def start(case: Case, cache: str) -> tuple[float, str]:
-    """Starts a process that evaluates a case once, and ends it.
+    """Starts a process that evaluates a case once, and waits for its end.
 
     Args:
         cache: folder of the compilation cache.
@@ -131,7 +131,7 @@ def _last_line(process: subprocess.Popen) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """One line for each row."""
+    """A line for each row."""
     head = ["model", "img", "batch", "dtype", "code", "start s", "(least - greatest)", "calls"]
     lines = [
         [
@@ -152,7 +152,7 @@ def table(rows: Sequence[Row]) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     ours.add_arguments(parser, batch_size=1)
     parser.add_argument("--calls", type=int, default=5, help="processes of each kind [5]")
-    parser.add_argument("--csv", metavar="FILE", help="file to write everything to that was measured")
+    parser.add_argument("--csv", metavar="FILE", help="file for all measurements")
     official.add_arguments(parser)
 
 

@@ -1,4 +1,4 @@
-"""A process that evaluates one batch and says on what: started by `start.py` with a case as JSON, to be timed."""
+"""A process that evaluates one batch and prints the platform: started and timed by `start.py`, with a case as JSON."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Attentions compared over growing lengths, each for as long as its program fits into the memory."""
+"""Compares attentions over growing lengths, each as long as its program fits into the memory."""
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,8 +20,8 @@ class Job(NamedTuple):
     """Something to compile and to call.
 
     Attributes:
-        trace: traces it by shapes alone, so that nothing is there yet of what might not fit.
-        start: makes the arrays, and returns a function that calls the program once.
+        trace: traces it from shapes only, so that no array that might not fit exists yet.
+        start: creates the arrays, and returns a function that calls the program once.
     """
 
     trace: Callable[[], jax.stages.Traced]
@@ -32,11 +32,11 @@ class Point(NamedTuple):
     """One attention at one length.
 
     Attributes:
-        tokens: in each example.
+        tokens: tokens in each example.
         attention: its name.
-        mode: what was done with it, such as "forward".
-        program: None where it was left out for its memory, and then so is the timing.
-        timing: seconds a call.
+        mode: what was measured, such as "forward".
+        program: the program; None if it was skipped because of its memory, and then so is the timing.
+        timing: seconds per call.
     """
 
     tokens: int
@@ -61,24 +61,24 @@ def sweep(
 
     Args:
         lengths: numbers of tokens.
-        job: of a length, an attention and a mode.
+        job: returns the job of a length, an attention and a mode.
         calls, seconds: see `take_turns`.
-        limit: bytes of memory. What needs more is left out, and at all longer lengths it is not even compiled.
-        after_turn: called after every turn, and as often for what is left out.
+        limit: bytes of memory. What needs more is skipped, and not even compiled at longer lengths.
+        after_turn: called after every turn, and as often for what is skipped.
 
     Raises:
-        UserError: something does not fit into the memory though the compiler said so.
+        UserError: something does not fit into the memory, although it does according to the compiler.
     """
-    left_out: set[tuple[str, str]] = set()
+    skipped: set[tuple[str, str]] = set()
     for tokens in sorted(set(lengths)):
         found: dict[tuple[str, str], Program] = {}
         runs: dict[tuple[str, str], Callable[[], float]] = {}
         names = [(attention, mode) for mode in modes for attention in attentions]
         for name in names:
             given = job(tokens, *name)
-            program = None if name in left_out else programs.compiled_within(given.trace, limit)
+            program = None if name in skipped else programs.compiled_within(given.trace, limit)
             if program is None:
-                left_out.add(name)
+                skipped.add(name)
                 for _ in range(calls):
                     after_turn()
                 continue
@@ -95,7 +95,7 @@ def _warm(start: Callable[[jax.stages.Compiled], Callable[[], object]], program:
         if not is_out_of_memory(error):
             raise
         raise UserError(
-            f"{what}: {program.memory / GIB:.2f} GiB by the compiler's account do not fit: lower --max-memory-gib"
+            f"{what}: {program.memory / GIB:.2f} GiB as reported by the compiler do not fit: lower --max-memory-gib"
         ) from error
     return lambda: seconds_of(call)
 
@@ -109,16 +109,16 @@ def run(
     modes: Sequence[str],
     sizes: Mapping[str, object],
 ) -> list[Point]:
-    """Does the sweep that the options ask for, with a progress bar; the CSV file grows with each length.
+    """Runs the sweep that the options request, with a progress bar; the CSV file grows with each length.
 
     Args:
-        args: with what `add_arguments` adds.
+        args: contains the options of `add_arguments`.
         sizes: further columns of the CSV file.
 
     Raises:
         UserError: see `sweep`; or the CSV file cannot be written.
     """
-    keep_freed_memory()  # as train.py and eval.py do
+    keep_freed_memory()  # as training and evaluation do
     kind = jax.devices()[0].device_kind
     points: list[Point] = []
     turns = len(set(lengths)) * len(attentions) * len(modes) * args.calls
@@ -141,7 +141,7 @@ def run(
 
 
 def record(point: Point) -> dict[str, object]:
-    """Columns of a CSV file; None where the point was left out."""
+    """Columns of a CSV file; None if the point was skipped."""
     program, timing = point.program, point.timing
     return {
         "attention": point.attention,
@@ -158,7 +158,7 @@ def record(point: Point) -> dict[str, object]:
 
 
 def cells(point: Point) -> tuple[str, str, str]:
-    """Milliseconds, from and to, and the memory in GiB, for people; dashes where the point was left out."""
+    """Milliseconds, their range, and the memory in GiB, for people; dashes if the point was skipped."""
     timing, program = point.timing, point.program
     return (
         tables.number(timing and 1e3 * timing.median, ",.3f"),
@@ -174,13 +174,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-memory-gib",
         type=float,
-        help="what needs more memory by the compiler's account is left out, and shown as a dash, with all that is "
-        "longer [0.9 of the device's; on a CPU half of the machine's]",
+        help="what needs more memory, as reported by the compiler, is skipped and shown as a dash, as are all "
+        "greater lengths [0.9 of the device's; on a CPU half of the machine's]",
     )
     options.add_timing(parser)
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises a UserError for values that cannot be."""
+    """Raises a UserError for invalid values."""
     options.check_positive("--max-memory-gib", args.max_memory_gib)
     options.check_timing(args)

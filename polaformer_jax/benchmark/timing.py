@@ -1,4 +1,4 @@
-"""Clocks for what is compared: the calls take turns, so that a slow phase of a shared machine hits all alike."""
+"""Timing for comparisons: calls take turns, so that a slow phase of a shared machine affects all alike."""
 
 import statistics
 import time
@@ -11,11 +11,11 @@ Name = TypeVar("Name", bound=Hashable)
 
 
 class Timing(NamedTuple):
-    """Of many calls of one thing, in seconds a call.
+    """Seconds per call, over many calls of one function.
 
     Attributes:
         median, least, greatest: seconds.
-        calls: how many there were.
+        calls: number of calls.
     """
 
     median: float
@@ -25,7 +25,7 @@ class Timing(NamedTuple):
 
 
 def seconds_of(call: Callable[[], object]) -> float:
-    """Seconds of one call, until all arrays that it returns are there."""
+    """Seconds of one call, until all arrays that it returns are ready."""
     began = time.perf_counter()
     jax.block_until_ready(call())
     return time.perf_counter() - began
@@ -38,16 +38,16 @@ def take_turns(
     seconds: float,
     after_turn: Callable[[], object] = lambda: None,
 ) -> dict[Name, Timing]:
-    """Runs everything in turn, round after round.
+    """Runs all functions in turn, round after round.
 
-    There are `calls` rounds. A turn is one call, or as many as take a round's share of `seconds`: so each thing is
-    called at least so often, and for at least so long, and none of them runs on when the others have ended.
+    There are `calls` rounds. A turn is one call, or as many as take a round's share of `seconds`: so each
+    function is called at least `calls` times and for at least `seconds`, and none runs on after the others have ended.
 
     Args:
-        runs: each does its work once and returns the seconds of it. They are warm already.
+        runs: functions that do their work once and return its seconds. They are already warm.
         calls: least number of calls of each.
         seconds: least time of all calls of each.
-        after_turn: called after every turn: for progress.
+        after_turn: called after every turn, to show progress.
     """
     found: dict[Name, list[float]] = {name: [] for name in runs}
     for _ in range(calls):

@@ -20,7 +20,7 @@ COMMANDS = {
     "aot": ("aot", "compile the training step for devices that are not here"),
     "lra-table": ("lra_table", "collect results on the Long Range Arena in a table"),
     "lra-entropy": ("lra_entropy", "measure the entropy of attention in trained sequence models"),
-    "lra-baseline": ("lra_baseline", "answer ListOps by the first operator alone"),
+    "lra-baseline": ("lra_baseline", "answer ListOps by the first operator of each expression"),
     "lra-sheet": ("lra_sheet", "draw Pathfinder examples with their labels"),
 }
 

@@ -38,7 +38,7 @@ def _compile(parser: command.Parser, argv: Sequence[str]) -> None:
     from polaformer_jax.training import progress
 
     progress.set_up_logging()
-    # Programs are compiled for the topology and run nowhere; a TPU that is here is left alone.
+    # Programs are compiled for the topology and not run; a TPU of this machine is not used.
     jax.config.update("jax_platforms", "cpu")
     devices = topology_devices(args.topology)
     compiling = largest_batch if args.largest_batch else compile_step

@@ -18,7 +18,7 @@ SUBJECTS = {
     "model": "images/s of whole models: forward, with gradients, and the training step",
     "profile": "where the time of a model goes, operation by operation",
     "start": "seconds from the start of a process to the first logits, without and with a compilation cache",
-    "attention": "ms of the attention core alone against the number of tokens, beside softmax attention",
+    "attention": "ms of the attention core against the number of tokens, next to softmax attention",
     "all": "on a GPU or TPU: ceilings, cores and models in bfloat16, in one go",
     "length": "time and memory of the sequence model against the length, with polarity, relu and softmax",
 }

@@ -1,6 +1,7 @@
 """What the subcommands share: parsers that take their help from docstrings, configs with overrides, error messages."""
 
 import argparse
+import difflib
 import importlib.metadata
 import re
 import sys
@@ -88,28 +89,44 @@ def _number(word: str) -> bool:
 def _overridden(config: "ml_collections.ConfigDict", words: Sequence[str]) -> "ml_collections.ConfigDict":
     """A config with fields changed as `--config.FIELD=VALUE` says.
 
-    `--config.FIELD=None` sets a field to None that is None in the schema; config_flags alone would take the word for a
-    value of the field's type.
+    `--config.FIELD=None` sets a field to None that is None in the schema; config_flags would convert the word to
+    the field's type.
     """
     from absl import flags
     from ml_collections import config_flags
 
+    for word in filter(_OVERRIDE.match, words):
+        _check_field(config, word)
     unset = [match[1] for word in words if (match := re.fullmatch(r"--config\.([\w.]+)=None", word))]
     words = [word for word in words if not re.fullmatch(r"--config\.[\w.]+=None", word)]
     values = flags.FlagValues()
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, lock_config=True, sys_argv=list(words))
         rest = values(["polaformer", *words])
-        for field in unset:
-            _set_to_none(config, field)
     except flags.Error as error:
         raise UserError(f"{error}; see --help") from error
-    except (AttributeError, KeyError, IndexError) as error:
-        name = str(error).strip("'\"")
-        raise UserError(f"--config: there is no field {name}; polaformer_jax/config.py has all fields") from error
     if len(rest) > 1:
         raise UserError(f"unexpected arguments {' '.join(rest[1:])}; see --help")
+    for field in unset:
+        _set_to_none(config, field)
     return config
+
+
+def _check_field(config: "ml_collections.ConfigDict", word: str) -> None:
+    """Checks that a config has the field that an override names."""
+    field = _OVERRIDE.sub("", word).partition("=")[0]
+    if not re.fullmatch(r"\w+(\.\w+)*", field):
+        raise UserError(
+            f"{word}: expected --config.FIELD=VALUE with a field such as optimizer.lr; tuples are set whole"
+        )
+    node, names = config, field.split(".")
+    for i, name in enumerate(names):
+        known = list(node) if hasattr(node, "keys") else []
+        if name not in known:
+            similar = difflib.get_close_matches(name, known, n=1)
+            hint = f"Did you mean {'.'.join([*names[:i], *similar])}? " if similar else ""
+            raise UserError(f"{word}: there is no field {field}. {hint}polaformer_jax/config.py describes all fields")
+        node = node[name]
 
 
 def _set_to_none(config: "ml_collections.ConfigDict", field: str) -> None:
@@ -118,14 +135,14 @@ def _set_to_none(config: "ml_collections.ConfigDict", field: str) -> None:
     *parts, name = field.split(".")
     schema = defaults()
     for part in parts:
-        config, schema = config[part], schema[part]
-    if schema[name] is not None:
+        config, schema = config[part], schema.get(part, {})
+    if schema.get(name) is not None:
         raise UserError(f"--config.{field}=None: this field must have a value, such as {schema[name]!r}")
     config[name] = None
 
 
 def run(action: Callable[[], int | None], *, options: Mapping[str, str] | None = None) -> int:
-    """Runs an action and returns the exit status; errors that the user can put right become one message.
+    """Runs an action and returns the exit status; errors that the user can fix become one message.
 
     Any other exception is a bug, and raised.
 

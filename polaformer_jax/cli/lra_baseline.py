@@ -1,4 +1,4 @@
-"""Answers ListOps by the first operator of an expression alone, a baseline for trained models.
+"""Answers ListOps by only the first operator of an expression, a baseline for trained models.
 
     polaformer lra-baseline --data-dir data
 

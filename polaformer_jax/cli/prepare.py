@@ -11,7 +11,7 @@
     polaformer prepare lra_retrieval --data-dir data --source FOLDER
 
 Training and evaluation only read; this is the one command that writes data sets or uses the network. What is prepared
-already is left alone. An interrupted run leaves nothing that counts as prepared: run the command again.
+already is left unchanged. An interrupted run leaves nothing that counts as prepared: run the command again.
 """
 
 import sys
@@ -52,7 +52,7 @@ def _prepare_tfds(args) -> None:
     began = time.monotonic()
     before = tfds_source.find_prepared(args.name, args.data_dir)
     prepared = prepare.prepare(args.name, args.data_dir, manual_dir=args.manual_dir)
-    # The counts tell whether a split is missing: tfds goes on without ImageNet's validation tar, with a mere warning.
+    # The counts tell whether a split is missing: without ImageNet's validation tar, tfds only logs a warning.
     _report(args.name, began, bool(before), prepared.directory, prepared.splits)
     _report_leftovers(sorted(prepared.directory.parent.glob("incomplete.*")))
 

@@ -1,6 +1,6 @@
 """scikit-learn's handwritten digits as a tfds data set: 1,797 real images that need no download.
 
-Prepared and read exactly like ImageNet, so that the smallest run takes the same path as the largest.
+Prepared and read exactly like ImageNet, so that the smallest run takes the same code path as the largest.
 """
 
 import hashlib
@@ -71,10 +71,10 @@ class SklearnDigits(tfds.core.GeneratorBasedBuilder):
 
 
 def test_indices(labels: np.ndarray) -> np.ndarray:
-    """The 360 test examples, in rising order: each class's share, chosen within the class by a hash of the index.
+    """Indices of the 360 test examples, ascending: each class's share, chosen within the class by a hash of the index.
 
-    Shares are rounded by largest remainder. Nothing is drawn from a library's generator, so that the split is the same
-    for every version of NumPy and scikit-learn.
+    Shares are rounded by largest remainder. No library's random generator is used, so that the split is the same for
+    every version of NumPy and scikit-learn.
     """
     classes, counts = np.unique(labels, return_counts=True)
     quotas, remainders = np.divmod(counts * NUM_TEST, counts.sum())  # integers: no rounding to depend on

@@ -1,8 +1,8 @@
 """Folders of image files, `ROOT/{train,val}/CLASS/*.jpeg`, as a random-access source: the layout of the official code.
 
 ImageNet has 1.28 million files, which take minutes to list on a network drive. They are listed once: an index on disk
-keeps the names, with each class folder's time of change, so that opening costs one look at each folder. A folder's
-time changes whenever a file in it is added, removed or renamed; the index is then made anew.
+holds the names and each class folder's modification time, so that opening costs one `stat` per folder. A folder's
+modification time changes whenever a file in it is added, removed or renamed; the index is then rebuilt.
 """
 
 import hashlib
@@ -23,26 +23,26 @@ from polaformer_jax.files import atomic
 EXTENSIONS = (".jpeg", ".jpg", ".png")  # in any case
 _LAYOUT = "ROOT/train/CLASS/*.jpeg and ROOT/val/CLASS/*.jpeg (also jpg and png)"
 _ALIASES = {"val": "validation", "validation": "val"}
-_FORMAT = 1  # of the index; another number is an index to make anew
-_SETTLED_NS = 2_000_000_000  # the coarsest clock of a file system in use ticks every two seconds
+_FORMAT = 1  # of the index; an index with another number is rebuilt
+_SETTLED_NS = 2_000_000_000  # the coarsest file-system timestamps in use have a resolution of two seconds
 
 
 class FolderSource:
     """One split of a folder of images (see `records.Source`). Records hold the files' bytes.
 
-    Labels are the positions of the class folders in the sorted list of those of the *training* split, so that a class
-    missing from another split moves no label. Without a training split (evaluation alone) the split's own folders
-    count. Files whose names begin with a dot and folders inside class folders are ignored.
+    A label is the position of its class folder in the sorted list of the *training* split's class folders, so that a
+    class missing from another split shifts no label. Without a training split (evaluation only) the split's own folders
+    are used. Files whose names begin with a dot and folders inside class folders are ignored.
 
     Args:
-      root: the folder that holds the splits' folders; local.
-      split: name of the split's folder. `val` and `validation` stand for each other where only one exists.
-      class_split: the split that determines the classes.
-      name: what messages call the data set; by default the folder's name.
+        root: the local folder that holds the splits' folders.
+        split: name of the split's folder. `val` and `validation` are interchangeable where only one exists.
+        class_split: the split that determines the classes.
+        name: the data set's name in messages; by default the folder's name.
 
     Raises:
-      UserError: no such folder or split; no class folders or no images; a class that `class_split` lacks; in
-        `class_split` itself, a class folder without images; a folder that cannot be read.
+        UserError: no such folder or split; no class folders or no images; a class that is missing from `class_split`;
+            in `class_split` itself, a class folder without images; a folder that cannot be read.
     """
 
     def __init__(self, root: str | os.PathLike, split: str, *, class_split: str = "train", name: str | None = None):
@@ -64,8 +64,8 @@ class FolderSource:
         if not folders:
             loose = sum(1 for name in os.listdir(self._directory) if _is_image(name))
             raise UserError(
-                f"{directory} has no class folders, and {loose} images beside them; expected {_LAYOUT}: one folder for "
-                "each class"
+                f"{directory} has no class folders, but {loose} images directly in it; expected {_LAYOUT}: one folder "
+                "for each class"
             )
         reference = _split_directory(folder, class_split)
         if reference is None or reference == directory:
@@ -75,8 +75,8 @@ class FolderSource:
         unknown = sorted({entry.name for entry in folders} - set(self.class_names))
         if unknown:
             raise UserError(
-                f"{directory} has {len(unknown)} class folders that {reference} lacks: {_some(unknown)}. Every class "
-                "needs a folder with training images; remove the others"
+                f"{directory} has {len(unknown)} class folders that are missing from {reference}: {_some(unknown)}. "
+                "Every class needs a folder with training images; remove the others"
             )
         self._index_path, index = _open_index(directory, folders)
         self._use(index)
@@ -98,8 +98,9 @@ class FolderSource:
         self._labels = [numbers[name] for name in index.classes]
 
     def __getstate__(self):
-        state = {key: self.__dict__[key] for key in ("name", "class_names", "_directory", "_index_path")}
-        # A worker process reads the index from disk, so that starting it moves no millions of names through a pipe.
+        state = {key: self.__dict__[key] for key in ("name", "origin", "class_names", "_directory", "_index_path")}
+        # A worker process reads the index from disk, so that starting it does not move millions of names through a
+        # pipe.
         return state | {"_index": self._index.digest if self._index_path else self._index}
 
     def __setstate__(self, state):
@@ -120,7 +121,7 @@ class FolderSource:
 
     def __getitem__(self, index: int) -> Record:
         folder, path = self._locate(index)
-        # Opening a named pipe would wait for its writer for ever; not to block makes no difference to a file.
+        # Opening a named pipe would block until it has a writer; for a regular file O_NONBLOCK makes no difference.
         with open(path, "rb", buffering=0, opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as file:
             return {"image": file.read(), "label": self._labels[folder]}
 
@@ -129,7 +130,7 @@ class FolderSource:
         return path.decode("utf-8", "backslashreplace")  # a file name may be any bytes
 
     def _locate(self, index: int) -> tuple[int, bytes]:
-        """The position of the class folder, and the path, of a file."""
+        """The position of a file's class folder, and the file's path."""
         if not 0 <= index < len(self._ends):
             raise IndexError(f"{self.name} has no record {index}, expected 0 to {len(self._ends) - 1}")
         folder = int(np.searchsorted(self._class_ends, index, side="right"))
@@ -142,12 +143,12 @@ class _Index(NamedTuple):
     """The files of a split, class by class in sorted order.
 
     Attributes:
-      classes: names of the class folders.
-      counts: the number of images in each.
-      lengths: of each file's name, `<u2`.
-      names: all file names, one after the other.
-      digest: of all of these.
-      mtimes: each folder's time of change in ns; -1 where it was too fresh to be told from a later one.
+        classes: names of the class folders.
+        counts: the number of images in each.
+        lengths: the length of each file's name, `<u2`.
+        names: all file names, one after the other.
+        digest: SHA-256 of all of the above.
+        mtimes: each folder's modification time in ns; -1 where it was too recent to be distinguished from a later one.
     """
 
     classes: list[str]
@@ -176,7 +177,7 @@ def _class_folders(directory: Path) -> list[os.DirEntry]:
 
 
 def _is_image(name: bytes) -> bool:
-    # "._name.jpeg" is what macOS leaves beside a file on a foreign drive: no image.
+    # "._name.jpeg" is what macOS leaves next to a file on a foreign drive: not an image.
     return not name.startswith(b".") and name.lower().endswith(tuple(e.encode() for e in EXTENSIONS))
 
 
@@ -185,7 +186,7 @@ def _some(names: list[str]) -> str:
 
 
 def _open_index(directory: Path, folders: list[os.DirEntry]) -> tuple[str | None, _Index]:
-    """Reads the index, or lists the files and writes it; returns where it lies (None: nowhere) and what it holds."""
+    """Reads the index, or lists the files and writes it; returns its path (None if not written) and its content."""
     try:
         mtimes = [os.stat(entry.path).st_mtime_ns for entry in folders]
     except OSError as error:
@@ -207,7 +208,7 @@ def _open_index(directory: Path, folders: list[os.DirEntry]) -> tuple[str | None
 
 
 def _index_paths(directory: Path) -> list[str]:
-    """Beside the split's folder, where all hosts see it; else in the user's cache."""
+    """Next to the split's folder, where all hosts see it; otherwise in the user's cache."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     key = hashlib.sha256(os.fsencode(os.path.realpath(directory))).hexdigest()[:16]
     return [
@@ -222,14 +223,14 @@ def _list_files(directory: Path, classes: list[str], mtimes: list[int]) -> _Inde
     for name in tqdm(classes, desc=f"listing {directory}", unit=" classes", disable=None):
         try:
             with os.scandir(os.fsencode(directory / name)) as entries:
-                # Links are not followed: one that leads nowhere is a record that cannot be read, and is named as such.
+                # Links are not followed: a dangling one is a record that cannot be read, and is reported by name.
                 found = sorted(e.name for e in entries if _is_image(e.name) and not e.is_dir(follow_symlinks=False))
         except OSError as error:
             raise UserError(f"class folder {directory / name} cannot be read: {error}") from error
         counts.append(len(found))
         names += b"".join(found)
         lengths.append(np.array([len(file) for file in found], "<u2").tobytes())
-    # A folder that changed within the last tick of the clock may change again with no new time: not to be relied on.
+    # A folder modified within the last clock tick may change again without a new modification time: not reliable.
     mtimes = [mtime if mtime < settled else -1 for mtime in mtimes]
     index = _Index(classes, counts, b"".join(lengths), bytes(names), "", mtimes)
     return index._replace(digest=_digest(index))
@@ -248,7 +249,7 @@ def _to_bytes(index: _Index) -> bytes:
 
 
 def _read_index(path: str) -> _Index | None:
-    """None where there is no index, or a damaged one, or one of another format."""
+    """The index; None if it is missing, damaged or of another format."""
     try:
         content = Path(path).read_bytes()
         end = content.index(b"\n")

@@ -1,9 +1,9 @@
 """From a source to batches that are a pure function of (seed, step).
 
-Grain's random-access datasets are chained so that batch b can be computed without batches 0 to b-1; resuming is slicing
-from b, on any number of processes and workers. With P processes that take L examples each, global batch b holds the
-stream positions b·P·L to (b+1)·P·L - 1, and process p computes the p-th run of L of them. With the seed, a position
-determines the record (a new permutation each epoch) and every random number of its transform.
+Grain's random-access datasets are chained so that batch b can be computed without batches 0 to b-1; resuming is a slice
+from b on, with any number of processes and workers. With P processes that take L examples each, global batch b holds
+the stream positions b·P·L to (b+1)·P·L - 1, and process p computes the p-th run of L of them. Together with the seed, a
+position determines the record (a new permutation each epoch) and every random number of its transform.
 """
 
 from collections.abc import Iterator
@@ -33,23 +33,25 @@ def train_batches(
     """Endless shuffled batches, from global batch number `start` on.
 
     Args:
-      source: where the records come from.
-      transform: makes an example of a record and a generator; `transform.on_error` says what to do with broken records.
-      batch_size: examples in a global batch, over all processes.
-      seed: a non-negative integer; batch b depends on nothing but (seed, b), given source, transform and batch_size.
-      start: the first global batch to compute; costs nothing, however large.
-      process_index, process_count: which part of every global batch is this process's.
-      workers: worker processes here; 0 computes in the calling thread.
-      prefetch: batches each worker keeps ready (see `workers.Stream`).
-      timeout_s: the longest wait for a batch from the workers; None sets no limit.
+        source: where the records come from.
+        transform: turns a record and a random generator into an example; `transform.on_error` says what happens with
+            broken records.
+        batch_size: examples in a global batch, over all processes.
+        seed: a non-negative integer; for a given source, transform and batch_size, batch b depends only on (seed, b).
+        start: the first global batch to compute; a large number costs nothing.
+        process_index, process_count: which part of every global batch this process computes.
+        workers: number of worker processes of this process; 0 computes in the calling thread.
+        prefetch: batches each worker keeps ready (see `workers.Stream`).
+        timeout_s: the longest wait for a batch from the workers; None sets no limit.
 
     Returns:
-      An iterator of dicts of arrays with leading dimension `batch_size // process_count`; call its `close()`.
+        An iterator of dicts of arrays with leading dimension `batch_size // process_count`; to be closed with
+        `close()`.
 
     Raises:
-      UserError: a batch size that the processes cannot share evenly, or a source without examples; from `next`, a
-        corrupt record or a label outside the classes, naming the record.
-      RuntimeError: from `next`, any other failure with a record, naming it, or a worker that died.
+        UserError: a batch size that the processes cannot share evenly, or a source without examples; from `next`, a
+            corrupt record or a label outside the classes, naming the record.
+        RuntimeError: from `next`, any other failure with a record, naming it, or a worker that died.
     """
     local = local_batch(source, batch_size, process_index, process_count)
     if start < 0:
@@ -65,13 +67,13 @@ def train_batches(
 
 
 def batch_indices(length: int, *, batch_size: int, seed: int, batch: int) -> list[int]:
-    """Indices of the records of a global batch of `train_batches`, from a source of that length."""
+    """Indices of the records of a global batch of `train_batches`, for a source of that length."""
     indices, _ = _shuffled(length, seed)
     return [int(indices[batch * batch_size + place]) for place in range(batch_size)]
 
 
 def _shuffled(length: int, seed: int) -> tuple[grain.MapDataset, int]:
-    """The indices of a source, shuffled anew for each epoch, without end; and a seed for what is done to records."""
+    """The indices of a source, endless and reshuffled for each epoch, and a seed for the transforms of records."""
     # Explicit seeds: those that Grain derives depend on an operation's place in the chain. Hashed, because Grain
     # permutes epoch e by seed + e, which would make epoch 1 of seed 0 the same as epoch 0 of seed 1.
     shuffle_seed, transform_seed = (int(n) for n in np.random.SeedSequence(seed).generate_state(2))
@@ -81,13 +83,13 @@ def _shuffled(length: int, seed: int) -> tuple[grain.MapDataset, int]:
 class Passes:
     """Batches of a dataset, from the first to the last, any number of times; every `iter()` is one pass.
 
-    Workers stay alive between passes and begin the next one while they wait. One pass at a time: beginning another
-    before the last has ended starts over, at the cost of new workers.
+    Workers stay alive between passes and begin the next one while they wait. Only one pass runs at a time: beginning
+    another before the last has ended restarts the workers.
 
     Args:
-      dataset: its elements are whole batches.
-      order: (n,) which example of the split stands at each place of the pass; None: as in the split.
-      workers, prefetch, timeout_s: see `workers.Stream`.
+        dataset: its elements are whole batches.
+        order: (n,) index in the split of the example at each position of the pass; None: the order of the split.
+        workers, prefetch, timeout_s: see `workers.Stream`.
 
     `len()` is the number of batches in a pass.
     """
@@ -106,7 +108,7 @@ class Passes:
         self._dataset = dataset.repeat()
         self._options = {"workers": workers, "prefetch": prefetch, "timeout_s": timeout_s}
         self._stream: Stream | None = None
-        self._taken = 0  # batches of the present pass
+        self._taken = 0  # batches taken in the current pass
 
     def __len__(self) -> int:
         return self._length
@@ -123,7 +125,7 @@ class Passes:
             yield batch
 
     def close(self) -> None:
-        """Ends the workers; a later pass starts new ones."""
+        """Stops the workers; a later pass starts new ones."""
         if self._stream is not None:
             self._stream.close()
         self._stream, self._taken = None, 0
@@ -132,8 +134,8 @@ class Passes:
 class EvalBatches(Passes):
     """All examples of a source in order, each exactly once over all processes.
 
-    The last batch is filled up with blank examples (`mask` False), so that every process has the same number of batches
-    of the same size. Arguments and errors as in `train_batches`.
+    The last batch is padded with blank examples (`mask` False), so that every process has the same number of batches of
+    the same size. Arguments and errors as in `train_batches`.
     """
 
     def __init__(
@@ -156,7 +158,7 @@ class EvalBatches(Passes):
 
 
 class _Load:
-    """Index and generator to example; whatever goes wrong becomes an error that names the record."""
+    """Turns an index and a generator into an example; any failure becomes an error that names the record."""
 
     def __init__(self, source: Source, transform: Transform):
         self._source = source
@@ -164,8 +166,8 @@ class _Load:
 
     def __call__(self, index: int, rng: np.random.Generator | None) -> Example:
         name, record = self._source.describe(index), {}
-        # What leaves here holds text alone: an exception that cannot be pickled would hang the main process, and a
-        # StopIteration would end the data.
+        # Errors raised here hold only text: an exception that cannot be pickled would hang the main process, and a
+        # StopIteration would end the iteration.
         try:
             record = self._source[index]
             return self._transform(record, rng)
@@ -173,7 +175,7 @@ class _Load:
             if self._transform.on_error == "stop":
                 raise UserError(f"{name}: {error}") from error
             logging.warning("skipped %s: %s", name, error)
-            return self._transform.blank(record.get("label", -1))  # -1: not even that is known
+            return self._transform.blank(record.get("label", -1))  # -1: the label is unknown too
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
         except (Exception, SystemExit) as error:
@@ -188,7 +190,7 @@ class LoadOrPad(_Load):
 
 
 def local_batch(source: Source, batch_size: int, process_index: int, process_count: int) -> int:
-    """The examples of a batch that each process takes; raises a UserError where it cannot be shared out."""
+    """The number of examples per process in a batch; raises a UserError where the batch cannot be divided."""
     if batch_size < 1 or batch_size % process_count:
         raise UserError(f"batch size {batch_size} cannot be shared evenly by {process_count} processes")
     if not 0 <= process_index < process_count:

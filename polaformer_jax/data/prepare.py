@@ -1,6 +1,7 @@
 """Prepares tfds data sets for image classification as ArrayRecord. The one place that uses the network.
 
-What is prepared already is left alone. An interrupted preparation leaves nothing that counts as prepared.
+A data set that is already prepared is left unchanged. An interrupted preparation leaves nothing that counts as
+prepared.
 """
 
 from etils import epath
@@ -11,16 +12,16 @@ from polaformer_jax.files.paths import check_local
 
 
 def prepare(name: str, data_dir: epath.PathLike, *, manual_dir: epath.PathLike | None = None) -> tfds_source.Prepared:
-    """Prepares a data set below `data_dir`, unless it is there already.
+    """Prepares a data set below `data_dir`, unless it is already prepared there.
 
     Args:
-      name: `sklearn_digits`, or any tfds data set with the features image and label: `NAME[/CONFIG][:VERSION]`.
-      data_dir: the directory that holds all prepared data sets; local, where something is to be written.
-      manual_dir: where the user put files that tfds cannot download by itself (ImageNet's tars).
+        name: `sklearn_digits`, or any tfds data set with the features image and label: `NAME[/CONFIG][:VERSION]`.
+        data_dir: the directory that holds all prepared data sets; must be local if something has to be written.
+        manual_dir: the directory of files that tfds cannot download by itself (ImageNet's tar files).
 
     Raises:
-      UserError: malformed name, unknown data set, not image classification, prepared already in another format, a
-        bucket to write to, or a failure on the way (download, disk, missing manual files).
+        UserError: malformed name, unknown data set, not image classification, already prepared in another format, a
+            bucket as the target, or a failure during preparation (download, disk, missing manual files).
     """
     found = tfds_source.find_prepared(name, data_dir)
     if found is None:
@@ -28,14 +29,14 @@ def prepare(name: str, data_dir: epath.PathLike, *, manual_dir: epath.PathLike |
         _build(name, epath.Path(data_dir).expanduser(), manual_dir)
         found = tfds_source.find_prepared(name, data_dir)
         if found is None:
-            raise UserError(f"tfds reported success but {name!r} is not to be found below {data_dir}")
+            raise UserError(f"tfds reported success but {name!r} is not found below {data_dir}")
     elif found.file_format != "array_record":
         raise UserError(tfds_source.tfrecord_message(found, name, data_dir))
     return found
 
 
 def _build(name: str, data_dir: epath.Path, manual_dir: epath.PathLike | None) -> None:
-    # TensorFlow is imported on the way, which takes seconds: not before it is known that there is something to do.
+    # This imports TensorFlow, which takes seconds: only once it is known that there is something to do.
     import tensorflow_datasets as tfds
 
     from polaformer_jax.data import digits  # noqa: F401  registers sklearn_digits with tfds
@@ -48,7 +49,7 @@ def _build(name: str, data_dir: epath.Path, manual_dir: epath.PathLike | None) -
         raise UserError(f"tfds has no data set {name!r}: {error}") from error
     except (ValueError, AssertionError) as error:  # an unknown config or version
         raise UserError(f"tfds refuses {name!r}: {error}") from error
-    if not name.startswith("imdb_reviews"):  # of which `lra_text` is made
+    if not name.startswith("imdb_reviews"):  # from which `lra_text` is made
         tfds_source.check_features(builder.info.features, name)  # before hours of downloading
     manual = getattr(builder, "MANUAL_DOWNLOAD_INSTRUCTIONS", None)
     if manual and manual_dir is None:

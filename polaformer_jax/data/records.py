@@ -1,6 +1,6 @@
 """The types of the input pipeline: records of a source, examples made of them, and batches.
 
-A source maps an index to one raw record. Batches are computed from indices alone, so a source needs no iteration order,
+A source maps an index to one raw record. Batches are computed from indices only, so a source needs no iteration order,
 no state and no shuffling of its own; it is pickled to the worker processes.
 """
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from polaformer_jax.errors import UserError
 
-Record = dict[str, Any]  # of images: {"image": encoded bytes, "label": int}
+Record = dict[str, Any]  # for images: {"image": encoded bytes, "label": int}
 Example = dict[str, Any]  # arrays of fixed shapes and dtypes, and `mask`, False for padding
 Batch = dict[str, np.ndarray]  # examples stacked along a leading axis
 OnError = Literal["stop", "skip"]
@@ -26,7 +26,7 @@ class Source(Protocol):
 
     Attributes:
         name: what the split is called in messages, e.g. `sklearn_digits/test`.
-        origin: where the data comes from, for people, e.g. `tfds sklearn_digits/1.0.0`.
+        origin: human-readable description of where the data comes from, e.g. `tfds sklearn_digits/1.0.0`.
         num_classes: labels are in `[0, num_classes)`.
         class_names: one name for each class in label order; None if the data has none.
     """
@@ -48,7 +48,7 @@ class Source(Protocol):
 
 
 class Transform(Protocol):
-    """From a raw record to an example of fixed shapes and dtypes.
+    """Turns a raw record into an example of fixed shapes and dtypes.
 
     Attributes:
         on_error: what happens with a record that cannot be read or decoded: `stop` ends the run with an error that
@@ -60,7 +60,7 @@ class Transform(Protocol):
     def __call__(self, record: Record, rng: np.random.Generator | None) -> Example: ...
 
     def blank(self, label: int = 0) -> Example:
-        """An example of zeros with `mask` False: padding, and the replacement of a skipped record, with its label."""
+        """An example of zeros with `mask` False: padding, or the replacement of a skipped record, with its label."""
         ...
 
 
@@ -68,7 +68,7 @@ def check_label(label: int, num_classes: int) -> np.int32:
     """The label as int32.
 
     Raises:
-        UserError: outside `[0, num_classes)`. Never skipped: it means that data and model do not fit.
+        UserError: the label is outside `[0, num_classes)`. Never skipped: it means that data and model do not match.
     """
     if not 0 <= label < num_classes:
         raise UserError(f"label {label} is outside the {num_classes} classes (expected 0 to {num_classes - 1})")

@@ -1,7 +1,7 @@
 """Prepared TensorFlow Datasets as a random-access source, without TensorFlow and without the network.
 
 tfds lays a prepared data set out as `DATA_DIR/NAME[/CONFIG]/VERSION/`, with its features and splits in JSON files. The
-directory is found here rather than by `tfds.builder(name)`, which would want the data set's own code and TensorFlow.
+directory is found here rather than by `tfds.builder(name)`, which would need the data set's own code and TensorFlow.
 """
 
 import json
@@ -22,9 +22,9 @@ class Prepared(NamedTuple):
     """A prepared data set.
 
     Attributes:
-      directory: `DATA_DIR/NAME[/CONFIG]/VERSION`.
-      file_format: of its record files: `array_record`, `tfrecord`, ...
-      splits: the number of examples in each split.
+        directory: `DATA_DIR/NAME[/CONFIG]/VERSION`.
+        file_format: the format of its record files: `array_record`, `tfrecord`, ...
+        splits: the number of examples in each split.
     """
 
     directory: epath.Path
@@ -41,14 +41,14 @@ def find_prepared(name: str, data_dir: epath.PathLike) -> Prepared | None:
     """Finds the newest prepared version of a data set; does not import tfds.
 
     Args:
-      name: `NAME`, `NAME/CONFIG`, `NAME:VERSION` or `NAME/CONFIG:VERSION`.
-      data_dir: the directory that holds all prepared data sets.
+        name: `NAME`, `NAME/CONFIG`, `NAME:VERSION` or `NAME/CONFIG:VERSION`.
+        data_dir: the directory that holds all prepared data sets.
 
     Returns:
-      None if there is nothing finished (what an interrupted preparation leaves does not count).
+        The data set; None if there is no complete one (leftovers of an interrupted preparation do not count).
 
     Raises:
-      UserError: `name` is not of this form, or leaves open which of several configs is meant.
+        UserError: `name` is not of this form, or does not say which of several configs is meant.
     """
     match = _NAME.fullmatch(name)
     if not match:
@@ -82,7 +82,7 @@ def arrayrecord_dir(data_dir: epath.PathLike) -> epath.Path:
 
 
 def tfrecord_message(prepared: Prepared, name: str, data_dir: epath.PathLike) -> str:
-    """What to say about, and do with, a data set whose records cannot be read in random order."""
+    """The message about a data set whose records cannot be read in random order, and how to fix it."""
     found = (
         f"data set {name!r} at {prepared.directory} is prepared as {prepared.file_format}, which has no random access; "
         "array_record is needed. "
@@ -105,11 +105,11 @@ class TfdsSource:
     """One split of any prepared tfds data set with the features `image` and `label` (see `records.Source`).
 
     Records hold the image as it is stored (encoded bytes). Opening takes about half a second, most of it the import of
-    tfds; a worker process that unpickles a source opens it anew.
+    tfds; a worker process that unpickles a source opens it again.
 
     Raises:
-      UserError: not prepared (the message names the command), prepared in a format without random access, not an
-        image-classification data set, or no such split.
+        UserError: not prepared (the message names the command), prepared in a format without random access, not an
+            image-classification data set, or no such split.
     """
 
     def __init__(self, name: str, *, data_dir: epath.PathLike, split: str):
@@ -134,7 +134,7 @@ class TfdsSource:
         label = check_features(builder.info.features, self.name)
         self.num_classes = label.num_classes
         self.class_names = tuple(label.names) if label.names else None
-        # tfds checks a split's name only on the way, with several exception types; a slice of it may be asked for.
+        # tfds checks a split's name only when it is used, and raises several exception types; slices are allowed.
         try:
             length = builder.info.splits[self._split].num_examples
         except Exception as error:
@@ -144,7 +144,7 @@ class TfdsSource:
             ) from error
         if not length:
             raise UserError(f"split {self._split!r} of {self._directory} has no examples")
-        # No image is decoded here: not ours, and not any other that the data set may have beside it.
+        # No image is decoded here, neither `image` nor any other image feature that the data set may have.
         images = [name for name, feature in builder.info.features.items() if isinstance(feature, tfds.features.Image)]
         self._records = builder.as_data_source(
             split=self._split, decoders={name: tfds.decode.SkipDecoding() for name in images}
@@ -172,7 +172,7 @@ def check_features(features, name: str):
     """Returns the label feature of an image-classification data set.
 
     Raises:
-      UserError: no 8-bit `image` or no class `label` among the features; lists what there is.
+        UserError: no 8-bit `image` or no class `label` among the features, which the message lists.
     """
     import tensorflow_datasets as tfds
 

@@ -1,7 +1,7 @@
-"""Turns a tfds data set that is prepared as TFRecord into ArrayRecord by copying its records, byte for byte.
+"""Converts a tfds data set that is prepared as TFRecord to ArrayRecord by copying its records, byte for byte.
 
-TFRecord files can only be read from the front. ArrayRecord gives any record at once, which shuffling and exact resuming
-need. Nothing is decoded and nothing downloaded; what is copied keeps its shards and its order, and the old files stay.
+TFRecord files can only be read sequentially. ArrayRecord has random access, which shuffling and exact resuming need.
+Nothing is decoded or downloaded; the copy keeps the shards and their order, and the old files stay.
 """
 
 import json
@@ -20,18 +20,18 @@ from polaformer_jax.files.paths import check_local
 def to_arrayrecord(name: str, data_dir: epath.PathLike, out_dir: epath.PathLike | None = None) -> tfds_source.Prepared:
     """Copies a prepared data set to another data directory, as ArrayRecord.
 
-    It is written aside (`incomplete.XXXXXX_VERSION`, as tfds calls a preparation that has not finished) and renamed at
-    the end: an interruption leaves nothing that counts as prepared.
+    It is written to a temporary directory (`incomplete.XXXXXX_VERSION`, tfds's name for an unfinished preparation) and
+    renamed at the end: an interruption leaves nothing that counts as prepared.
 
     Args:
-      name: `NAME[/CONFIG][:VERSION]`.
-      data_dir: the directory that holds the data set as TFRecord.
-      out_dir: the directory for the copy; by default `DATA_DIR-arrayrecord`, beside it.
+        name: `NAME[/CONFIG][:VERSION]`.
+        data_dir: the directory that holds the data set as TFRecord.
+        out_dir: the directory for the copy; by default `DATA_DIR-arrayrecord`, next to it.
 
     Raises:
-      UserError: not prepared below `data_dir`, in another format than TFRecord, there already below `out_dir`, damaged
-        or missing files, another number of records than the data set's own description says, a bucket to write to,
-        or a failed write.
+        UserError: not prepared below `data_dir`, not in TFRecord format, already present below `out_dir`, damaged or
+            missing files, a number of records that differs from the data set's own description, a bucket as the target,
+            or a failed write.
     """
     data_dir = epath.Path(data_dir).expanduser()
     out_dir = tfds_source.arrayrecord_dir(data_dir) if out_dir is None else epath.Path(out_dir).expanduser()
@@ -54,7 +54,7 @@ def to_arrayrecord(name: str, data_dir: epath.PathLike, out_dir: epath.PathLike 
 
 
 def _copy(source: epath.Path, target: epath.Path) -> None:
-    # Both import within seconds (TensorFlow comes with the reading of TFRecord): only once there is something to do.
+    # tfds, and TensorFlow for reading TFRecord, take seconds to import: only once there is something to do.
     import tensorflow_datasets as tfds
 
     try:
@@ -78,7 +78,7 @@ def _copy(source: epath.Path, target: epath.Path) -> None:
         if path.name not in records and path.name != "dataset_info.json" and not path.is_dir():
             path.copy(target / path.name)
     info = json.loads((source / "dataset_info.json").read_text())
-    info.pop("alternativeFileFormats", None)  # whatever lies beside the TFRecord files is not copied
+    info.pop("alternativeFileFormats", None)  # whatever is next to the TFRecord files is not copied
     info["fileFormat"] = "array_record"
     (target / "dataset_info.json").write_text(json.dumps(info, indent=2, sort_keys=True))
 
@@ -86,7 +86,7 @@ def _copy(source: epath.Path, target: epath.Path) -> None:
 def _copy_shard(source: epath.Path, target: epath.Path, length: int, progress: tqdm) -> None:
     from array_record.python import array_record_module
 
-    writer = array_record_module.ArrayRecordWriter(str(target), "group_size:1")  # a record a group: random access
+    writer = array_record_module.ArrayRecordWriter(str(target), "group_size:1")  # one record per group: random access
     try:
         for record in _records(source):
             writer.write(record)
@@ -97,11 +97,13 @@ def _copy_shard(source: epath.Path, target: epath.Path, length: int, progress: t
     found = reader.num_records()
     reader.close()
     if found != length:
-        raise UserError(f"{source} has {found} records, and dataset_info.json says {length}: prepare the data set anew")
+        raise UserError(
+            f"{source} has {found} records, but dataset_info.json says {length}: prepare the data set again"
+        )
 
 
 def _records(path: epath.Path) -> Iterator[bytes]:
-    """The records of a TFRecord file; TensorFlow checks length and content of each by their checksums."""
+    """The records of a TFRecord file; TensorFlow checks the length and content of each against their checksums."""
     import tensorflow as tf
 
     try:
@@ -110,4 +112,4 @@ def _records(path: epath.Path) -> Iterator[bytes]:
         reason = re.sub(
             r"^.*}} | \[Op:.*$", "", error.message, flags=re.DOTALL
         )  # without the names of TensorFlow's nodes
-        raise UserError(f"{path} cannot be read: {reason}. Restore it, or prepare the data set anew") from error
+        raise UserError(f"{path} cannot be read: {reason}. Restore it, or prepare the data set again") from error

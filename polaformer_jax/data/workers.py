@@ -1,13 +1,14 @@
-"""Iterating a Grain pipeline so that every failure is an error, never a hang, and no worker process is left over.
+"""Iterates over a Grain pipeline so that every failure is an error, never a hang, and no worker process is left over.
 
-What Grain (0.2) leaves open, and this closes:
+Problems of Grain (0.2) that are solved here:
 
-- after an error its iterator must not be asked again (it waits for ever): here the first error is final and repeats;
-- a worker that exits with status 0 is waited for without end: here that status is changed, and a time limit catches
-  every other silence;
-- workers of a killed main process live on and hold its output open: here they watch for their parent;
-- Ctrl-C and a scheduler's SIGTERM reach the whole process group: workers leave the decision to the main process;
-- closing waits for ever for a worker that hangs: here it is killed.
+- after an error, another `next` on its iterator waits forever: here the first error is final and is raised again;
+- it waits forever for a worker that exits with status 0: here that status is changed, and a time limit catches every
+  other stall;
+- workers outlive a killed main process and keep its output open: here they watch their parent;
+- Ctrl-C and a scheduler's SIGTERM reach the whole process group: here workers ignore them, and the main process
+  decides;
+- closing waits forever for a worker that hangs: here it is killed.
 """
 
 import contextlib
@@ -27,9 +28,9 @@ from absl import flags
 
 from polaformer_jax.errors import UserError
 
-_POLL_S = 1.0  # how soon a vanished parent, or a stopped main process, is noticed
-_START_S = 60.0  # workers are spawned within seconds, whatever the first batch takes
-_CLOSE_S = 5.0  # a worker that has not finished its batch after so long is killed
+_POLL_S = 1.0  # how soon a dead parent, or a request to stop, is noticed
+_START_S = 60.0  # workers are spawned within seconds, however long the first batch takes
+_CLOSE_S = 5.0  # a worker that has not finished its batch after this time is killed
 
 _starting = threading.Lock()  # two streams started at once could not tell their workers apart
 
@@ -38,11 +39,11 @@ class Stream:
     """Batches of a Grain dataset: an iterator of dicts of NumPy arrays.
 
     Args:
-      dataset: its elements are whole batches (dicts of arrays).
-      workers: processes that compute batches; 0 computes each batch in the calling thread when it is asked for.
-      prefetch: batches that each worker keeps ready in shared memory; Grain holds as many of them again here, and both
-        sides have one more in hand: at most `workers * (2 * prefetch + 2)` batches of memory.
-      timeout_s: with workers, the longest wait for one batch; None waits as long as the workers live.
+        dataset: its elements are whole batches (dicts of arrays).
+        workers: processes that compute batches; 0 computes each batch in the calling thread when it is requested.
+        prefetch: batches that each worker keeps ready in shared memory; Grain keeps the same number in this process,
+            and each side has one more in progress: at most `workers * (2 * prefetch + 2)` batches of memory.
+        timeout_s: with workers, the longest wait for one batch; None waits as long as the workers are alive.
 
     `close()` ends the workers. After an error, and after `close()`, every further `next` raises.
     """
@@ -50,7 +51,8 @@ class Stream:
     def __init__(self, dataset: grain.MapDataset, *, workers: int, prefetch: int = 2, timeout_s: float | None = None):
         if workers < 0 or prefetch < 1:
             raise UserError(f"workers is {workers} and prefetch {prefetch}, expected at least 0 and at least 1")
-        # The default options would keep 500 batches; with workers each has its own buffer, without there is none.
+        # The default options would buffer 500 batches; each worker has its own buffer, and without workers there is
+        # none.
         batches = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
         self._error: Exception | None = None
         self._timeout_s = timeout_s
@@ -59,20 +61,21 @@ class Stream:
             self._batches = iter(batches)
             return
         if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # Grain reads its debug flags, which raises in programs that have no flags
+            flags.FLAGS.mark_as_parsed()  # Grain reads its debug flags, which raises in programs that parse no flags
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
         batches = iter(batches.mp_prefetch(options, worker_init_fn=_guard_worker))
-        self._batches = None  # the feeder's alone
+        self._batches = None  # used only by the feeder
         self._queue = queue.Queue(maxsize=1)
         stop = threading.Event()
-        # Grain's `next` may block for good; asked in a thread, the main thread keeps its time limit and its signals.
+        # Grain's `next` may block forever; it is called in a thread, so that the main thread keeps its time limit and
+        # its signals.
         feeder = threading.Thread(target=_feed, args=(batches, self._queue, stop), daemon=True)
         resource_tracker.ensure_running()  # started later, it would undo the feeder's signal mask
         with _starting:
             others = set(multiprocessing.active_children())
             feeder.start()
             self._processes = _started_workers(others, workers, feeder)
-        # Runs also when the stream is dropped without `close()`, and at the interpreter's end.
+        # Runs also when the stream is dropped without `close()`, and when the interpreter exits.
         self._stop_workers = weakref.finalize(self, _shut_down, batches, feeder, self._queue, stop, self._processes)
 
     def __iter__(self) -> "Stream":
@@ -82,17 +85,17 @@ class Stream:
         """The next batch.
 
         Raises:
-          UserError: what the dataset raised as such.
-          RuntimeError: any other failure, a worker that died, or none that answered in time.
+            UserError: raised by the dataset.
+            RuntimeError: any other failure, a worker that died, or no batch in time.
 
-        Every error is final: asked again, it repeats.
+        Every error is final: later calls raise it again.
         """
         if self._error:
             raise type(self._error)(*self._error.args)
         try:
             return next(self._batches) if self._queue is None else self._take()
         except Exception as error:
-            # A StopIteration would end the run as if all were well; the data here never ends.
+            # A StopIteration would end the run as if nothing had failed; the data here never ends.
             kind = UserError if isinstance(error, UserError) else RuntimeError
             self._error = kind(str(error) or f"the input ended with {type(error).__name__}")
             self.close()
@@ -109,7 +112,7 @@ class Stream:
         return batch
 
     def close(self) -> None:
-        """Ends the workers and waits for them. May be called more than once."""
+        """Stops the workers and waits for them. May be called more than once."""
         self._error = self._error or RuntimeError("the data stream is closed")
         self._batches = None
         if self._queue is not None:
@@ -117,16 +120,16 @@ class Stream:
 
 
 def _feed(batches, out: queue.Queue, stop: threading.Event) -> None:
-    """Moves batches from Grain into `out`, as (batch, None), until the end, which is (None, error)."""
-    # Inherited by the threads and processes that Grain starts from here: workers are deaf to the signals meant for the
-    # main process from their first moment, a second before `_guard_worker` runs in them.
+    """Moves batches from Grain to `out` as (batch, None), until an error, which becomes (None, error)."""
+    # The threads and processes that Grain starts from here inherit this mask: workers block the signals meant for the
+    # main process from the start, a second before `_guard_worker` runs in them.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     error = None
     while error is None and not stop.is_set():
         batch = None
         try:
-            # Worker batches lie in shared memory, which is limited and freed when the last reference goes. JAX on a CPU
-            # may keep such a reference for as long as its array lives, so they are copied out (20 MB take 3 ms).
+            # Worker batches are in shared memory, which is limited and freed with the last reference. JAX on a CPU may
+            # keep such a reference for as long as its array lives, so they are copied (20 MB take 3 ms).
             batch = {name: np.array(value) for name, value in next(batches).items()}
         except BaseException as e:
             error = e
@@ -139,7 +142,7 @@ def _feed(batches, out: queue.Queue, stop: threading.Event) -> None:
 def _started_workers(others: set[BaseProcess], count: int, feeder: threading.Thread) -> list[BaseProcess]:
     """Waits until `count` more child processes than `others` have been started, and returns them."""
     deadline = time.monotonic() + _START_S
-    mine: set[BaseProcess] = set()  # kept, for a worker that has ended already is no active child any more
+    mine: set[BaseProcess] = set()  # kept, because a worker that has ended is no longer an active child
     while len(mine) < count and feeder.is_alive() and time.monotonic() < deadline:
         mine |= {p for p in multiprocessing.active_children() if p not in others and p.name.startswith("grain-")}
         time.sleep(0.005)
@@ -149,11 +152,11 @@ def _started_workers(others: set[BaseProcess], count: int, feeder: threading.Thr
 def _shut_down(
     batches, feeder: threading.Thread, out: queue.Queue, stop: threading.Event, processes: list[BaseProcess]
 ) -> None:
-    """Ends threads and workers; normally within the time of a batch, at most a few `_CLOSE_S`."""
+    """Stops threads and workers; normally within the time of a batch, at most a few `_CLOSE_S`."""
     stop.set()
     with contextlib.suppress(queue.Empty):
         out.get_nowait()  # wakes the feeder
-    feeder.join(_CLOSE_S)  # before Grain closes, which would leave a `next` under way waiting for ever
+    feeder.join(_CLOSE_S)  # before Grain closes, which would leave a pending `next` waiting forever
     if feeder.is_alive():  # a worker hangs; once it is killed, Grain raises
         _kill(processes)
         feeder.join(_CLOSE_S)
@@ -176,7 +179,7 @@ def _guard_worker(index: int, count: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     leave = os._exit
-    # Grain takes status 0 for an orderly end and goes on waiting; only a worker's own code can end it in this way.
+    # Grain takes status 0 for a normal exit and keeps waiting; only a worker's own code can end it in this way.
     os._exit = lambda status: leave(status or 1)
     parent = multiprocessing.parent_process().pid
     threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
@@ -185,4 +188,4 @@ def _guard_worker(index: int, count: int) -> None:
 def _exit_with_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(_POLL_S)
-    os._exit(1)  # no clean-up: the queues lead to a process that is gone
+    os._exit(1)  # no clean-up: the process at the other end of the queues is gone

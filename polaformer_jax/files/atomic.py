@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all."""
+"""Files and folders that are written completely or not at all."""
 
 import contextlib
 import os
@@ -10,11 +10,11 @@ from etils import epath
 
 
 def write(path: epath.PathLike, content: bytes | str) -> None:
-    """Writes aside, then renames: a reader sees the old file or the new one, never a part.
+    """Writes to a temporary file, then renames it: a reader sees the old file or the new one, never a part.
 
     Args:
-      path: local or in a bucket (`gs://`). Its folder is made where it lacks.
-      content: text is encoded as UTF-8.
+        path: local or in a bucket (`gs://`). Its folder is created if it is missing.
+        content: text is encoded as UTF-8.
     """
     with writing(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
@@ -22,7 +22,7 @@ def write(path: epath.PathLike, content: bytes | str) -> None:
 
 @contextlib.contextmanager
 def writing(path: epath.PathLike) -> Iterator[BinaryIO]:
-    """A file to write in parts. It takes its place when the context ends without an error, and else leaves no trace."""
+    """A file to write in parts. It is renamed to `path` if the context ends without an error, and otherwise removed."""
     path = epath.Path(path)
     make_folder(path.parent)
     aside = path.parent / f".{path.name}.{uuid.uuid4().hex}"
@@ -35,10 +35,10 @@ def writing(path: epath.PathLike) -> Iterator[BinaryIO]:
 
 
 def make_folder(path: epath.Path) -> None:
-    """Makes a folder, and those above it, where it lacks.
+    """Creates a folder and its parents where they are missing.
 
     Raises:
-      FileNotFoundError: in a bucket that there is not (TensorFlow would go on looking for it for ever).
+        FileNotFoundError: the bucket does not exist (TensorFlow would keep looking for it forever).
     """
     name = os.fspath(path)
     if "://" in name:
@@ -50,7 +50,7 @@ def make_folder(path: epath.Path) -> None:
 
 @contextlib.contextmanager
 def making(target: epath.PathLike) -> Iterator[epath.Path]:
-    """A folder to fill. It takes its place when the context ends without an error, and else leaves no trace.
+    """A folder to fill. It is renamed to `target` if the context ends without an error, and otherwise removed.
 
     Until then it is called `incomplete.XXXXXX_NAME`, as tensorflow-datasets calls what it is writing.
     """

@@ -16,7 +16,7 @@ SUFFIXES = (".png", ".svg")
 
 
 def new(width: float, height: float, *, pad: float = 0.1) -> Figure:
-    """An empty figure of this size, and with so much room around its parts, in inches."""
+    """An empty figure of this size, with padding `pad` around its parts, in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=pad, h_pad=pad)
@@ -33,13 +33,13 @@ def tidy(axes: Axes) -> None:
 
 
 def check_name(path: epath.PathLike, *, suffixes: tuple[str, ...] = SUFFIXES) -> None:
-    """Raises a UserError, before any work, if no picture of such a name can be written."""
+    """Raises a UserError, before any work, if a picture of this name cannot be written."""
     if epath.Path(path).suffix not in suffixes or epath.Path(path).is_dir():
         raise UserError(f"picture {os.fspath(path)!r}: expected the name of a {' or '.join(suffixes)} file")
 
 
 def save(figure: Figure, path: epath.PathLike) -> None:
-    """Writes a PNG or, by its suffix, an SVG file, whole or not at all.
+    """Writes a PNG or, by its suffix, an SVG file, completely or not at all.
 
     Raises:
         UserError: the file cannot be written.

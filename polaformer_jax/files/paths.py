@@ -1,4 +1,4 @@
-"""Paths, local or in a bucket (`gs://`): what is possible where."""
+"""Local paths and paths in a bucket (`gs://`), and what each kind supports."""
 
 import os
 
@@ -13,7 +13,7 @@ def absolute(path: epath.Path) -> epath.Path:
 
 
 def check_checkpoint_client(path: epath.Path) -> None:
-    """Raises a UserError where google-cloud-storage is missing, by which Orbax asks what kind of bucket it has."""
+    """Raises a UserError for a `gs://` path if google-cloud-storage, by which Orbax queries buckets, is missing."""
     if os.fspath(path).startswith("gs://"):
         try:
             import google.cloud.storage  # noqa: F401
@@ -25,7 +25,7 @@ def check_checkpoint_client(path: epath.Path) -> None:
 
 
 def check_local(data_dir: epath.PathLike, name: str) -> None:
-    """Raises a UserError where the data set `name` is to be written to a bucket: array_record can only read there."""
+    """Raises a UserError if the data set `name` is to be written to a bucket: array_record can only read there."""
     folder = os.fspath(data_dir)
     if "://" in folder:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Tables of what was measured: text in columns for people, and CSV."""
+"""Tables of measurements: text in aligned columns, and CSV."""
 
 import csv
 import io
@@ -25,12 +25,12 @@ def columns(head: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1
 
 
 def number(value: float | None, form: str) -> str:
-    """The value in this form; a dash for None."""
+    """The value in this format; a dash for None."""
     return "-" if value is None else format(value, form)
 
 
 def write_csv(path: epath.PathLike, rows: Sequence[Mapping[str, object]]) -> None:
-    """Writes rows that have the same keys, whole or not at all; None is an empty cell.
+    """Writes rows that have the same keys, completely or not at all; None is an empty cell.
 
     Raises:
         UserError: the file cannot be written.

@@ -1,4 +1,4 @@
-"""What the makers publish of their chips: peaks, which no program reaches."""
+"""Figures of chips as published by their makers: peaks, which no program reaches."""
 
 import dataclasses
 
@@ -8,12 +8,12 @@ class Chip:
     """Published figures of one chip.
 
     Attributes:
-        name: of a TPU as in the name of a topology, "v5e:2x4".
-        kind: what JAX calls the device (`device_kind`).
-        flops: operations a second of bfloat16 matrix products, without sparsity.
-        memory: bytes of its own.
-        memory_bandwidth: bytes a second between it and the chip.
-        link_bandwidth: bytes a second that a chip can send to its neighbours, over all its links together.
+        name: for a TPU as in the name of a topology, "v5e:2x4".
+        kind: JAX's name of the device (`device_kind`).
+        flops: operations per second of bfloat16 matrix products, without sparsity.
+        memory: bytes of device memory.
+        memory_bandwidth: bytes per second between this memory and the chip.
+        link_bandwidth: bytes per second that a chip can send to its neighbours, over all its links together.
     """
 
     name: str
@@ -25,8 +25,8 @@ class Chip:
 
 
 # https://docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, "Key specifications". For the links Google gives the sum of
-# both directions for v5e (400 GB/s) and v6e (800 GB/s), of which a chip sends half, and 4800 Gbit/s for v5p; v4 has six
-# links of 50 GB/s (Jouppi et al., "TPU v4", arXiv 2304.01433).
+# both directions for v5e (400 GB/s) and v6e (800 GB/s), half of which a chip can send, and 4800 Gbit/s for v5p; v4 has
+# six links of 50 GB/s (Jouppi et al., "TPU v4", arXiv 2304.01433).
 CHIPS = (
     Chip("v4", "TPU v4", 275e12, 32 * 2**30, 1200e9, 300e9),
     Chip("v5e", "TPU v5 lite", 197e12, 16 * 2**30, 819e9, 200e9),
@@ -45,5 +45,5 @@ CHIPS = (
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip that JAX calls so; None for one that is not in the table: then nothing is guessed."""
+    """The chip of this `device_kind`; None if it is not in the table, as figures are never guessed."""
     return next((chip for chip in CHIPS if chip.kind == device_kind), None)

@@ -1,4 +1,4 @@
-"""What a program costs: what it computes, and the memory that it needs."""
+"""The costs of a program: its operations and the memory that it needs."""
 
 import math
 import re
@@ -13,8 +13,8 @@ _OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|out of memory|exceed\w* hbm", r
 def product_flops(jaxpr: core.Jaxpr) -> float:
     """Operations of the matrix products and convolutions of a program, two for each multiplication with its addition.
 
-    Counted from the program as it is written, without what no result depends on, since what a compiled one reports
-    depends on the compiler's fusions. The longest branch of a condition counts, the body of a `scan` as often as it
+    Counted in the traced program, without operations that no result depends on, since what a compiled program reports
+    depends on the compiler's fusions. The most expensive branch of a `cond` counts, the body of a `scan` as often as it
     runs, that of a `while` once.
     """
     needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
@@ -41,7 +41,7 @@ def _flops_of_all(jaxpr: core.Jaxpr) -> float:
 
 
 def memory_needed(program: jax.stages.Compiled) -> int:
-    """Bytes on one device while it runs, by the compiler: arguments, results, temporary values and the program."""
+    """Bytes on one device while it runs, as the compiler reports: arguments, results, temporary values, the program."""
     memory = program.memory_analysis()
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return memory.argument_size_in_bytes + results + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes

@@ -1,4 +1,4 @@
-"""How the C library hands out memory, where the host computes."""
+"""How the C library allocates memory, where the host computes."""
 
 import ctypes
 import importlib.metadata
@@ -11,17 +11,17 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 def keep_freed_memory() -> bool:
-    """Has this process keep the memory that it frees, where JAX can only run on the CPU and the C library is glibc.
+    """Makes this process keep the memory that it frees, if JAX can only run on the CPU and the C library is glibc.
 
-    XLA takes the memory of a program anew for every call. From the size of 32 MiB on, glibc gets such blocks from the
-    system and returns them, and the system hands out zeros page by page: a fifth to a third of the time of a model on
-    a CPU. Once called, the process holds as much as it needed at most, until it ends. Where there could be a GPU or
-    TPU nothing changes.
+    XLA allocates the memory of a program again for every call. From the size of 32 MiB on, glibc gets such blocks from
+    the system and returns them, and the system fills them with zeros page by page: a fifth to a third of the time of a
+    model on a CPU. Once called, the process holds the largest amount that it has needed, until it ends. Where there
+    could be a GPU or TPU nothing changes.
 
-    To be called before JAX has looked for devices, since its threads keep the heaps that they have.
+    Call it before JAX has looked for devices, since JAX's threads keep the heaps that they have.
 
     Returns:
-        Whether it is so now.
+        Whether the process now keeps freed memory.
     """
     if not _only_cpu():
         return False

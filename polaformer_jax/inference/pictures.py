@@ -1,4 +1,4 @@
-"""Images as the model saw them, beside maps of where one of its blocks looks."""
+"""Images as the model saw them, next to maps of where one of its blocks looks."""
 
 import math
 import os
@@ -36,7 +36,7 @@ TITLES = {"same": "same-signed stream", "opposite": "opposite-signed stream", "s
 
 
 class Where(NamedTuple):
-    """Which block is shown, and whose gaze: of a token (row, column), or the average over all (None)."""
+    """Which block is shown, and for which query token: (row, column), or None for the average over all."""
 
     stage: int
     block: int
@@ -44,10 +44,10 @@ class Where(NamedTuple):
 
 
 def check_request(path: epath.PathLike, *, images: int) -> None:
-    """Raises a UserError, before any work, where no picture of so many images can be written to `path`."""
+    """Raises a UserError, before any work, if a picture of this many images cannot be written to `path`."""
     figures.check_name(path, suffixes=(".png",))
     if images > MOST_IMAGES:
-        raise UserError(f"a picture has room for {MOST_IMAGES} images, found {images}: draw several pictures")
+        raise UserError(f"a picture shows at most {MOST_IMAGES} images, found {images}: draw several pictures")
 
 
 def choose(
@@ -76,11 +76,11 @@ def choose(
 def draw(
     model: Backbone, results: Sequence[Mapping[str, Any]], *, transform: EvalImageTransform, where: Where
 ) -> Figure:
-    """One row an image: what the model saw and said, and a map of each stream of the block, its heads averaged.
+    """One row per image: the model's input and prediction, and a map of each stream of the block, its heads averaged.
 
     Args:
         results: what `prediction.predict` returned.
-        transform: with which it was called.
+        transform: the one that `prediction.predict` was called with.
     """
     images = [read_image(result["image"], transform) for result in results]
     maps = [
@@ -117,12 +117,12 @@ def _draw_row(figure: Figure, panels, image: np.ndarray, result, maps: Attention
     panels[0].set_title(
         f"{_short(os.path.basename(result['image']), 34)}\n{said}", fontsize=9, color=INK, parse_math=False
     )
-    # In units of a token that looks at all keys within its reach alike.
+    # In units of the weights of a token that attends equally to all keys within its reach.
     weights = {name: stream.weights[0].mean(axis=0) for name, stream in maps.streams.items()}
     uniform = math.exp(-maps.uniform_entropy) if where.token else 1 / next(iter(weights.values())).size
     values = {name: weight / uniform for name, weight in weights.items()}
     colours = ScalarMappable(_scale(values.values()), COLOURS)  # one for both streams, so that they can be compared
-    grey = 64 + image.mean(axis=-1) / 2  # of middling lightness: it must not be taken for the map's
+    grey = 64 + image.mean(axis=-1) / 2  # of medium lightness: it must not be mistaken for the map's
     for axes, (name, value) in zip(panels[1:], values.items(), strict=True):
         axes.imshow(grey, cmap="gray", vmin=0, vmax=255, **place)
         axes.imshow(value, cmap=COLOURS, norm=colours.norm, alpha=0.75, **place)
@@ -146,7 +146,7 @@ def _draw_row(figure: Figure, panels, image: np.ndarray, result, maps: Attention
 
 
 def _scale(maps: Iterable[np.ndarray]) -> Normalize:
-    """From the smallest to the largest value; wider where they hardly differ, or rounding errors would be in colour."""
+    """From the smallest to the largest value; wider where they hardly differ, so that rounding errors get no colour."""
     joined = np.concatenate([values.ravel() for values in maps])
     low, high = joined.min(), joined.max()
     spare = max(0, 0.02 - (high - low)) / 2

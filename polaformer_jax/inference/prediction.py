@@ -1,4 +1,4 @@
-"""From image files to the classes that a model sees in them."""
+"""Predicts the classes of image files."""
 
 import functools
 import json
@@ -19,7 +19,7 @@ from polaformer_jax.data.records import CorruptRecordError
 from polaformer_jax.errors import UserError, WeightsError
 from polaformer_jax.models.backbone import Backbone
 
-NAMED_PROBLEMS = 10  # of many unreadable images, how many are named
+NAMED_PROBLEMS = 10  # at most this many unreadable images are named in an error
 
 
 def predict(
@@ -36,15 +36,15 @@ def predict(
     Args:
         paths: image files, local or in a bucket (`gs://`).
         transform: what `evaluation_transform` returns.
-        names: of the classes; None gives their numbers.
-        top: how many classes an image; all where the model has fewer.
+        names: names of the classes; None uses their numbers.
+        top: number of classes per image; all if the model has fewer.
 
     Returns:
-        One dict an image, in the order of `paths`, the most probable class first:
+        One dict per image, in the order of `paths`, the most probable class first:
         `{"image": path, "predictions": [{"class", "name", "probability"}, ...]}`.
 
     Raises:
-        UserError: with every file that cannot be read or decoded.
+        UserError: files cannot be read or decoded; it names up to 10 of them.
     """
     graphdef, params = nnx.split(model)
     params = nnx.to_pure_dict(params)
@@ -63,7 +63,7 @@ def predict(
             except UserError as error:
                 problems.append(str(error))
         if problems:
-            continue  # there will be no result; the other files are still looked at, to name all that are bad
+            continue  # there will be no result; the other files are still checked, to report all that are bad
         probability, label = jax.device_get(_most_probable(graphdef, params, images, count=count))
         for i, path in enumerate(part):
             found = [
@@ -89,7 +89,7 @@ def read_image(path: epath.PathLike, transform: EvalImageTransform) -> np.ndarra
     """An image file as the model sees it: (S, S, 3) uint8.
 
     Raises:
-        UserError: it cannot be read or decoded; names the file.
+        UserError: the file cannot be read or decoded; the message names it.
     """
     try:
         return transform({"image": epath.Path(path).read_bytes(), "label": 0})["image"]
@@ -103,17 +103,17 @@ def evaluation_transform(model: Backbone, metadata: Mapping[str, str]) -> EvalIm
     """How images become the model's input.
 
     Args:
-        metadata: of the weights file. Its `preprocess`, JSON such as `{"resize": 256, "crop": 224}`, says how; without
-            it the official rule holds: resized to 256 for a crop of 224, and in this proportion for other sizes, but
-            not cropped from 384 pixels on. The aspect is not kept.
+        metadata: of the weights file. Its `preprocess`, JSON such as `{"resize": 256, "crop": 224}`, is applied;
+            without it the official rule: resize to 256 for a crop of 224, in the same proportion for other sizes, but
+            no crop from 384 pixels on. The aspect ratio is not kept.
 
     Raises:
-        WeightsError: `preprocess` cannot be understood, or does not fit the model's image size.
+        WeightsError: `preprocess` is not valid, or does not fit the model's image size.
     """
     if not isinstance(model, Backbone):
-        raise UserError(f"the weights are of a {type(model).__name__}, which classifies no images")
+        raise UserError(f"the weights are of a {type(model).__name__}, which does not classify images")
     if model.head is None:
-        raise UserError("the model has no classifier (num_classes=0), so that there is nothing to predict")
+        raise UserError("the model has no classifier (num_classes=0), so there is nothing to predict")
     size = model.config.img_size
     resize, crop = size if size >= 384 else round(size * 256 / 224), size
     if "preprocess" in metadata:
@@ -137,9 +137,9 @@ def class_names(
     """Names of the classes in the order of their numbers.
 
     Args:
-        metadata: of the weights file, whose `classes` (a JSON list) are the names where neither of the others is given.
-        file: a text file, one name a line.
-        data, data_dir: a prepared tfds data set, and the folder in which it lies.
+        metadata: of the weights file; its `classes` (a JSON list) are the names if neither `file` nor `data` is given.
+        file: a text file, one name per line.
+        data, data_dir: a prepared tfds data set, and the folder that contains it.
 
     Returns:
         None if there are no names.
@@ -159,7 +159,7 @@ def class_names(
         found_in = os.fspath(file)
     elif data is not None:
         prepared = tfds_source.find_prepared(data, data_dir)
-        split = next(iter(prepared.splits), "train") if prepared else "train"  # any will do; all have the same classes
+        split = next(iter(prepared.splits), "train") if prepared else "train"  # any one: all have the same classes
         names = tfds_source.TfdsSource(data, data_dir=data_dir, split=split).class_names
         found_in = f"data set {data!r}"
     elif "classes" in metadata:
@@ -180,11 +180,11 @@ def _json(key: str, metadata: Mapping[str, str]) -> Any:
     try:
         return json.loads(metadata[key])
     except ValueError as error:
-        raise WeightsError(f"metadata {key}: no JSON, {error}: {metadata[key]!r:.100}") from error
+        raise WeightsError(f"metadata {key}: not valid JSON, {error}: {metadata[key]!r:.100}") from error
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """What `predict` returned, as aligned text; the image is named in the first of its lines."""
+    """What `predict` returned, as aligned text; an image is named in the first of its lines only."""
     rows = [("image", "probability", "class", "name")]
     for result in results:
         for i, found in enumerate(result["predictions"]):

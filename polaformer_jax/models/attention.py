@@ -1,4 +1,4 @@
-"""Polarity-aware linear attention: the idea of the paper, alone.
+"""Polarity-aware linear attention, the core of the paper.
 
 `polarity_attention` is the pure function, `PolarityAttention` the module that owns its parameters and the linear layers
 around it. Source: Meng et al., "PolaFormer: Polarity-aware Linear Attention for Vision Transformers", ICLR 2025,
@@ -65,18 +65,20 @@ def polarity_attention(
     second stream's columns has the effect of exchanging q+ and q-. |x|^p is computed once and masked by sign.
 
     Args:
-        q, g: (B, N, C). k, v: (B, n, C), where N is a multiple of n. Their dtype is that of the matrix products;
-            power, normaliser and accumulation are at least float32.
+        q, g: (B, N, C). Their dtype, and that of k and v, is that of the matrix products; power, normaliser and
+            accumulation are at least float32.
+        k, v: (B, n, C), where N is a multiple of n.
         kernel, bias: of the depthwise convolution, (size, size, 1, d) and (d,); one kernel serves all heads.
             A kernel with one spatial axis belongs to a grid with one axis.
-        grid: how the N tokens lie: (height, width) of an image or a window, (N,) of a sequence.
-        alpha: largest power minus one, >= 0. Gradients are finite at exact zeros for all of these.
-        mask: (B, N) bool, True at the tokens that are there; None: all of them. Only where N = n. The others add
-            nothing to [k+, k-]^T v or the mean, n counts without them, and the convolution sees zeros in their place,
-            so that padding an example changes nothing of its own tokens. (What stands at the others means nothing.)
-        implementation: "xla", operations that XLA compiles; "pallas", one kernel (`models.kernels`), which
-            TPUs and CUDA GPUs have (these for heads of 16, 32, 64, ... channels), and which elsewhere is interpreted,
-            slowly; "auto": the kernel on TPUs, else XLA.
+        grid: how the N tokens are arranged: (height, width) of an image or a window, (N,) of a sequence.
+        alpha: largest power minus one, >= 0. Gradients are finite at exact zeros for all such values.
+        mask: (B, N) bool, True at valid tokens; None: all are valid. Only where N = n. Masked tokens add nothing to
+            [k+, k-]^T v or the mean, n does not count them, and the convolution sees zeros in their place, so that
+            padding an example does not change the results at its valid tokens. (Those at masked tokens are to be
+            ignored.)
+        implementation: "xla", operations that XLA compiles; "pallas", one kernel (`models.kernels`), available on TPUs
+            and on CUDA GPUs (there for heads of 16, 32, 64, ... channels), and interpreted, slowly, elsewhere;
+            "auto", the kernel on TPUs, otherwise XLA.
 
     Returns:
         (B, N, C) in the dtype of `q`.
@@ -101,9 +103,9 @@ def polarity_attention(
 
 
 def _by_one_kernel(arrays: dict[str, jax.Array], *, on_tpu: bool = False) -> jax.Array:
-    """What `polarity_attention` returns, from what it has made of its arguments; s and p are (h, d).
+    """The result of `polarity_attention` by one kernel, from prepared arrays; s and p are (h, d).
 
-    `on_tpu`: nothing else will run it.
+    `on_tpu`: only a TPU will run it.
     """
     arrays, mask = dict(arrays), arrays["mask"]
     width, full = arrays["s"].shape[1], arrays["s"].dtype
@@ -120,7 +122,7 @@ def _by_one_kernel(arrays: dict[str, jax.Array], *, on_tpu: bool = False) -> jax
 
 
 def _by_operations(arrays: dict[str, jax.Array]) -> jax.Array:
-    """The same by products of whole arrays."""
+    """The same, computed by operations on whole arrays."""
     q, k, v, g, u, mask, s, p = (arrays[name] for name in ("q", "k", "v", "g", "u", "mask", "s", "p"))
     _, tokens, channels = q.shape
     keys, (heads, width) = k.shape[1], s.shape
@@ -172,14 +174,17 @@ def _split(x: jax.Array, heads: int) -> jax.Array:
 
 @jax.custom_vjp
 def _signed_powers(x: jax.Array, offset: jax.Array | None, s: jax.Array, p: jax.Array) -> jax.Array:
-    """[relu(z)^p, relu(-z)^p] of z = (x + offset) / s, in the dtype of x. At z = 0 both are zero, and so are their
-    gradients, as p >= 1.
+    """[relu(z)^p, relu(-z)^p] of z = (x + offset) / s, in the dtype of x.
 
-    The derivative is written out so that nothing but x is kept for it: what differentiation keeps of a power are its
+    At z = 0 both are zero, and so are their gradients, as p >= 1.
+
+    The derivative is written out so that x is its only large residual: automatic differentiation would keep a power's
     base, its logarithm and its value, each as large as x in float32.
 
     Args:
-        x: (B, N, C). offset: (1, N, C), None for zeros. s, p: (h, d).
+        x: (B, N, C).
+        offset: (1, N, C), None for zeros.
+        s, p: (h, d).
 
     Returns:
         (B, N, h, 2d)
@@ -219,12 +224,13 @@ class PolarityAttention(nnx.Module):
     """The linear layers, tables and kernel around `polarity_attention`, and the output projection.
 
     Args:
-        dim: channels C. num_heads: h; C/h must be even, for each stream takes half of a head's value channels.
-        grid: (height, width) on which the query tokens lie; (length,) of sequences, which may be shorter.
+        dim: channels C.
+        num_heads: h; C/h must be even, since each stream takes half of a head's value channels.
+        grid: (height, width) of the query tokens; (length,) of sequences, which may be shorter.
         projections: "qkvg", one layer whose output is q, k, v, g in this order (Pola-Swin), or "qg_kv", two layers with
             outputs q, g and k, v (Pola-PVT).
         sr_ratio: spatial reduction of keys and values by `sr` and `norm`, only with "qg_kv"; 1 is none.
-            It divides the grid.
+            It must divide the grid.
         kernel_size: of the depthwise convolution, odd.
         attention_impl: the `implementation` of `polarity_attention`.
     """
@@ -251,13 +257,13 @@ class PolarityAttention(nnx.Module):
         checks.choice("attention_impl", attention_impl, ATTENTION_IMPLEMENTATIONS)
         problems = checks.problems
         if dim % num_heads or dim // num_heads % 2:
-            problems.append(f"dim {dim} over {num_heads} heads: the heads must divide it, into even widths")
+            problems.append(f"dim {dim} over {num_heads} heads: heads must divide it into even widths")
         if projections not in ("qkvg", "qg_kv"):
             problems.append(f"projections {projections!r}: expected 'qkvg' or 'qg_kv'")
         elif projections == "qkvg" and sr_ratio != 1:
             problems.append(f"sr_ratio {sr_ratio} with projections 'qkvg': keys can be reduced with 'qg_kv' only")
         if len(grid) == 1 and sr_ratio != 1:
-            problems.append(f"sr_ratio {sr_ratio} with the grid {grid} of a sequence: keys of images can be reduced")
+            problems.append(f"sr_ratio {sr_ratio} with the grid {grid} of a sequence: only images allow it")
         if any(side % sr_ratio for side in grid):
             problems.append(f"sr_ratio {sr_ratio} does not divide the grid {grid}")
         checks.raise_problems()
@@ -271,7 +277,7 @@ class PolarityAttention(nnx.Module):
             self.kv = linear(dim, 2 * dim, use_bias=qkv_bias, **types)
         if sr_ratio > 1:
             self.sr = PatchConv(sr_ratio, dim, dim, **types)
-            self.norm = layer_norm(dim, epsilon=1e-5, **types)  # whatever the model's own epsilon
+            self.norm = layer_norm(dim, epsilon=1e-5, **types)  # independent of the model's own epsilon
         self.proj = linear(dim, dim, **types)
         self.dwc = ConvParams((kernel_size,) * len(grid), 1, width, param_dtype=param_dtype, rngs=rngs)
         self.power = zeros((1, num_heads, 1, width), param_dtype=param_dtype, rngs=rngs)

@@ -14,15 +14,15 @@ from polaformer_jax.models.model_config import STRIDES, ModelConfig
 class Backbone(nnx.Module):
     """An image classifier of four stages with strides 4, 8, 16 and 32.
 
-    Its only state is parameters: what else the official code stores (relative position indices, attention masks)
-    follows from static integers in the forward pass, so that a pure dict of arrays is a whole model.
+    Its only state is parameters: everything else that the official code stores (relative position indices, attention
+    masks) is computed from static integers in the forward pass, so that a pure dict of arrays is a complete model.
 
-    A family provides `blocks`, `_enter` and `_pool`.
+    A family implements `blocks`, `_enter` and `_pool`.
 
     Attributes:
         config: the hyper-parameters, a `PolaPVTConfig` or `PolaSwinConfig`.
         dtype: of activations and matrix products.
-        head: the classifier; None without.
+        head: the classifier, or None.
         remat: recompute each block's activations in the backward pass instead of storing them.
     """
 
@@ -33,21 +33,21 @@ class Backbone(nnx.Module):
         """Logits of normalised images.
 
         Args:
-            images: (batch, img_size, img_size, 3), a float type.
-            train: with dropout and stochastic depth, as far as their rates are not zero.
-            rngs: where `train` draws its keys, by `rngs.dropout()`.
+            images: (batch, img_size, img_size, 3), of a float dtype.
+            train: apply dropout and stochastic depth, where their rates are not zero.
+            rngs: source of the keys for `train`, by `rngs.dropout()`.
 
         Returns:
-            (batch, num_classes), at least float32; without classifier (num_classes 0) what `pooled` returns.
+            (batch, num_classes), at least float32; without a classifier (num_classes 0) the result of `pooled`.
 
         Raises:
-            ValueError: the images' shape or type does not fit, or random numbers are needed and rngs is None.
+            ValueError: the images' shape or dtype does not fit, or random numbers are needed and rngs is None.
         """
         pooled = self.pooled(images, train=train, rngs=rngs)
         return pooled if self.head is None else self.head(pooled)
 
     def pooled(self, images: jax.Array, train: bool = False, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """What the classifier sees: (batch, channels of the last stage), at least float32."""
+        """The classifier's input: (batch, channels of the last stage), at least float32."""
         *_, tokens = self._stages(images, self._key_source(images, train, rngs))
         return self._pool(tokens)
 
@@ -64,7 +64,7 @@ class Backbone(nnx.Module):
         ]
 
     def tokens_before(self, images: jax.Array, *, stage: int, block: int) -> jax.Array:
-        """The tokens (batch, tokens, channels) that enter a block, both counted from 0, in evaluation."""
+        """The tokens (batch, tokens, channels) that enter a block in evaluation; stage and block are counted from 0."""
         next_key = self._key_source(images, False, None)
         x = images
         for i in range(stage + 1):
@@ -88,7 +88,7 @@ class Backbone(nnx.Module):
         raise NotImplementedError
 
     def _enter(self, stage: int, x: jax.Array, next_key: Callable[[], jax.Array | None]) -> jax.Array:
-        """From the images (stage 0), or the tokens of the stage before, to those that enter a stage's first block."""
+        """The tokens that enter a stage's first block, from the images (stage 0) or the previous stage's tokens."""
         raise NotImplementedError
 
     def _pool(self, tokens: jax.Array) -> jax.Array:
@@ -115,7 +115,7 @@ class Backbone(nnx.Module):
 
 
 def classifier(features: int, num_classes: int, *, dtype, param_dtype, rngs: nnx.Rngs) -> nnx.Linear | None:
-    """The head, in at least float32: it is small, and the loss wants exact logits."""
+    """The head, in at least float32: it is small, and the loss needs accurate logits."""
     if num_classes == 0:
         return None
     return linear(features, num_classes, dtype=accumulation_dtype(dtype), param_dtype=param_dtype, rngs=rngs)

@@ -1,4 +1,4 @@
-"""The depthwise convolution of the attention's values, as each back end does it best, and what precedes it."""
+"""The depthwise convolution of the attention's values, in the best form for each back end, and their upsampling."""
 
 import functools
 import itertools
@@ -14,7 +14,7 @@ def upsample_tokens(v: jax.Array, tokens: int) -> jax.Array:
     """Linear interpolation along the token axis to `tokens` tokens, a multiple r of v's n (align_corners false).
 
     The official model interpolates spatially reduced values along the flattened token axis, not on the 2-D grid; that
-    is odd, and kept. Token m*r + t lies at m + (t + 1/2)/r - 1/2, so its weights depend on t alone.
+    is odd, but kept here. Token m*r + t is at m + (t + 1/2)/r - 1/2, so its weights depend only on t.
     """
     batch, keys, channels = v.shape
     ratio = tokens // keys
@@ -26,15 +26,17 @@ def upsample_tokens(v: jax.Array, tokens: int) -> jax.Array:
         for w in (np.maximum(-offset, 0), 1 - np.abs(offset), np.maximum(offset, 0))
     ]
     edges = jnp.concatenate([v[:, :1], v, v[:, -1:]], axis=1)[:, :, None]  # (B, n + 2, 1, C)
-    long = sum(edges[:, i : i + keys] * w for i, w in enumerate(weight))  # (B, n, r, C)
-    return long.reshape(batch, tokens, channels)
+    upsampled = sum(edges[:, i : i + keys] * w for i, w in enumerate(weight))  # (B, n, r, C)
+    return upsampled.reshape(batch, tokens, channels)
 
 
 def depthwise_conv(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, grid: tuple[int, ...]) -> jax.Array:
     """Depthwise convolution with zero padding that keeps the size, one kernel shared by all heads.
 
     Args:
-        x: (B, N, C). kernel: (size, ..., 1, d) with one spatial axis for each of `grid`. bias: (d,).
+        x: (B, N, C).
+        kernel: (size, ..., 1, d) with one spatial axis for each axis of `grid`.
+        bias: (d,).
 
     Returns:
         (B, N, C), at least float32.
@@ -49,9 +51,10 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, grid: tu
 
 @jax.custom_vjp
 def _depthwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x (B, *grid, C) with kernel (*sizes, C), in the way that moves fewest bytes or is fastest where it runs.
+    """Convolves x (B, *grid, C) with kernel (*sizes, C).
 
-    TPU programs of a grouped convolution move 0.75 of the bytes of shifted products, with gradients too.
+    Each back end uses the method that moves the fewest bytes or is fastest there. TPU programs of a grouped convolution
+    move 0.75 of the bytes of shifted products, also with gradients.
     """
     return jax.lax.platform_dependent(x, kernel, tpu=grouped_convolution, default=shifted_products)
 
@@ -70,7 +73,7 @@ _depthwise.defvjp(lambda x, kernel: (_depthwise(x, kernel), (x, kernel)), _depth
 
 
 def grouped_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`lax`'s convolution, each channel a group of its own."""
+    """The convolution of `lax`, with one group for each channel."""
     spatial = "DHW"[3 - len(x.shape[1:-1]) :]
     return jax.lax.conv_general_dilated(
         x,
@@ -84,7 +87,7 @@ def grouped_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def grouped_convolution_gradients(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Those of x and kernel, without the convolution itself, which `jax.vjp` would have beside them."""
+    """Gradients of x and kernel, without the convolution itself, which `jax.vjp` would compute too."""
     (x_gradient,) = jax.linear_transpose(lambda x: grouped_convolution(x, kernel), x)(gradient)
     (kernel_gradient,) = jax.linear_transpose(lambda kernel: grouped_convolution(x, kernel), kernel)(gradient)
     return x_gradient, kernel_gradient
@@ -110,10 +113,10 @@ def shifted_products(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def shifted_products_gradients(
     x: jax.Array, kernel: jax.Array, gradient: jax.Array, *, loop: bool = True
 ) -> tuple[jax.Array, jax.Array]:
-    """Those of x and kernel.
+    """Gradients of x and kernel.
 
-    On a CPU the kernel's is a loop over its taps, 2 to 3 times as fast as what differentiation makes of the sum, and
-    half the compilation. Without the loop XLA's programs for GPUs compute several taps in one pass, straight from
+    On a CPU that of the kernel is a loop over its taps, 2 to 3 times as fast as differentiating the sum, and takes half
+    the time to compile. Without the loop XLA's programs for GPUs compute several taps in one pass, directly from
     bfloat16: for an H100 they move a quarter of the bytes.
     """
     padded, sizes, axes = _padded(x, kernel), kernel.shape[:-1], tuple(range(x.ndim - 1))

@@ -1,6 +1,6 @@
-"""Initial values of parameters: the official ones, drawn so that little is compiled, and placed where they stay.
+"""Initial values of parameters: the official ones, drawn with few compilations and placed on their final devices.
 
-An initialiser takes (key, shape, dtype), as those of nnx do, and `place`; `placed` sets that.
+An initialiser takes (key, shape, dtype), as those of nnx do, and `place`, which `placed` sets.
 """
 
 import functools
@@ -13,17 +13,18 @@ import numpy as np
 from flax import nnx
 
 _BLOCK = 1 << 16
-_fold_in = jax.jit(jax.random.fold_in)  # hundreds of keys: a call takes a twentieth of the time
+_fold_in = jax.jit(jax.random.fold_in)  # for hundreds of keys: a jitted call takes a twentieth of the time
 
 
 class Keys:
-    """A stream of random keys from one: number i is fold_in(key, i).
+    """A stream of random keys derived from one: number i is fold_in(key, i).
 
-    It stands in for `nnx.Rngs` inside a model. That keeps its count in a Variable, and while a function is traced every
-    change of one takes time in proportion to what was traced before: to trace the making of pola_pvt_b took 17 s.
+    It replaces `nnx.Rngs` inside a model. Rngs keeps its count in a Variable, and while a function is traced every
+    change of a Variable takes time in proportion to what was traced before: tracing the creation of pola_pvt_b took
+    17 s.
 
     Args:
-        place: makes a parameter's initial value, a NumPy array, one on the devices where it will stay.
+        place: turns a parameter's initial value, a NumPy array, into an array on its final devices.
     """
 
     def __init__(self, key: jax.Array, place: Callable[[np.ndarray], jax.Array] = jax.device_put):
@@ -31,14 +32,14 @@ class Keys:
 
     @classmethod
     def of(cls, rngs: "nnx.Rngs | Keys") -> "Keys":
-        """Those of a constructor's `rngs`, which may be Keys itself where the caller says where values stay."""
+        """The keys of a constructor's `rngs`, which is a Keys already if the caller decides where values are placed."""
         return rngs if isinstance(rngs, cls) else cls(rngs.params())
 
     def __call__(self) -> jax.Array:
         self.count += 1
         return _fold_in(self.key, self.count - 1)
 
-    params = __call__  # what the layers of nnx ask an Rngs for
+    params = __call__  # the method of an Rngs that the layers of nnx call
 
 
 def table(shape: tuple[int, ...], *, param_dtype, rngs) -> nnx.Param:
@@ -52,7 +53,7 @@ def zeros(shape: tuple[int, ...], *, param_dtype, rngs) -> nnx.Param:
 
 
 def placed(init: Callable, rngs: "nnx.Rngs | Keys") -> Callable:
-    """The initialiser, its values placed as `rngs` has it; on the default device if it is no Keys."""
+    """The initialiser, with values placed by `rngs`; on the default device if `rngs` is not a Keys."""
     return functools.partial(init, place=rngs.place) if isinstance(rngs, Keys) else init
 
 
@@ -66,7 +67,7 @@ def ones_init(key: jax.Array, shape: tuple[int, ...], dtype, place=jax.device_pu
 
 
 def normal_init(key: jax.Array, shape: tuple[int, ...], dtype, place=jax.device_put) -> jax.Array:
-    """normal(0.02); the official truncation at ±2, a hundred standard deviations, never acts."""
+    """normal(0.02); the official truncation at ±2, a hundred standard deviations, never takes effect."""
     return _draw(jax.random.normal, 0.02, key, shape, dtype, place)
 
 
@@ -80,7 +81,7 @@ def _symmetric_uniform(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Arr
 
 
 def _draw(sample, scale: float, key: jax.Array, shape: tuple[int, ...], dtype, place) -> jax.Array:
-    """Random values drawn in blocks of one size, since each further size would cost a third of a second to compile.
+    """Draws random values in blocks of one size, since each further size would take a third of a second to compile.
 
     A model has about fifty shapes: the difference is ten seconds before the first step. Inside a traced function the
     same blocks are drawn at once, and that saving is lost.

@@ -1,4 +1,4 @@
-"""What both model families are built of: patch embedding, MLP, pre-norm block, stochastic depth, windows.
+"""Building blocks of the models: patch embedding, MLP, pre-norm block, dropout, stochastic depth.
 
 Attribute names are those of the official PyTorch code (https://github.com/ZacharyMeng/PolaFormer), so that a path in
 the parameter tree reads like a key of its `state_dict`. Tokens are (batch, tokens, channels).
@@ -17,12 +17,12 @@ from polaformer_jax.models.initializers import normal_init, ones_init, placed, u
 
 
 def accumulation_dtype(dtype) -> jnp.dtype:
-    """The type of sums, powers, quotients and softmax beside products in `dtype`: at least float32."""
+    """The dtype of sums, powers, quotients and softmax where products are in `dtype`: at least float32."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """`einsum` whose sums, and so its result, are at least float32, whatever the type of the operands."""
+    """`einsum` that accumulates and returns at least float32, whatever the dtype of the operands."""
     full = accumulation_dtype(a.dtype)
 
     def accumulate(a, b):
@@ -30,7 +30,7 @@ def product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
     if a.dtype == full:
         return accumulate(a, b)
-    # XLA's CPU back end lacks batched products of bfloat16 with a float32 result; widened operands give the same.
+    # XLA's CPU back end has no batched products of bfloat16 with a float32 result; converted operands give the same.
     return jax.lax.platform_dependent(
         a, b, cpu=lambda a, b: accumulate(a.astype(full), b.astype(full)), default=accumulate
     )
@@ -40,8 +40,9 @@ def product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
 def _apply_kernel(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """(..., in) by (in, out) -> (..., out).
 
-    On a CPU the kernel's gradient is a sum over one axis, of what was flattened. Over more, XLA first transposes there,
-    which made an MLP and its gradients take 1.2 to 1.4 times as long. TPU programs move more bytes if flattened.
+    On a CPU the kernel's gradient is a sum over one axis of flattened arrays. For sums over several axes XLA's CPU back
+    end transposes first, which made an MLP and its gradients take 1.2 to 1.4 times as long. On other devices arrays are
+    not flattened: TPU programs would move more bytes.
     """
     return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
 
@@ -65,7 +66,7 @@ _apply_kernel.defvjp(lambda x, kernel: (_apply_kernel(x, kernel), (x, kernel)), 
 
 
 def _dot_general(x: jax.Array, kernel: jax.Array, dimensions, **options) -> jax.Array:
-    """What `nnx.Linear` asks for: always the last axis by the first, with options that `linear` leaves unset."""
+    """`dot_general` for `nnx.Linear`: contracts the last axis with the first; `linear` leaves `options` unset."""
     return _apply_kernel(x, kernel)
 
 
@@ -85,7 +86,7 @@ def linear(features_in: int, features_out: int, *, use_bias: bool = True, dtype,
 
 
 def layer_norm(features: int, *, epsilon: float, dtype, param_dtype, rngs) -> nnx.LayerNorm:
-    """LayerNorm with statistics in at least float32; two passes, for E[x²] - E[x]² cancels."""
+    """LayerNorm with statistics in at least float32; in two passes, since E[x²] - E[x]² cancels."""
     return nnx.LayerNorm(
         features,
         epsilon=epsilon,
@@ -101,7 +102,7 @@ def layer_norm(features: int, *, epsilon: float, dtype, param_dtype, rngs) -> nn
 class ConvParams(nnx.Module):
     """Kernel (height, width, in, out) and bias (out,) of a convolution, with PyTorch's initial values.
 
-    Both are uniform within ±1/sqrt(fan_in), fan_in = height * width * in. How they are applied is up to the owner.
+    Both are uniform within ±1/sqrt(fan_in), fan_in = height * width * in. The owner decides how they are applied.
     A convolution along a sequence has one size, (width,).
     """
 
@@ -114,7 +115,7 @@ class ConvParams(nnx.Module):
 
 
 class PatchConv(ConvParams):
-    """Convolution whose stride is its kernel size: cut into patches, then one matrix product."""
+    """Convolution whose stride is its kernel size, computed as one matrix product of patches."""
 
     def __init__(self, size: int, features_in: int, features_out: int, *, dtype, param_dtype, rngs: nnx.Rngs):
         super().__init__((size, size), features_in, features_out, param_dtype=param_dtype, rngs=rngs)
@@ -131,7 +132,7 @@ class PatchConv(ConvParams):
 
 
 class PatchEmbed(nnx.Module):
-    """Non-overlapping patches to tokens, with LayerNorm (eps 1e-5 in both families) where `patch_norm`."""
+    """Turns non-overlapping patches into tokens, with LayerNorm (eps 1e-5 in both families) if `patch_norm`."""
 
     def __init__(self, size: int, features_in: int, features_out: int, *, patch_norm: bool = True, **types):
         self.proj = PatchConv(size, features_in, features_out, **types)
@@ -147,11 +148,11 @@ class PatchEmbed(nnx.Module):
 def gelu(x: jax.Array) -> jax.Array:
     """Exact GELU, x (1 + erf(x / √2)) / 2, computed in at least float32.
 
-    The derivative is written out so that nothing but x is kept for it; differentiation would keep three such arrays,
-    and they are the largest of a block.
+    The derivative is written out so that x is its only residual; automatic differentiation would keep three such
+    arrays, and they are the largest of a block.
     """
-    wider = x.astype(accumulation_dtype(x.dtype))
-    return (wider * _normal_cdf(wider)).astype(x.dtype)
+    x_full = x.astype(accumulation_dtype(x.dtype))
+    return (x_full * _normal_cdf(x_full)).astype(x.dtype)
 
 
 def _normal_cdf(x: jax.Array) -> jax.Array:
@@ -163,9 +164,9 @@ def _gelu_fwd(x):
 
 
 def _gelu_bwd(x, gradient):
-    wider = x.astype(accumulation_dtype(x.dtype))
-    density = jnp.exp(-0.5 * wider * wider) / math.sqrt(2 * math.pi)
-    return (((_normal_cdf(wider) + wider * density) * gradient).astype(x.dtype),)
+    x_full = x.astype(accumulation_dtype(x.dtype))
+    density = jnp.exp(-0.5 * x_full * x_full) / math.sqrt(2 * math.pi)
+    return (((_normal_cdf(x_full) + x_full * density) * gradient).astype(x.dtype),)
 
 
 gelu.defvjp(_gelu_fwd, _gelu_bwd)
@@ -186,7 +187,7 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Pre-norm residual block: attention, then MLP, with stochastic depth drawn apart for the two residuals."""
+    """Pre-norm residual block: attention, then MLP, with stochastic depth drawn separately for the two branches."""
 
     def __init__(
         self,
@@ -206,18 +207,18 @@ class Block(nnx.Module):
         self.drop_path = drop_path
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None, **context) -> jax.Array:
-        """(B, N, C) -> (B, N, C); `context` is what the attention takes besides, such as a mask."""
+        """(B, N, C) -> (B, N, C); `context` is passed on to the attention, such as a mask."""
         key_attn, key_path1, key_mlp, key_path2 = split_key(key, 4)
         x = x + stochastic_depth(self.mix(self.norm1(x), key_attn, **context), self.drop_path, key_path1)
         return x + stochastic_depth(self.mlp(self.norm2(x), key_mlp), self.drop_path, key_path2)
 
     def mix(self, x: jax.Array, key: jax.Array | None, **context) -> jax.Array:
-        """Tokens exchange information, (B, N, C) -> (B, N, C); Pola-Swin does it within windows."""
+        """Applies the attention, (B, N, C) -> (B, N, C); Pola-Swin does so within windows."""
         return self.attn(x, key, **context)
 
 
 def rematerialised(block: Block, x: jax.Array, key: jax.Array | None, **context) -> jax.Array:
-    """`block(x, key, **context)`, whose activations are computed anew in the backward pass rather than kept."""
+    """`block(x, key, **context)`, whose activations are recomputed in the backward pass instead of stored."""
     graphdef, params = nnx.split(block)
 
     def apply(params, x, key, context):
@@ -245,6 +246,6 @@ def stochastic_depth(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Ar
 
 
 def drop_path_rates(rate: float, depths: tuple[int, ...]) -> list[list[float]]:
-    """Rates that rise linearly from 0 to `rate` over all blocks of all stages, as one list a stage."""
+    """Rates that rise linearly from 0 to `rate` over all blocks of all stages, as one list per stage."""
     rates = iter(np.linspace(0, rate, sum(depths)).tolist())
     return [[next(rates) for _ in range(depth)] for depth in depths]

@@ -18,7 +18,7 @@ FREE_FIELDS = ("img_size", "num_classes", "drop_rate", "drop_path_rate")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What determines which function of its weights a model is. Base class of the families' configs.
+    """The hyper-parameters that define a model as a function of its weights. Base class of the families' configs.
 
     The fields are the arguments of the official constructors, under their official names. Values are normalised
     (integers, floats, strings, and tuples of these), so that configs can be compared, hashed and written as JSON.
@@ -41,11 +41,11 @@ class ModelConfig:
             object.__setattr__(self, name, value)
 
     def _normalised(self, checks: "Checks") -> dict[str, object]:
-        """The values of all fields in their types; `checks` collects what is wrong with them."""
+        """The values of all fields, converted to their types; `checks` collects what is wrong with them."""
         raise NotImplementedError
 
     def architecture(self) -> dict[str, object]:
-        """The fields that matter whatever the classes, the input size and the drop rates are; unused ones are None.
+        """The fields that define the architecture, without classes, input size and drop rates; unused ones are None.
 
         Two configs of one family with equal architectures describe models whose weights can be exchanged, up to
         resizing position tables and replacing the classifier.
@@ -63,7 +63,7 @@ class ModelConfig:
 
 
 def differences(one: ModelConfig, other: ModelConfig) -> list[str]:
-    """Names of the fields in which two configs of a family differ, rates of dropout and stochastic depth aside.
+    """Names of the fields in which two configs of a family differ, except for rates of dropout and stochastic depth.
 
     Fields that are unused, such as the softmax window of a model without softmax blocks, do not count.
     """
@@ -77,10 +77,10 @@ def differences(one: ModelConfig, other: ModelConfig) -> list[str]:
 class Checks:
     """Converts arguments to their types and collects everything that is wrong with them, to be raised at once.
 
-    Each method returns a usable value even where it records a problem, so that later checks can go on.
+    Each method returns a usable value even where it records a problem, so that later checks can continue.
 
     Args:
-        headline: what the error begins with.
+        headline: the first line of the error.
     """
 
     def __init__(self, headline: str):
@@ -148,18 +148,18 @@ class Checks:
         return size
 
     def alpha(self, value) -> float:
-        """A negative alpha would allow powers below 1, whose slope at 0 is infinite."""
+        """A number >= 0: a negative alpha would allow powers below 1, whose slope at 0 is infinite."""
         return self.number("alpha", value, least=0)
 
     def kernel_size(self, value) -> int:
-        """Of the depthwise convolution; an even kernel has no centre."""
+        """An odd integer, the size of the depthwise convolution: an even kernel has no centre."""
         size = self.integer("kernel_size", value)
         if size % 2 == 0:
             self.problems.append(f"kernel_size={size}: expected an odd number, such as {size - 1} or {size + 1}")
         return size
 
     def heads(self, dims: tuple[int, ...], num_heads: tuple[int, ...], types: tuple[str, ...]) -> None:
-        """Heads divide the channels of each stage; in polarity-aware blocks into even widths, half for each stream."""
+        """Checks that heads divide the channels of each stage, in blocks of type L into even widths for two streams."""
         for stage, (dim, heads, letters) in enumerate(zip(dims, num_heads, types, strict=True)):
             if dim % heads:
                 self.problems.append(f"num_heads[{stage}]={heads} does not divide the {dim} channels of its stage")
@@ -178,7 +178,7 @@ class Checks:
         except TypeError:
             dtype = None
         if dtype is None or dtype.name not in DTYPES:
-            # float16 among others: the attention's normaliser overflows in it
+            # float16, for example, is not supported: the attention's normaliser overflows in it
             self.problems.append(f"{name}={value!r}: expected one of {', '.join(DTYPES)}")
             return jnp.dtype(jnp.float32)
         if dtype == jnp.float64 and not jax.config.jax_enable_x64:
@@ -194,10 +194,10 @@ class Checks:
 
 
 def check_computation(family: str, *, dtype, param_dtype, attention_impl: str) -> tuple[jnp.dtype, jnp.dtype]:
-    """The types in which a model computes and stores its parameters.
+    """The dtypes in which a model computes and stores its parameters.
 
     Raises:
-        UserError: a type that is not supported or not enabled, or an unknown implementation of the attention.
+        UserError: a dtype that is not supported or not enabled, or an unknown implementation of the attention.
     """
     checks = Checks(f"{family} cannot be built")
     types = checks.types(dtype, param_dtype)
@@ -207,7 +207,7 @@ def check_computation(family: str, *, dtype, param_dtype, attention_impl: str) -
 
 
 def resolve_config(kind: type[ModelConfig], config: ModelConfig | None, hyperparameters: dict) -> ModelConfig:
-    """The config that a constructor was given, or one made of the hyper-parameters that it was given instead.
+    """The config given to a constructor, or one built from the hyper-parameters given instead.
 
     Raises:
         TypeError: both were given, the config is of another family, or a hyper-parameter is unknown.
@@ -223,6 +223,6 @@ def resolve_config(kind: type[ModelConfig], config: ModelConfig | None, hyperpar
         raise TypeError(f"config is a {type(config).__name__}, expected a {kind.__name__}, or arguments by name")
     if hyperparameters:
         raise TypeError(
-            f"a config and {', '.join(hyperparameters)}: give one of them; dataclasses.replace(config, ...) changes it"
+            f"a config and {', '.join(hyperparameters)}: give one of them (dataclasses.replace changes a config)"
         )
     return config

@@ -9,10 +9,10 @@ from polaformer_jax.models.layers import accumulation_dtype, dropout, linear, pr
 
 
 class PlainAttention(nnx.Module):
-    """What polarity-aware attention is compared with: "softmax", or "relu", linear attention by one feature map.
+    """Attention of the kind "softmax", or "relu": linear attention with one feature map.
 
-    With relu, queries attend by o = relu(q) (relu(k)^T v / n) / (relu(q) mean(relu(k))^T + 1e-6): no polarity, power,
-    gate or convolution.
+    With relu, o = relu(q) (relu(k)^T v / n) / (relu(q) mean(relu(k))^T + 1e-6), without polarity, power, gate or
+    convolution.
     """
 
     def __init__(self, dim: int, num_heads: int, *, kind: str, drop_rate: float, **types):
@@ -21,7 +21,7 @@ class PlainAttention(nnx.Module):
         self.kind, self.num_heads, self.drop_rate = kind, num_heads, drop_rate
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None, *, mask: jax.Array) -> jax.Array:
-        """(B, N, C) -> (B, N, C); `mask` (B, N) is True at the tokens that are there."""
+        """(B, N, C) -> (B, N, C); `mask` (B, N) is True at valid tokens."""
         q, k, v = self.project(x)
         if self.kind == "softmax":
             y = softmax_attention(q, k, v, mask=mask)
@@ -36,17 +36,17 @@ class PlainAttention(nnx.Module):
 
 
 def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, mask: jax.Array) -> jax.Array:
-    """Softmax attention, (B, N, h, d) each; `mask` (B, N) is True at the keys that are there."""
+    """Softmax attention, (B, N, h, d) each; `mask` (B, N) is True at valid keys."""
     mask = mask[:, None, None, :]
     if q.dtype != jnp.float64:
         return jax.nn.dot_product_attention(q, k, v, mask=mask)
-    # That one rounds to float32.
+    # `jax.nn.dot_product_attention` rounds to float32.
     scores = jnp.where(mask, jnp.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5, jnp.finfo(q.dtype).min)
     return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, axis=-1), v)
 
 
 def relu_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, mask: jax.Array) -> jax.Array:
-    """Linear attention by the feature map relu, (B, N, h, d) each; `mask` (B, N) is True at the keys that are there."""
+    """Linear attention with the feature map relu, (B, N, h, d) each; `mask` (B, N) is True at valid keys."""
     full = accumulation_dtype(q.dtype)
     q, k = jax.nn.relu(q), jnp.where(mask[:, :, None, None], jax.nn.relu(k), 0)
     n = jnp.maximum(jnp.sum(mask, axis=1), 1).astype(full).reshape(-1, 1, 1, 1)

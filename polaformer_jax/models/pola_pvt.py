@@ -35,7 +35,7 @@ from polaformer_jax.models.model_config import (
     resolve_config,
 )
 
-EPSILON = 1e-6  # of the blocks' LayerNorm; those after patch embedding and spatial reduction have 1e-5
+EPSILON = 1e-6  # of the blocks' LayerNorm; those after patch embedding and spatial reduction use 1e-5
 
 
 class SpatialReductionAttention(nnx.Module):
@@ -150,8 +150,8 @@ class PolaPVT(Backbone):
         dtype: of activations and matrix products: bfloat16, float32 or float64.
         param_dtype: of the stored parameters: float32 or float64.
         attention_impl: how polarity-aware attention is computed: "auto", "xla" or "pallas" (see `polarity_attention`).
-        rngs: where the initial parameters are drawn from, by `rngs.params()`.
-        hyperparameters: fields of `PolaPVTConfig`, where no config is given.
+        rngs: source of the keys for initial parameters, by `rngs.params()`.
+        hyperparameters: fields of `PolaPVTConfig`, if no config is given.
 
     Raises:
         UserError: lists everything that does not fit.
@@ -231,7 +231,7 @@ class PolaPVT(Backbone):
         return dropout(x, self.config.drop_rate, next_key())
 
     def _pool(self, tokens: jax.Array) -> jax.Array:
-        # No normalisation: the official model has a final `norm`, and never calls it.
+        # No normalisation: the official model has a final `norm`, but never calls it.
         return jnp.mean(tokens, axis=1, dtype=accumulation_dtype(tokens.dtype))
 
 
@@ -250,7 +250,7 @@ def _reductions(attn_type: str, sr_ratios: Sequence[int], la_sr_ratios: str) -> 
 
 
 def _check_reductions(checks: Checks, values: dict) -> None:
-    """The reduction of each stage divides its grid."""
+    """Checks that the reduction of each stage divides its grid."""
     ratios = _reductions(values["attn_type"], values["sr_ratios"], values["la_sr_ratios"])
     for stage, (ratio, stride) in enumerate(zip(ratios, STRIDES, strict=True)):
         grid = values["img_size"] // stride

@@ -1,9 +1,9 @@
-"""The sequence classifier of the Long Range Arena, with polarity-aware attention or one of two to compare it with.
+"""The sequence classifier of the Long Range Arena, with polarity-aware attention or one of two baselines.
 
 Model, sizes and initial values are those of the Skyformer code (Chen et al., NeurIPS 2021, arXiv 2111.00035;
-https://github.com/pkuzengqi/Skyformer), in whose range the figures of the PolaFormer paper lie; the authors of
-PolaFormer published no code for sequences. Two habits of that code are left out: here a mean over tokens divides by the
-real length, and padding is what lies beyond an example's length, not whatever token has the id 0.
+https://github.com/pkuzengqi/Skyformer); the figures of the PolaFormer paper are in the range of its figures, and the
+authors of PolaFormer published no code for sequences. Two properties of that code are not reproduced: here a mean over
+tokens divides by the actual length, and padding is what follows an example's length, not every token with the id 0.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ class Sequences(NamedTuple):
 
     Attributes:
         tokens: (B, N) token ids; (B, 2, N) where an example is a pair.
-        length: (B,) or (B, 2): how many of them are there; what follows is padding, whatever it is.
+        length: (B,) or (B, 2), the number of valid tokens; the tokens after them are padding, and are ignored.
     """
 
     tokens: jax.Array
@@ -60,10 +60,11 @@ class PolaSequenceConfig(ModelConfig):
     """Hyper-parameters of a `PolaSequence`. The defaults are the sizes of the Long Range Arena.
 
     Attributes:
-        num_classes: of the head. vocabulary: number of token ids, 0 to vocabulary - 1.
+        num_classes: of the head.
+        vocabulary: number of token ids, 0 to vocabulary - 1.
         max_length: the longest sequence in tokens, padding included: rows of the position tables.
         texts: sequences in an example, 1 or 2.
-        attention: "polarity", "softmax" or "relu" (see `PlainAttention`); all else is equal.
+        attention: "polarity", "softmax" or "relu" (see `PlainAttention`); everything else is equal.
         alpha, kernel_size: of the polarity-aware attention.
         dim, depth, num_heads, mlp_dim: channels, blocks, heads, and hidden channels of the MLPs.
         head_dim: hidden channels of the head.
@@ -103,11 +104,12 @@ class PolaSequenceConfig(ModelConfig):
             checks.problems.append(f"texts={self.texts}: expected 1, or 2 for pairs")
         if dim % heads or (values["attention"] == "polarity" and dim // heads % 2):
             checks.problems.append(
-                f"dim={dim} over num_heads={heads}: the heads must divide it, for polarity into even widths"
+                f"dim={dim} over num_heads={heads}: heads must divide it, with attention='polarity' into even widths"
             )
         return values
 
     def architecture(self) -> dict[str, object]:
+        # Vocabulary, length and number of texts are those of a task; any attention can be trained in the same layers.
         names = ("dim", "depth", "num_heads", "mlp_dim", "head_dim", "kernel_size")
         return {name: getattr(self, name) for name in names}
 
@@ -115,16 +117,16 @@ class PolaSequenceConfig(ModelConfig):
 class PolaSequence(nnx.Module):
     """Classifies sequences of tokens, or pairs of them.
 
-    Token and position embeddings, pre-norm blocks, LayerNorm, the mean over an example's own tokens, and a head of two
-    layers. Of a pair a, b, both encoded alike, the head sees [a, b, a * b, a - b].
+    Token and position embeddings, pre-norm blocks, LayerNorm, the mean over an example's valid tokens, and a head of
+    two layers. For a pair a, b, both encoded by the same layers, the head's input is [a, b, a * b, a - b].
 
     Args:
         config: the hyper-parameters; None: `PolaSequenceConfig(**hyperparameters)`.
         dtype: of activations and matrix products: bfloat16, float32 or float64.
         param_dtype: of the stored parameters: float32 or float64.
         attention_impl: how polarity-aware attention is computed: "auto", "xla" or "pallas" (see `polarity_attention`).
-        rngs: where the initial parameters are drawn from, by `rngs.params()`.
-        hyperparameters: fields of `PolaSequenceConfig`, where no config is given.
+        rngs: source of the keys for initial parameters, by `rngs.params()`.
+        hyperparameters: fields of `PolaSequenceConfig`, if no config is given.
 
     Raises:
         UserError: lists everything that does not fit.
@@ -189,11 +191,12 @@ class PolaSequence(nnx.Module):
         """Logits (B, num_classes), at least float32.
 
         Args:
-            sequences: tokens and lengths; N may be anything up to `max_length`, and changes no result.
-            train: with dropout. rngs: where `train` draws its keys, by `rngs.dropout()`.
+            sequences: tokens and lengths; N may be anything up to `max_length`, and does not change results.
+            train: apply dropout.
+            rngs: source of the keys for `train`, by `rngs.dropout()`.
 
         Raises:
-            ValueError: shapes or types do not fit, or random numbers are needed and rngs is None.
+            ValueError: shapes or dtypes do not fit, or random numbers are needed and rngs is None.
         """
         pooled = self.pooled(sequences, train=train, rngs=rngs)  # (B, texts, C)
         if self.config.texts == 1:
@@ -202,7 +205,7 @@ class PolaSequence(nnx.Module):
         return self.head(jnp.concatenate([a, b, a * b, a - b], axis=-1))
 
     def pooled(self, sequences: Sequences, train: bool = False, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """The mean of each sequence's own tokens, (B, texts, C), at least float32; zero for an empty one."""
+        """The mean over each sequence's valid tokens, (B, texts, C), at least float32; zero for an empty one."""
         tokens, length = self._flat(sequences)
         x, mask = self._embed(tokens, length)  # (B * texts, N, C), (B * texts, N)
         next_key = self._key_source(train, rngs)
@@ -216,7 +219,7 @@ class PolaSequence(nnx.Module):
         return mean.reshape(-1, self.config.texts, mean.shape[-1])
 
     def tokens_before(self, sequences: Sequences, *, block: int) -> tuple[jax.Array, jax.Array]:
-        """What enters a block, counted from 0, in evaluation: tokens (B * texts, N, C) and mask (B * texts, N)."""
+        """The input of a block, counted from 0, in evaluation: tokens (B * texts, N, C) and mask (B * texts, N)."""
         x, mask = self._embed(*self._flat(sequences))
         for earlier in self.blocks[:block]:
             x = earlier(x, mask=mask)
@@ -244,7 +247,7 @@ class PolaSequence(nnx.Module):
     def _embed(self, tokens: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
         positions = jnp.arange(tokens.shape[1])
         mask = positions.reshape(1, -1) < length.reshape(-1, 1)
-        embedded = jnp.take(self.token_embed[...], tokens, axis=0, mode="clip")  # the default would give NaN
+        embedded = jnp.take(self.token_embed[...], tokens, axis=0, mode="clip")  # the default mode would return NaN
         x = embedded + self.pos_embed[...][:, : tokens.shape[1]]
         return x.astype(self.dtype), mask
 
@@ -260,7 +263,7 @@ class PolaSequence(nnx.Module):
 
 
 def _draw_as_pytorch(model: nnx.Module, rngs: Keys) -> None:
-    """Linear layers begin uniform within ±1/sqrt(fan_in), PyTorch's default, as where the figures were measured."""
+    """Redraws linear layers uniformly within ±1/sqrt(fan_in), PyTorch's default, as in the Skyformer code."""
     for _, layer in nnx.iter_modules(model):
         if isinstance(layer, nnx.Linear):
             bound = layer.in_features**-0.5

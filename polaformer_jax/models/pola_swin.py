@@ -1,7 +1,7 @@
 """Pola-Swin: the Swin Transformer with polarity-aware linear attention in (some of) its windows.
 
 Source: PolaFormer (ICLR 2025, arXiv 2501.15061) and its code, https://github.com/ZacharyMeng/PolaFormer; windows,
-shifts and merging are Liu et al., "Swin Transformer", ICCV 2021, arXiv 2103.14030.
+shifts and merging are from Liu et al., "Swin Transformer", ICCV 2021, arXiv 2103.14030.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ EPSILON = 1e-5
 
 
 class PatchMerging(nnx.Module):
-    """Four neighbouring tokens become one of twice the channels."""
+    """Merges four neighbouring tokens into one with twice the channels."""
 
     def __init__(self, dim: int, *, grid: int, **types):
         self.norm = layer_norm(4 * dim, epsilon=EPSILON, **types)
@@ -56,7 +56,7 @@ class PatchMerging(nnx.Module):
 
 
 class Stage(nnx.Module):
-    """The blocks of one resolution, and the patch merging after all but the last (None there)."""
+    """The blocks of one resolution, and the patch merging after them (None in the last stage)."""
 
     def __init__(self, blocks: list[SwinBlock], downsample: PatchMerging | None):
         self.blocks = nnx.List(blocks)
@@ -68,14 +68,15 @@ class PolaSwinConfig(ModelConfig):
     """Hyper-parameters of a `PolaSwin`, with the official names and defaults; `registry` holds the published models.
 
     Attributes:
-        img_size: side of the square images in pixels, a multiple of 32 whose grids the windows divide.
+        img_size: side of the square images in pixels, a multiple of 32 such that the windows divide the grids.
         num_classes: 0 omits the classifier.
         embed_dim: channels of the first stage; they double from stage to stage.
         depths, num_heads: one value for each stage.
-        window_size: side of the windows of L blocks, in tokens. A window larger than the grid becomes the grid.
+        window_size: side of the windows of L blocks, in tokens. A window larger than the grid is reduced to the grid.
         mlp_ratio: hidden channels of the MLPs, relative to the channels of the block.
         qkv_bias: whether the layers that compute queries, keys, values and gates have a bias.
-        ape: add a learned absolute position embedding to the patches. patch_norm: LayerNorm after the patch embedding.
+        ape: add a learned absolute position embedding to the patches.
+        patch_norm: LayerNorm after the patch embedding.
         drop_rate: dropout after the position embedding, after the attention's projection and in the MLP.
         drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
         alpha, kernel_size: of the polarity-aware attention.
@@ -159,8 +160,8 @@ class PolaSwin(Backbone):
         dtype: of activations and matrix products: bfloat16, float32 or float64.
         param_dtype: of the stored parameters: float32 or float64.
         attention_impl: how polarity-aware attention is computed: "auto", "xla" or "pallas" (see `polarity_attention`).
-        rngs: where the initial parameters are drawn from, by `rngs.params()`.
-        hyperparameters: fields of `PolaSwinConfig`, where no config is given.
+        rngs: source of the keys for initial parameters, by `rngs.params()`.
+        hyperparameters: fields of `PolaSwinConfig`, if no config is given.
 
     Raises:
         UserError: lists everything that does not fit.
@@ -247,13 +248,13 @@ class PolaSwin(Backbone):
 
 
 def _attention_types(checks: Checks, attn_type) -> str:
-    """The four letters, and with mixed stages the number of their linear blocks."""
+    """The four letters, and for mixed stages the number of their linear blocks."""
     letters = checks.letters("attn_type", attn_type, "LSM", suffix=True)
     suffix = letters[4:]
     if ("M" in letters[:4]) != suffix.isdecimal() or (suffix and not suffix.isdecimal()):
         checks.problems.append(
-            f"attn_type={attn_type!r}: a number after the four letters says how many blocks of a stage of type M are "
-            "linear, as in 'LMSL1'; it is needed with M, and has no meaning without"
+            f"attn_type={attn_type!r}: a number after the four letters sets how many blocks of a stage of type M are "
+            "linear, as in 'LMSL1'; it is required with M, and not allowed without"
         )
         return "LLLL"
     return letters
@@ -268,12 +269,12 @@ def _block_types(attn_type: str, depths: tuple[int, ...]) -> tuple[str, ...]:
 
 
 def _softmax_window(window_size: int, softmax_window_size: int | None) -> int:
-    """The window of S blocks: as given, or by the official rule."""
+    """The window of S blocks: the one given, or that of the official rule."""
     return softmax_window_size if softmax_window_size is not None else 7 if window_size <= 56 else 12
 
 
 def _check_windows(checks: Checks, img_size: int, kinds: tuple[str, ...], windows: dict[str, int]) -> None:
-    """Every grid is as large as its windows at most, or a multiple of them."""
+    """Checks that every grid is at most as large as its windows, or a multiple of them."""
     names = {"L": "window_size", "S": "softmax_window_size"}
 
     def misfits(size: int, kind: str, window: int) -> list[str]:

@@ -1,11 +1,11 @@
-"""The signed powers of polarity-aware attention, element by element: whole arrays and blocks of a kernel alike."""
+"""The signed powers of polarity-aware attention, element by element, for whole arrays and for blocks of a kernel."""
 
 import jax
 import jax.numpy as jnp
 
 
 def signed_powers(z: jax.Array, p: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """relu(z)^p and relu(-z)^p. Both are 0 where z is."""
+    """relu(z)^p and relu(-z)^p. Both are 0 where z is 0."""
     magnitude = _magnitude(z, p)
     return jnp.where(z > 0, magnitude, 0), jnp.where(z < 0, magnitude, 0)
 
@@ -13,9 +13,9 @@ def signed_powers(z: jax.Array, p: jax.Array) -> tuple[jax.Array, jax.Array]:
 def signed_powers_gradients(
     z: jax.Array, s: jax.Array, p: jax.Array, plus: jax.Array, minus: jax.Array, axes: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of x, s and p, where z = x / s, from `plus` and `minus`, those of `signed_powers`.
+    """Gradients of x, s and p, where z = x / s, from the cotangents `plus` and `minus` of `signed_powers`.
 
-    All are 0 where z is, as p >= 1. Those of s and p are sums over `axes`, in which s and p have size 1.
+    All are 0 where z is 0, as p >= 1. Those of s and p are sums over `axes`, in which s and p have size 1.
     """
     gradient = jnp.where(z > 0, plus, jnp.where(z < 0, minus, 0))
     # With y = |z|^p: dy/dp = y log|z|, dy/d|z| = p y / |z|, and so z dy/dz = p y.
@@ -27,5 +27,5 @@ def signed_powers_gradients(
 
 
 def _magnitude(z: jax.Array, p: jax.Array) -> jax.Array:
-    """|z|^p, 1 at z = 0. Not by `power`: that knows negative bases, and takes five times as long on a CPU."""
+    """|z|^p, 1 at z = 0. Not by `power`, which handles negative bases too and takes five times as long on a CPU."""
     return jnp.exp(p * jnp.log(jnp.where(z == 0, 1, jnp.abs(z))))

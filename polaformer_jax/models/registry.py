@@ -80,7 +80,7 @@ _NANO = {
         drop_path_rate=0.05,
     ),
 }
-# Of the Long Range Arena; classes, vocabulary and length are the task's.
+# For the Long Range Arena, whose tasks set classes, vocabulary and length.
 _SEQUENCE = {"pola_sequence": PolaSequenceConfig()}
 _MODELS: dict[str, ModelConfig] = {**_OFFICIAL, **_NANO, **_SEQUENCE}
 
@@ -124,7 +124,7 @@ def change(
     """A config with some fields replaced.
 
     Args:
-        num_classes, img_size, drop_path: None keeps the config's own; `drop_path` is `drop_path_rate`.
+        num_classes, img_size, drop_path: None keeps the config's value; `drop_path` is `drop_path_rate`.
         overrides: any other field, by its own name.
 
     Raises:
@@ -151,7 +151,7 @@ def create(config: ModelConfig, **computation) -> Model:
 
 
 def create_abstract(config: ModelConfig, **computation) -> Model:
-    """The same, whose parameters are shapes and dtypes only (`jax.ShapeDtypeStruct`); nothing is computed."""
+    """The model of a config with abstract parameters (`jax.ShapeDtypeStruct`); nothing is computed."""
     return nnx.eval_shape(lambda: create(config, **computation, rngs=nnx.Rngs(0)))
 
 

@@ -25,7 +25,7 @@ class WindowAttention(nnx.Module):
         self.num_heads, self.window, self.drop_rate = num_heads, window, drop_rate
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None, mask: np.ndarray | None = None) -> jax.Array:
-        """(B * windows, n, C) -> the same, n = window². mask: (windows, n, n), True where a pair is kept apart."""
+        """(B * windows, n, C) -> the same, n = window². mask: (windows, n, n), True for pairs to mask out."""
         batch, n, dim = x.shape
         q, k, v = self.project(x)
         scores = product("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
@@ -42,7 +42,7 @@ class WindowAttention(nnx.Module):
         return q, k, v
 
     def bias(self, mask: np.ndarray | None, dtype) -> jax.Array:
-        """What is added to the scores: (1, 1, h, n, n), or with a mask (1, windows, h, n, n)."""
+        """The bias added to the scores: (1, 1, h, n, n), or with a mask (1, windows, h, n, n)."""
         bias = self.relative_position_bias_table[...].astype(dtype)[relative_position_index(self.window)]
         bias = bias.transpose(2, 0, 1)[None, None]
         if mask is None:
@@ -59,18 +59,18 @@ class SwinBlock(Block):
 
     def mix(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         x = self.to_windows(x)
-        # Linear attention takes no mask: in a shifted window it also mixes what the shift brought together, in the
-        # official code too.
+        # Linear attention takes no mask: in a shifted window it also mixes tokens that only the cyclic shift brought
+        # together, as the official code does.
         x = self.attn(x, key) if self.mask is None else self.attn(x, key, mask=self.mask)
         return self._roll(merge_windows(x, self.window, grid=self.grid), self.shift)
 
     def to_windows(self, x: jax.Array) -> jax.Array:
-        """Tokens (B, grid², C) of the image -> (B * windows, window², C), those of the shifted windows."""
+        """Tokens (B, grid², C) of the image -> tokens (B * windows, window², C) of the shifted windows."""
         return partition_windows(self._roll(x, -self.shift), self.window, grid=self.grid)
 
     @property
     def mask(self) -> np.ndarray | None:
-        """(windows, n, n) True where a pair is kept apart; None where the attention takes no mask."""
+        """(windows, n, n) True for pairs that must not attend to each other; None where the attention takes no mask."""
         if isinstance(self.attn, PolarityAttention) or not self.shift:
             return None
         return shift_mask(self.grid, self.window, self.shift)
@@ -91,8 +91,8 @@ def relative_position_index(window: int) -> np.ndarray:
 
 
 def shift_mask(grid: int, window: int, shift: int) -> np.ndarray:
-    """(windows, n, n) True where a cyclic shift brought two tokens of a window together that lie apart in the image."""
-    # Along one axis only the last window holds tokens from both ends: the last `shift` of it came around the edge.
+    """(windows, n, n) True where a cyclic shift brought two tokens of a window together that are apart in the image."""
+    # Along one axis only the last window holds tokens from both ends: its last `shift` tokens wrapped around the edge.
     edge = np.arange(grid) >= grid - shift
     region = 2 * edge[:, None] + edge[None, :]  # (grid, grid)
     count = grid // window
@@ -101,7 +101,7 @@ def shift_mask(grid: int, window: int, shift: int) -> np.ndarray:
 
 
 def partition_windows(x: jax.Array, window: int, *, grid: int) -> jax.Array:
-    """(B, grid², C) -> (B * windows, window², C); the windows of an image lie together, row by row."""
+    """(B, grid², C) -> (B * windows, window², C); the windows of an image are adjacent, row by row."""
     batch, _, channels = x.shape
     if window == grid:
         return x

@@ -1,8 +1,8 @@
 """Training state on disk: an Orbax CheckpointManager that keeps the latest N steps and the best one.
 
 A step's folder holds the items `params`, `optimizer` (with the step) and, where there is a moving average, `ema`, so
-that evaluation reads the one that it wants; and `record`: a checksum of every array, and what the run has counted since
-it last wrote its metrics. Orbax would give back a tensor with a flipped bit as if all were well; the checksums do not.
+that evaluation reads only the one it needs; and `record`: a checksum of every array, and the sums of the run since it
+last wrote its metrics. Orbax restores a tensor with a flipped bit without an error; the checksums detect it.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from polaformer_jax.training.state import TrainState
 
 GREATER_IS_BETTER = {"accuracy": True, "loss": False}
 Kind = Literal["raw", "ema"]
-COUNTS = "counts_for_best"  # among a checkpoint's metrics: 0 for one that may not be the best, whatever they are
+COUNTS = "counts_for_best"  # one of a checkpoint's metrics: 0 if it cannot be the best, whatever the others are
 _ITEMS = ("params", "optimizer", "ema", "record")
 
 
@@ -35,12 +35,12 @@ class DamagedError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """What a run goes on from.
+    """What a run resumes from.
 
     Attributes:
-      state: as it was saved.
-      counted: what `save` was given as such.
-      evaluated: whether the step has evaluation metrics.
+        state: the state that was saved.
+        counted: the argument of `save`.
+        evaluated: whether the step has evaluation metrics.
     """
 
     state: TrainState
@@ -54,16 +54,16 @@ def metric_name(config) -> str:
 
 
 class Checkpoints:
-    """The checkpoints of one work directory. Use as a context manager: leaving it waits for saves under way.
+    """The checkpoints of one work directory. Use as a context manager: leaving it waits for pending saves.
 
     Args:
-      directory: created if need be, unless `read_only`.
-      keep_last: how many of the latest steps are kept.
-      best_metric: name of the evaluation metric by which one more step, the best, is kept.
-      read_only: never writes or deletes, as evaluation beside a running training wants.
+        directory: created if necessary, unless `read_only`.
+        keep_last: how many of the latest steps are kept.
+        best_metric: name of the evaluation metric by which one more step, the best, is kept.
+        read_only: never writes or deletes, as evaluation during a running training requires.
 
     Raises:
-      UserError: `directory` is in a bucket, and google-cloud-storage is not installed.
+        UserError: `directory` is in a bucket, and google-cloud-storage is not installed.
     """
 
     def __init__(self, directory: epath.PathLike, *, keep_last: int, best_metric: str, read_only: bool = False):
@@ -97,16 +97,17 @@ class Checkpoints:
     def save(
         self, state: TrainState, metrics: dict[str, float] | None = None, counted: dict[str, Any] | None = None
     ) -> None:
-        """Starts saving; writing goes on in the background.
+        """Starts saving; writing continues in the background.
 
         Args:
-          state: its arrays may be donated as soon as this returns.
-          metrics: evaluation metrics of this very state, where it has been evaluated.
-          counted: whatever else the run needs to go on, in types that JSON has.
+            state: its arrays may be donated as soon as this returns.
+            metrics: evaluation metrics of this state, if it has been evaluated.
+            counted: what else the run needs to resume, in types that JSON has.
 
         Raises:
-          UserError: this save or the one before could not be written.
-          RuntimeError: a later step has been saved. ValueError: this step has been.
+            UserError: this save or the one before could not be written.
+            RuntimeError: a later step has been saved.
+            ValueError: this step has been saved.
         """
         step = int(state.step)
         trees = {"params": state.params, "optimizer": {"step": state.step, "opt_state": state.opt_state}}
@@ -115,13 +116,13 @@ class Checkpoints:
         record = {"arrays": {name: named(tree) for name, tree in trees.items()}, "counted": counted or {}}
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         items["record"] = ocp.args.JsonSave(sealed(record))
-        self.wait()  # for the save before, whose failure would else be taken for this one's
+        self.wait()  # for the save before, whose failure would otherwise be attributed to this one
         try:
             self._try_to_write()
         except Exception as error:  # buckets have exceptions of their own
             raise self._failed(error) from error
         try:
-            # force: the loop decides when to save. Orbax answers False, silently, to a step that is not the newest.
+            # force: the loop decides when to save. Orbax returns False, silently, for a step that is not the newest.
             saved = self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
         except OSError as error:
             raise self._failed(error) from error
@@ -129,16 +130,16 @@ class Checkpoints:
             raise RuntimeError(f"the checkpoint of step {step} was not saved: {self.directory} holds {self.steps()}")
 
     def _try_to_write(self) -> None:
-        """Raises where nothing can be written now. (Orbax would notice after five minutes of waiting.)"""
+        """Raises if nothing can be written now. (Orbax would notice after five minutes of waiting.)"""
         if jax.process_index() == 0:
             if not self.directory.is_dir():
-                raise FileNotFoundError(f"{self.directory} is no folder any more")
+                raise FileNotFoundError(f"{self.directory} is not a folder any more")
             probe = self.directory.parent / ".writable"
             probe.write_bytes(bytes(4096))
             probe.unlink()
 
     def add_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """Evaluation metrics of a checkpoint that was saved without."""
+        """Adds evaluation metrics to a checkpoint that was saved without them."""
         self.wait()
         saver = ocp.Checkpointer(ocp.JsonCheckpointHandler(filename="metrics"))
         saver.save(self.directory / str(step) / "metrics", metrics)
@@ -149,8 +150,8 @@ class Checkpoints:
         """Returns when all saves are on disk.
 
         Raises:
-          UserError: one could not be written.
-          JaxRuntimeError: another process, with which it is written, is lost.
+            UserError: one could not be written.
+            JaxRuntimeError: another process that writes it too is lost.
         """
         try:
             self._manager.wait_until_finished()
@@ -160,7 +161,7 @@ class Checkpoints:
             raise self._failed(error) from error
 
     def check(self) -> None:
-        """Raises what `wait` would where a save in the background has failed; does not wait for one that goes on."""
+        """Raises what `wait` would if a save in the background has failed; does not wait for pending saves."""
         try:
             self._manager.check_for_errors()
         except jax.errors.JaxRuntimeError:
@@ -171,8 +172,9 @@ class Checkpoints:
     def _failed(self, error: Exception) -> UserError:
         kept = self.steps()
         return UserError(
-            f"a checkpoint could not be written to {self.directory} ({_first_line(error)}). Is the disk full, or the"
-            f" folder gone or not yours to write to? The steps {kept} are whole; the same command goes on from the last"
+            f"a checkpoint could not be written to {self.directory} ({_first_line(error)}). Is the disk full, the"
+            f" folder removed, or write permission missing? The steps {kept} are intact; the same command resumes from"
+            " the last"
         )
 
     def steps(self) -> list[int]:
@@ -182,20 +184,20 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def best(self) -> int | None:
-        """The evaluated step with the best metric, the later one of equals; None if none was evaluated."""
+        """The evaluated step with the best metric, the latest of equal ones; None if none was evaluated."""
         scored = [(self._score(metrics), step) for step in self.steps() if (metrics := self._manager.metrics(step))]
         return max(scored)[1] if scored else None
 
     def restore(self, abstract: TrainState) -> Restored | None:
-        """The latest checkpoint that is whole, None if there is none.
+        """Restores the latest intact checkpoint; None if there is none.
 
-        A damaged one is named in the log and set aside, into `damaged_checkpoints/` beside the folder.
+        A damaged one is logged and moved into `damaged_checkpoints/`, next to `directory`.
 
         Args:
-          abstract: shapes, dtypes and shardings of the state: where its arrays will be placed.
+            abstract: shapes, dtypes and shardings of the state: where its arrays will be placed.
 
         Raises:
-          UserError: it is of another model or optimizer, or may not be read.
+            UserError: it is of another model or optimizer, or read permission is missing.
         """
         while (step := self.latest()) is not None:
             try:
@@ -213,10 +215,11 @@ class Checkpoints:
         return Restored(state, record["counted"], self._manager.metrics(step) is not None)
 
     def _read(self, step: int, trees: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Items of a step, compared with the checksums of its record; and the record.
+        """Items of a step, verified against the checksums of its record; and the record.
 
         Raises:
-          DamagedError: they are not what was saved. UserError: what was saved is not what is asked for.
+            DamagedError: they are not what was saved.
+            UserError: the saved arrays are not the requested ones.
         """
         where = f"the checkpoint {self.directory / str(step)}"
         record = self._read_record(step, where)
@@ -241,7 +244,7 @@ class Checkpoints:
         try:
             sealed = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
         except PermissionError as error:
-            raise UserError(f"{where} may not be read: {error}") from error
+            raise UserError(f"{where} cannot be read, permission is missing: {error}") from error
         except Exception as error:
             raise DamagedError(f"the record of {where} cannot be read ({_first_line(error)})") from error
         record = opened(sealed)
@@ -250,7 +253,7 @@ class Checkpoints:
         return record
 
     def _set_aside_unreadable_metrics(self, read_only: bool) -> None:
-        """Orbax reads all metrics at its start, and would end there."""
+        """Sets checkpoints with unreadable metrics aside: Orbax reads all metrics when it starts, and would fail."""
         for path in sorted(self.directory.glob("*/metrics/metrics")):
             try:
                 json.loads(path.read_text())
@@ -267,24 +270,24 @@ class Checkpoints:
 
     def _move_aside(self, step: int, error: DamagedError) -> None:
         aside = self.directory.parent / "damaged_checkpoints" / f"{step}_{time.strftime('%Y%m%d_%H%M%S')}"
-        # Not by one alone: where another process is gone, what failed was the reading together, and this raises.
+        # All processes must agree: if another one is gone, only the joint read has failed, and this raises.
         multihost_utils.sync_global_devices(f"checkpoint {step} is damaged")
-        log.error("%s; it is set aside as %s, and the checkpoint before it is used", error, aside)
+        log.error("%s; it is moved to %s, and the checkpoint before it is used", error, aside)
         if jax.process_index() == 0:
             aside.parent.mkdir(parents=True, exist_ok=True)
             (self.directory / str(step)).rename(aside)
         multihost_utils.sync_global_devices(f"checkpoint {step} is set aside")
 
     def restore_params(self, abstract: Any, which: str | int = "best", *, kind: Kind = "raw") -> tuple[Any, int]:
-        """Parameters alone, and the step they are of.
+        """Restores only the parameters; returns them and their step.
 
         Args:
-          abstract: nested dict of `jax.ShapeDtypeStruct` with shardings.
-          which: "best", "latest", or a step.
-          kind: "raw", or "ema" for the moving average.
+            abstract: nested dict of `jax.ShapeDtypeStruct` with shardings.
+            which: "best", "latest", or a step.
+            kind: "raw", or "ema" for the moving average.
 
         Raises:
-          UserError: there is no such checkpoint, it is damaged, or it has no moving average.
+            UserError: there is no such checkpoint, it is damaged, or it has no moving average.
         """
         step = {"best": self.best, "latest": self.latest}[which]() if isinstance(which, str) else which
         if step is None or step not in self.steps():
@@ -298,14 +301,14 @@ class Checkpoints:
 
 
 def _check_same(wanted: dict[str, list], saved: dict[str, list] | None, what: str) -> None:
-    """Raises a UserError where arrays of a record are not those that are asked for."""
+    """Raises a UserError if the arrays of a record are not the requested ones."""
     have = {name: entry[:2] for name, entry in (saved or {}).items()}
     differing = [name for name in sorted(wanted.keys() | have.keys()) if wanted.get(name) != have.get(name)]
     if differing:
         listed = "; ".join(f"{name}: {have.get(name)} there, {wanted.get(name)} here" for name in differing[:3])
         raise UserError(
             f"{what}: not the arrays that this config and this version of the program have ({listed}"
-            f"{'; ...' if differing[3:] else ''}): take the version that wrote it, or another work directory"
+            f"{'; ...' if differing[3:] else ''}): use the version that wrote it, or another work directory"
         )
 
 
@@ -315,9 +318,11 @@ def _first_line(error: Exception) -> str:
 
 
 def check_choice(workdir: epath.PathLike, which: str | None) -> None:
-    """Raises a UserError where `workdir` has no checkpoints at all, or `which` cannot mean one."""
+    """Raises a UserError if `workdir` has no checkpoints at all, or `which` is not valid."""
     if not (epath.Path(workdir) / "checkpoints").exists():
-        raise UserError(f"{workdir} has no checkpoints: it is not the work directory of a training, or one just begun")
+        raise UserError(
+            f"{workdir} has no checkpoints: it is not the work directory of a training, or of one just begun"
+        )
     if which is not None and which not in ("best", "latest") and not which.isdecimal():
         raise UserError(f"checkpoint={which!r}: it is best, latest or a step", argument="checkpoint")
 
@@ -325,15 +330,16 @@ def check_choice(workdir: epath.PathLike, which: str | None) -> None:
 def read_params(
     workdir: epath.PathLike, abstract: Any, which: str | None, *, best_metric: str, kind: Kind = "raw"
 ) -> tuple[Any, int]:
-    """Parameters of a checkpoint in a work directory, whose training may be running, and the step they are of.
+    """Parameters of a checkpoint in a work directory, whose training may be running, and their step.
 
     Args:
-      abstract: nested dict of `jax.ShapeDtypeStruct` with shardings.
-      which: "best" (None is this), "latest", or a step in digits.
-      best_metric: see `Checkpoints`. kind: "raw", or "ema" for the moving average.
+        abstract: nested dict of `jax.ShapeDtypeStruct` with shardings.
+        which: "best" (None is this), "latest", or a step in digits.
+        best_metric: see `Checkpoints`.
+        kind: "raw", or "ema" for the moving average.
 
     Raises:
-      UserError: there is no such checkpoint.
+        UserError: there is no such checkpoint.
     """
     check_choice(workdir, which)
     chosen = int(which) if which and which.isdecimal() else which or "best"

@@ -1,4 +1,4 @@
-"""One number for the bits of an array: the same on any mesh, another one if any bit is another. And one for records."""
+"""Checksums of arrays, the same on any mesh, and of JSON records."""
 
 import functools
 import json
@@ -14,17 +14,17 @@ _MIX = 2654435761  # odd; 2^32 over the golden ratio
 
 @jax.jit
 def checksums(tree: Any) -> Any:
-    """A uint32 for each array of a tree.
+    """A uint32 for each array of a pytree.
 
-    The sum, modulo 2^32, of the array's words times odd numbers that differ from place to place. An odd factor can be
-    undone, so no change of a single word goes unnoticed, and of others one in four thousand million. Integer sums do
-    not depend on their order: a sharded array and a whole one have the same.
+    The sum, modulo 2^32, of the array's words times odd numbers that differ by position. An odd factor is
+    invertible, so every change of a single word is detected; of other changes, one in four thousand million is missed.
+    Integer sums do not depend on their order, so a sharded array and a replicated one have the same checksum.
     """
     return jax.tree.map(_checksum, tree)
 
 
 def named(tree: Any) -> dict[str, list]:
-    """What a checkpoint records of a tree: name -> [shape, dtype, checksum], all that JSON can hold."""
+    """What a checkpoint records of a pytree: name -> [shape, dtype, checksum], in types that JSON has."""
     sums = jax.device_get(checksums(tree))
     return {
         name: [*description, int(total)]
@@ -61,7 +61,7 @@ def sealed(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def opened(found: Any) -> dict[str, Any] | None:
-    """The record, or None where this is not what `sealed` gave."""
+    """The record, or None if `found` is not what `sealed` returned."""
     if not isinstance(found, dict) or not isinstance(text := found.get("record"), str):
         return None
     return json.loads(text) if zlib.crc32(text.encode()) == found.get("crc32") else None

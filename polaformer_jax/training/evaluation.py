@@ -34,17 +34,17 @@ IN_FLIGHT = 2  # batches given to the device before the first one's result is aw
 class Evaluation:
     """Result of one pass over a split."""
 
-    metrics: dict[str, float]  # loss, accuracy; of images also accuracy_top5
-    counted: int  # examples that the metrics are means of
-    skipped: int  # examples that could not be decoded (data.on_error="skip")
+    metrics: dict[str, float]  # loss, accuracy; for images also accuracy_top5
+    counted: int  # number of examples that the metrics are means over
+    skipped: int  # number of examples that could not be decoded (data.on_error="skip")
     split: str
     origin: str  # of the data
     examples: str  # what they are called: images, sequences
-    examples_per_second: float  # from the first batch's arrival on: without compilation and the start of workers
+    examples_per_second: float  # since the first batch arrived: without compilation and the start of workers
     outputs: dict[str, np.ndarray]  # (n,) each, in the order of the split: prediction, label (int), probability, mask
 
     def summary(self) -> dict[str, float | int]:
-        """What is reported: a flat dict that JSON takes."""
+        """The reported values, as a flat dict for JSON."""
         return {
             **self.metrics,
             self.examples: self.counted,
@@ -54,7 +54,7 @@ class Evaluation:
 
 
 class Stopped(Exception):
-    """An evaluation that was not to go on."""
+    """An evaluation was stopped before its end."""
 
 
 class Evaluator:
@@ -63,7 +63,7 @@ class Evaluator:
     The step is compiled once, and the processes that read the data stay alive between passes.
 
     Args:
-      split: None: the config's `data.eval_split`.
+        split: None: the config's `data.eval_split`.
     """
 
     def __init__(self, experiment: Experiment, split: str | None = None):
@@ -86,12 +86,12 @@ class Evaluator:
         """One pass over the split.
 
         Args:
-          params: nested dict of parameters, as `Experiment.abstract_params` describes them.
-          at_batch: called at each batch; whether the pass may go on.
+            params: nested dict of parameters, as `Experiment.params.abstract` describes them.
+            at_batch: called at each batch; returns whether the pass continues.
 
         Raises:
-          Stopped: it may not.
-          UserError: not a single example could be decoded (with data.on_error="skip").
+            Stopped: `at_batch` returned False.
+            UserError: no example could be decoded (with data.on_error="skip").
         """
         mean, outputs, pending = Mean(), [], []
 
@@ -130,7 +130,7 @@ class Evaluator:
 
 
 def report(config: ml_collections.ConfigDict, evaluation: Evaluation, evaluated: dict[str, Any]) -> dict[str, Any]:
-    """What `eval.json` holds: the model, the data, what was evaluated (weights or checkpoint), and the result."""
+    """The content of `eval.json`: the model, the data, what was evaluated (weights or checkpoint), and the result."""
     data = {"data": config.data.name, "origin": evaluation.origin, "split": evaluation.split}
     return {"model": config.model.name, **data, **evaluated, **evaluation.summary()}
 
@@ -140,13 +140,13 @@ def write_json(path: epath.PathLike, content: dict[str, Any]) -> None:
 
 
 def write_predictions(path: epath.PathLike, evaluation: Evaluation, source: Source) -> None:
-    """Writes a CSV file: record, label, prediction, probability of the prediction, correct; one row an example.
+    """Writes a CSV file: record, label, prediction, probability of the prediction, correct; one row per example.
 
-    A record that could not be decoded has empty fields after its label, one that could not be read no label either.
+    A record that could not be decoded has empty fields after its label; one that could not be read has no label either.
     """
 
     def name(label: int) -> str | int:
-        if label < 0:  # a record of which not even the label could be read
+        if label < 0:  # not even the label of the record could be read
             return ""
         return source.class_names[label] if source.class_names else int(label)
 
@@ -174,33 +174,34 @@ def evaluate(
     predictions_path: epath.PathLike | None = None,
     weights_path: epath.PathLike | None = None,
 ) -> dict[str, Any]:
-    """Evaluates a checkpoint of a training, or a file of weights; writes the files asked for.
+    """Evaluates a checkpoint of a training, or a file of weights; writes the requested files.
 
     Args:
-      config: what to evaluate on; None: the config of the run in `workdir`. Without `workdir`, its `init.weights` are
-        evaluated. With `workdir`, its model must be the run's, and `init.weights`, where a run began, does not count.
-      workdir: work directory of a training, whose checkpoint is evaluated. It may be running; nothing but `eval.json`
-        is written there. Any number of devices will do.
-      checkpoint: "best" (the default), "latest" or a step.
-      kind: which weights of it, "raw" or "ema"; None: those that the config's `eval.weights` names.
-      data_dir: where the data is now, if not where the config says.
-      split: None: the config's `data.test_split`, or `data.eval_split` where that is None.
-      json_path: file for the result; None: `eval.json` in `workdir`, if that is given.
-      predictions_path: file for one row an example; None: not written.
-      weights_path: `.safetensors` file for the weights that were evaluated; None: not written.
+        config: what to evaluate on; None: the config of the run in `workdir`. Without `workdir`, its `init.weights` are
+            evaluated. With `workdir`, its model must be that of the run, and `init.weights`, from which a run starts,
+            is ignored.
+        workdir: work directory of a training, whose checkpoint is evaluated. It may be running; nothing but `eval.json`
+            is written there. The number of devices need not be that of the training.
+        checkpoint: "best" (the default), "latest" or a step.
+        kind: which weights of it, "raw" or "ema"; None: the config's `eval.weights`.
+        data_dir: where the data is now, if not where the config says.
+        split: None: the config's `data.test_split`, or `data.eval_split` where that is None.
+        json_path: file for the result; None: `eval.json` in `workdir`, if that is given.
+        predictions_path: file for one row per example; None: not written.
+        weights_path: `.safetensors` file for the weights that were evaluated; None: not written.
 
     Returns:
-      What the JSON file holds: the metrics, examples counted and skipped, examples/s, and what was evaluated.
+        The content of the JSON file: the metrics, examples counted and skipped, examples/s, and what was evaluated.
 
     Raises:
-      UserError: there is nothing to evaluate, or it does not fit the model or the data.
+        UserError: there is nothing to evaluate, or it does not fit the model or the data.
     """
     _check_request(config, workdir, checkpoint, (json_path, predictions_path, weights_path))
     if workdir is not None:
         stored = read_config(workdir)
         if config is None:
             config = stored
-            config.mesh.data, config.mesh.fsdp = -1, 1  # the machine need not be the one that trained
+            config.mesh.data, config.mesh.fsdp = -1, 1  # this machine may have other devices than the one that trained
         changed = [line for line in differences(stored, config) if line.startswith("model.")]
         if changed:
             listed = "\n".join(f"  {line}" for line in changed)
@@ -242,7 +243,7 @@ def evaluate(
 
 
 def _check_request(config, workdir, checkpoint, outputs) -> None:
-    """Raises a UserError, before any work, where the arguments of `evaluate` do not go together."""
+    """Raises a UserError, before any work, if the arguments of `evaluate` conflict."""
     if workdir is None:
         if config is None:
             raise UserError("nothing to evaluate: give the work directory of a training, or a config with init.weights")

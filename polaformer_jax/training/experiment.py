@@ -22,23 +22,23 @@ from polaformer_jax.training.tasks import task_of
 
 
 class Experiment:
-    """What a config describes. Making one reads no weights and no examples, and compiles nothing.
+    """What a config describes. Creating one reads no weights and no examples, and compiles nothing.
 
     Attributes:
         config: the config; `model.num_classes`, where it was None, is the data set's number.
-        task: what is learnt.
+        task: the task, see `tasks`.
         mesh: the devices.
         inputs: the data.
-        graphdef: the model's static part; with parameters it makes the model.
+        graphdef: the model's static part; with parameters it is the model.
         params: creates and reads the model's parameters.
 
     Args:
         config: the config.
-        devices: to run on; None: all there are.
-        num_examples: size of the training set, where the steps are only compiled and no data set need be there.
+        devices: devices to run on; None: all.
+        num_examples: size of the training set, if the steps are only compiled and no data set is available.
 
     Raises:
-        UserError: the config cannot work: its values, its model, or its data set.
+        UserError: the config is not valid: its values, its model, or its data set.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class Experiment:
         return nnx.merge(self.graphdef, params)
 
     def abstract_batch(self, batch_size: int) -> Mapping[str, jax.ShapeDtypeStruct]:
-        """Shapes, dtypes and shardings of a batch of this size over all hosts; the largest, where they differ."""
+        """Shapes, dtypes and shardings of a batch of this size over all hosts; of the largest, where they differ."""
         placed = sharding.batch_sharding(self.mesh)
         return {
             name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=placed)
@@ -156,8 +156,8 @@ class Experiment:
     def step_flops(self, batch: AnyBatch) -> float:
         """Operations of the matrix products and convolutions of a step on a batch like this, on all devices together.
 
-        They are those of the step without recomputation (`model.remat`), and with the attention by operations, since
-        the kernel also multiplies zeros.
+        They are those of the step without recomputation (`model.remat`), and with the attention by XLA operations,
+        since the kernel also multiplies zeros.
         """
         key = batch_shapes(batch)
         if key not in self._flops:
@@ -182,7 +182,7 @@ def create_abstract_model(config: ml_collections.ConfigDict) -> nnx.Module:
     """The model that a whole config describes, whose parameters are shapes and dtypes only.
 
     Raises:
-        UserError: the model refuses a value.
+        UserError: the model does not accept a value.
     """
     try:
         return nnx.eval_shape(lambda: task_of(config).create_model(nnx.Rngs(0)))

@@ -1,6 +1,6 @@
-"""Weights taken out of a training's checkpoint, as a file that says what it holds.
+"""Exports the weights of a checkpoint to a file, with metadata that describes them.
 
-The training may be running. Its data is not needed; where it is at hand, the names of its classes go into the file.
+The training may be running. Its data is not needed; if it is available, the class names are stored in the file.
 """
 
 import json
@@ -24,7 +24,7 @@ from polaformer_jax.training.workdir import read_config
 def weights_metadata(
     config: ml_collections.ConfigDict, class_names: tuple[str, ...] | None, facts: Mapping[str, Any]
 ) -> dict[str, str]:
-    """What a file of weights says beside its model: how inputs are prepared, the names of the classes, and facts."""
+    """Metadata of a weights file besides its model: how inputs are prepared, the class names, and facts."""
     metadata = {name: json.dumps(value) for name, value in task_of(config).metadata().items()}
     metadata["facts"] = json.dumps({"data": config.data.name, **facts})
     return metadata if class_names is None else {**metadata, "classes": json.dumps(class_names)}
@@ -38,19 +38,19 @@ def export(
     kind: checkpoints.Kind | None = None,
     layout: weights.Layout = "ours",
 ) -> int:
-    """Writes the weights of a checkpoint to `path` (`.safetensors`), at once or not at all.
+    """Writes the weights of a checkpoint to `path` (`.safetensors`), atomically.
 
     Args:
-      workdir: work directory of a training.
-      checkpoint: "best" (the default), "latest" or a step.
-      kind: "raw", or "ema" for the moving average; None: what the run's `eval.weights` names.
-      layout: "ours", or "torch": official names and layouts.
+        workdir: work directory of a training.
+        checkpoint: "best" (the default), "latest" or a step.
+        kind: "raw", or "ema" for the moving average; None: the run's `eval.weights`.
+        layout: "ours", or "torch": official names and layouts.
 
     Returns:
-      The step that the weights are of.
+        The step of the checkpoint.
 
     Raises:
-      UserError: there is no such training or checkpoint, or `path` has another suffix.
+        UserError: there is no such training or checkpoint, or `path` has another suffix.
     """
     weights.check_suffix(path)
     config = read_config(workdir)
@@ -65,7 +65,7 @@ def export(
     try:
         class_names = task_of(config).open_source(config.data.eval_split).class_names
     except UserError as error:
-        log.warning("the file will have no class names, for the data is not here: %s", error)
+        log.warning("the file will have no class names, because the data is not available: %s", error)
         class_names = None
     metadata = weights_metadata(config, class_names, {"step": step, "kind": kind})
     weights.save_weights(nnx.merge(graphdef, params), path, layout=layout, metadata=metadata)

@@ -13,13 +13,13 @@ from polaformer_jax.training.tasks import Task
 
 
 class Inputs:
-    """Opens each split once, on first use. Making it reads nothing.
+    """Opens each split once, on first use. Creating it reads nothing.
 
     Args:
         config: the whole config.
         task: opens sources and makes batches.
         devices: over which a batch is split.
-        num_examples: size of the training set where the data is not there; None: that of the data.
+        num_examples: size of the training set, if the data is not available; None: that of the data.
     """
 
     def __init__(self, config: ml_collections.ConfigDict, task: Task, *, devices: int, num_examples: int | None):
@@ -45,7 +45,7 @@ class Inputs:
 
     @property
     def report_split(self) -> str:
-        """The split that the best checkpoint is reported on, which need not be that by which it was chosen."""
+        """The split on which the best checkpoint is reported; it may have been chosen by another one."""
         return self._config.data.test_split or self._config.data.eval_split
 
     @property

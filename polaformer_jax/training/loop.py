@@ -1,8 +1,8 @@
 """Trains a config in a work directory, from the first step or from the latest checkpoint to the last step.
 
-The order at each step: train, record the metrics, evaluate if due, save if due, stop if requested. A run resumes from a
-checkpoint alone: data, random numbers and learning rate are functions of the step, and the sums since the last log line
-are saved with it. So an interrupted run writes what an uninterrupted one would have written.
+The order at each step: train, record the metrics, evaluate if due, save if due, stop if requested. A run needs only a
+checkpoint to resume: data, random numbers and learning rate are functions of the step, and the sums since the last log
+line are saved with it. So an interrupted run writes what an uninterrupted one would have written.
 """
 
 import contextlib

@@ -23,9 +23,9 @@ Sums = Mapping[str, tuple[jax.Array, jax.Array]]
 
 
 def masked(values: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Sum of the values (B,) where the mask (B,) is True, and how many those are, in float32 or wider.
+    """Sum and number of the valid values (B,), where the mask (B,) is True, in at least float32.
 
-    A masked value may be anything, NaN included.
+    Masked values are ignored, even NaN.
     """
     dtype = jnp.promote_types(values.dtype, jnp.float32)
     return jnp.sum(jnp.where(mask, values, 0).astype(dtype)), jnp.sum(mask.astype(dtype))
@@ -46,7 +46,7 @@ class Mean:
         return {name: float(total / count) if count else float("nan") for name, (total, count) in self._sums.items()}
 
     def sums(self) -> dict[str, list[float]]:
-        """[sum, count] of each metric; `add` takes them back without loss."""
+        """[sum, count] of each metric; `add` restores them without loss."""
         return {name: [float(value) for value in pair] for name, pair in self._sums.items()}
 
     def count(self, name: str) -> int:
@@ -84,7 +84,7 @@ class RunningAverages:
         self._timed += 1
 
     def count_skipped(self) -> None:
-        """Counts a step whose loss or gradient was not finite; it is left out of the averages."""
+        """Counts a step whose loss or gradient was not finite; it is excluded from the averages."""
         self._steps += 1
         self._timed += 1
         self._nonfinite += 1

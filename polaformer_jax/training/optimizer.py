@@ -1,9 +1,9 @@
-"""AdamW as the official recipe uses it, put together from Optax, and the learning rate as a function of the step.
+"""AdamW as the official recipe uses it, built from Optax, and the learning rate as a function of the step.
 
-Two schedules. `cosine`, the recipe of images: linear warm-up, cosine, then a constant cooldown. Source: the official
-trainer (timm's cosine scheduler, stepped after every update), hence two of its habits: step t is taken with the rate
-f(max(t - 1, 0)), so the first two steps share the warm-up rate; and the cosine counts from step 0, so the rate drops a
-little where the warm-up ends.
+There are two schedules. `cosine`, the recipe of images: linear warm-up, cosine, then a constant cooldown. Source: the
+official trainer (timm's cosine scheduler, stepped after every update), hence two of its properties: step t is taken
+with the rate f(max(t - 1, 0)), so the first two steps share the warm-up rate; and the cosine counts from step 0, so the
+rate drops a little where the warm-up ends.
 
 `one_cycle`, the recipe of sequences: linear up, then linear down. Source: PyTorch's `OneCycleLR` with
 `anneal_strategy="linear"`, as the code of Nyströmformer and Skyformer calls it for the Long Range Arena: step t is
@@ -26,12 +26,13 @@ UNDECAYED = ("relative_position_bias_table", "absolute_pos_embed")
 
 
 def make_optimizer(config, rate: Callable[[jax.Array], jax.Array], *, trainable=None) -> optax.GradientTransformation:
-    """Clipping by value, then by the global norm, where asked for; then AdamW with decoupled weight decay.
+    """Clipping by value, then by the global norm, where configured; then AdamW with decoupled weight decay.
 
     Args:
-      config: the config's `optimizer` part.
-      rate: the learning rate of a step, counted from 0.
-      trainable: nested dict of bools like the parameters; the others are never changed, and need no moments. None: all.
+        config: the config's `optimizer` part.
+        rate: the learning rate of a step, counted from 0.
+        trainable: nested dict of bools like the parameters; frozen ones never change, and have no moments. None: all
+            are trainable.
     """
     adamw = optax.adamw(
         rate,
@@ -61,8 +62,8 @@ def head_only(params) -> dict:
 def scale_by_depth(decay: float) -> optax.GradientTransformation:
     """Layer-wise learning-rate decay: the update of a layer is scaled by decay^(layers above it).
 
-    The classifier and the final normalisation have the whole rate, the last block decay times as much, and so on down
-    to the first patch embedding. What leads from one stage to the next counts with the last block before it. As in BEiT
+    The classifier and the final normalisation have the full rate, the last block `decay` times as much, and so on down
+    to the first patch embedding. Layers between two stages count as the last block before them. As in BEiT
     (Bao et al., arXiv 2106.08254) and the fine-tuning of Swin Transformer.
     """
 
@@ -76,9 +77,9 @@ def scale_by_depth(decay: float) -> optax.GradientTransformation:
 
 
 def layer_depths(params) -> dict:
-    """The number of each parameter's layer: 0 for the first patch embedding, then one a block, the head last."""
+    """The number of each parameter's layer: 0 for the first patch embedding, then one per block, the head last."""
     flat = jax.tree_util.tree_flatten_with_path(params)[0]
-    blocks: dict[int, int] = {}  # how many each stage has
+    blocks: dict[int, int] = {}  # number of blocks by stage
     for path, _ in flat:
         place = _place(_keys(path))
         if place is not None and place[1] is not None:
@@ -96,7 +97,7 @@ def layer_depths(params) -> dict:
 
 
 def _place(keys: tuple) -> tuple[int, int | None] | None:
-    """(stage, block) of a parameter; block is None for what leads to the stage, and all is None after the stages."""
+    """(stage, block) of a parameter; block is None for layers that lead to the stage. None after the stages."""
     name = str(keys[0])
     if name == "layers":  # Pola-Swin: layers.STAGE.blocks.BLOCK, layers.STAGE.downsample leads to the next stage
         return (keys[1], keys[3]) if keys[2] == "blocks" else (keys[1] + 1, None)
@@ -124,7 +125,7 @@ def decay_mask(params) -> dict:
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     """Scales gradients by min(1, max_norm / (norm + 1e-6)).
 
-    As `torch.nn.utils.clip_grad_norm_` does it; `optax.clip_by_global_norm` lacks the 1e-6, which shows in the
+    As `torch.nn.utils.clip_grad_norm_` does it; `optax.clip_by_global_norm` omits the 1e-6, which shows in the
     seventh digit of the loss.
     """
 
@@ -136,7 +137,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-# PyTorch's defaults, which that code keeps: the first rate is the peak's 25th part, the last the first's 10,000th.
+# PyTorch's defaults, which that code keeps: the first rate is 1/25 of the peak, the last 1/10,000 of the first.
 FIRST_PART, LAST_PART = 25.0, 1e4
 
 
@@ -151,14 +152,14 @@ class Durations:
 
 
 def durations(config, *, num_examples: int) -> Durations:
-    """Converts the config's epochs or steps.
+    """Converts the config's epochs or steps to optimizer steps.
 
     Args:
-      config: the whole config; either `train.epochs` or `train.steps` is set, and `schedule` counts in the same unit.
-      num_examples: size of the training set. An epoch has `num_examples // batch_size` steps.
+        config: the whole config; either `train.epochs` or `train.steps` is set, and `schedule` counts in the same unit.
+        num_examples: size of the training set. An epoch has `num_examples // batch_size` steps.
 
     Raises:
-      UserError: the training set is smaller than a batch, or the run would have no step.
+        UserError: the training set is smaller than a batch, or the run would have no step.
     """
     unit = 1
     if config.train.epochs:
@@ -174,7 +175,7 @@ def durations(config, *, num_examples: int) -> Durations:
     if main < 1 or warmup > main:
         raise UserError(
             f"a run of {length:g} with schedule.warmup={config.schedule.warmup:g} has {main} steps and {warmup} steps"
-            " of warm-up: it needs at least one step, and no more warm-up than that"
+            " of warm-up: it needs at least one step, and at most as many steps of warm-up"
         )
     return Durations(unit=unit, warmup=warmup, main=main, total=main + round(config.schedule.cooldown * unit))
 
@@ -183,8 +184,8 @@ def learning_rate(config, length: Durations) -> Callable[[jax.Array], jax.Array]
     """The schedule of a config.
 
     Returns:
-      A function from a step, counted from 0, to the learning rate that the step is taken with. All rates of the config
-      are multiplied by `train.batch_size / optimizer.lr_base_batch`.
+        A function from a step, counted from 0, to the learning rate of that step. All rates of the config are
+        multiplied by `train.batch_size / optimizer.lr_base_batch`.
     """
     scale = config.train.batch_size / config.optimizer.lr_base_batch
     peak = config.optimizer.lr * scale
@@ -203,7 +204,7 @@ def learning_rate(config, length: Durations) -> Callable[[jax.Array], jax.Array]
 
 
 def one_cycle(peak: float, *, warmup: int, steps: int) -> Callable[[jax.Array], jax.Array]:
-    """In straight lines from peak / 25 to the peak at step `warmup` - 1, and to peak / 250,000 at step `steps` - 1."""
+    """Linear from peak / 25 to the peak at step `warmup` - 1, then linear to peak / 250,000 at step `steps` - 1."""
     first = peak / FIRST_PART
     last = first / LAST_PART
     top = warmup - 1

@@ -18,7 +18,7 @@ def batch_shapes(batch: AnyBatch) -> tuple:
 
 
 def abstract(batch: AnyBatch) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and shardings of a batch, or of such a description."""
+    """Shapes, dtypes and shardings of a batch, which may be abstract already."""
     return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for name, leaf in batch.items()}
 
 

@@ -1,4 +1,4 @@
-"""How a long run shows itself: a progress bar on a terminal, plain log lines elsewhere."""
+"""Progress of a long run: a progress bar on a terminal, plain log lines elsewhere."""
 
 import logging as std_logging
 import math
@@ -12,7 +12,7 @@ from absl import flags, logging
 log = std_logging.getLogger("polaformer_jax")
 
 
-# Orbax warns of what is meant to be: checkpoints between evaluations have no metrics, and readers do not write.
+# Orbax warns about intended states: checkpoints between evaluations have no metrics, and readers do not write.
 _INTENDED = ("did not provide metrics", "read_only=True", "Given directory is read only")
 
 
@@ -24,7 +24,7 @@ def set_up_logging(*, verbose: bool = False) -> None:
     """
     logging.use_absl_handler()
     if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # absl warns of messages before its flags are parsed; commands have none
+        flags.FLAGS.mark_as_parsed()  # absl warns about messages before its flags are parsed; the commands have none
     if verbose:
         logging.set_verbosity(logging.INFO)
     else:
@@ -46,7 +46,7 @@ class _TqdmHandler(std_logging.Handler):
 
 
 def bar(*args, **options) -> tqdm.tqdm:
-    """A bar of tqdm's, on the first process alone, and only where stderr is a terminal."""
+    """A tqdm bar, on process 0 only, and only if stderr is a terminal."""
     return tqdm.tqdm(*args, disable=True if jax.process_index() else None, **options)
 
 
@@ -54,9 +54,9 @@ class Progress:
     """Progress of a training. Use as a context manager.
 
     Args:
-      total: steps of the whole run.
-      start: steps taken before, by an earlier process.
-      examples: what examples are called, in the plural.
+        total: steps of the whole run.
+        start: steps taken before, by an earlier process.
+        examples: what examples are called, in the plural.
     """
 
     def __init__(self, total: int, start: int, examples: str = "images"):
@@ -79,7 +79,7 @@ class Progress:
         """Shows the metrics of the last steps, at step number `step` (steps taken so far)."""
         if metrics["skipped"]:
             log.warning("step %d: %d records could not be decoded since the last report", step, metrics["skipped"])
-        seen = {"loss": math.nan, "accuracy": math.nan, "learning_rate": math.nan, **metrics}  # if all were left out
+        seen = {"loss": math.nan, "accuracy": math.nan, "learning_rate": math.nan, **metrics}  # if all were skipped
         rate = f"{metrics[f'{self._examples}_per_second']:.0f} {self._examples}/s"
         used = [
             f"{title} {100 * metrics[name]:.0f}%"

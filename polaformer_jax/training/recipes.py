@@ -1,6 +1,6 @@
 """Recipes: Python files whose `get_config(arg)` returns a config, found by name or by path.
 
-The packaged recipes are the files of the folder `configs`: in a checkout beside the package, in a wheel inside it.
+The packaged recipes are the files of the folder `configs`: in a checkout next to the package, in a wheel inside it.
 """
 
 import ast
@@ -36,7 +36,7 @@ def find(text: str) -> tuple[Path, str | None]:
     known = packaged()
     path = known.get(place, Path(place))
     if not path.is_file():
-        found = "a folder" if path.is_dir() else "no such file"
+        found = "a folder" if place and path.is_dir() else "no such file"
         raise UserError(
             f"config {place!r}: {found}; expected the path of a Python file, or a packaged recipe: {', '.join(known)}"
         )
@@ -47,7 +47,7 @@ def load(text: str) -> ml_collections.ConfigDict:
     """The config of a recipe, see `find`.
 
     Raises:
-        UserError: there is no such recipe, it has no `get_config`, or it refuses its argument.
+        UserError: there is no such recipe, it has no `get_config`, or it does not accept its argument.
     """
     path, arg = find(text)
     spec = importlib.util.spec_from_file_location(f"polaformer_recipe_{path.stem}", path)
@@ -64,7 +64,7 @@ def load(text: str) -> ml_collections.ConfigDict:
 
 
 def parse_arg(arg: str | None, *, models: Sequence[str], **options) -> ml_collections.ConfigDict:
-    """Parses what follows the colon of `--config RECIPE:MODEL,key=value,...`.
+    """Parses what follows the colon of `RECIPE:MODEL,key=value,...`.
 
     Args:
         arg: the text, or None.

@@ -1,4 +1,4 @@
-"""What a run reports to people: pictures (curves, confusion matrix, test images), its summary, and the dry run."""
+"""Reports of a run for people: pictures (curves, confusion matrix, test images), its summary, and the dry run."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ from polaformer_jax.training.metrics import read_scalars
 from polaformer_jax.training.workdir import as_json
 
 TRAIN, TEST, WRONG = "#9aa5b1", "#2364aa", "#c8382c"
-NAMED_CLASSES = 25  # with more, a confusion matrix has no room for names and numbers
+NAMED_CLASSES = 25  # with more, a confusion matrix has no space for names and numbers
 MIB = 2**20
 GRID = (6, 10)  # rows and columns of test images
 
@@ -30,15 +30,15 @@ GRID = (6, 10)  # rows and columns of test images
 def draw_all(
     workdir: epath.Path, evaluation: Evaluation, source: Source, picture_of: Callable[[int], np.ndarray] | None
 ) -> list[epath.Path]:
-    """Draws everything into `workdir/pictures`.
+    """Draws all pictures into `workdir/pictures`.
 
     Args:
-      evaluation: of the checkpoint that the pictures show.
-      source: the split that was evaluated.
-      picture_of: gives the image (S, S, 3) uint8 that the model saw of an example; None: there are none to draw.
+        evaluation: of the checkpoint that the pictures show.
+        source: the split that was evaluated.
+        picture_of: returns the image (S, S, 3) uint8 of an example that the model saw; None: there are no images.
 
     Returns:
-      The files.
+        The files.
     """
     folder = workdir / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ def draw_all(
 
 
 def curves(scalars: dict[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
-    """Loss, accuracy and learning rate over the steps, from what was written for TensorBoard."""
+    """Loss, accuracy and learning rate over the steps, from the scalars written for TensorBoard."""
     figure = figures.new(12, 3.8)
     panels = zip(figure.subplots(1, 3), ("loss", "accuracy", "learning_rate"), strict=True)
     for axes, name in panels:
@@ -119,10 +119,10 @@ def confusion(evaluation: Evaluation, names: tuple[str, ...]) -> Figure:
 
 
 def predictions(evaluation: Evaluation, names: tuple[str, ...], image_of) -> Figure:
-    """A grid of test images. First the mistakes, the surest first; then the right answers, the least sure first.
+    """A grid of test images: the mistakes, most confident first; then the correct ones, least confident first.
 
     Args:
-      image_of: gives the image (S, S, 3) uint8 at an index of the split.
+        image_of: returns the image (S, S, 3) uint8 at an index of the split.
     """
     out = evaluation.outputs
     seen = np.flatnonzero(out["mask"])
@@ -143,10 +143,10 @@ def predictions(evaluation: Evaluation, names: tuple[str, ...], image_of) -> Fig
         fontweight="bold",
     )
     for axes, index in zip(figure.subplots(rows, GRID[1], squeeze=False).flat, shown, strict=False):
-        true, said = names[out["label"][index]], names[out["prediction"][index]]
+        true, predicted = names[out["label"][index]], names[out["prediction"][index]]
         axes.imshow(image_of(index), interpolation="nearest")
         mistaken = out["label"][index] != out["prediction"][index]
-        text = f"{_short(said)}, not {_short(true)}" if mistaken else _short(true)
+        text = f"{_short(predicted)}, not {_short(true)}" if mistaken else _short(true)
         axes.set_title(
             f"{text}\n{100 * out['probability'][index]:.0f} %", fontsize=8, color=WRONG if mistaken else INK, pad=3
         )
@@ -166,7 +166,7 @@ def _short(name: str, length: int = 12) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """The evaluation of the best checkpoint, and where things are."""
+    """The evaluation of the best checkpoint, and the files of the run."""
 
     evaluation: Evaluation
     step: int
@@ -175,7 +175,7 @@ class Result:
 
 
 def describe(result: Result, workdir: epath.PathLike) -> str:
-    """What a training ends with, for people."""
+    """The summary at the end of a training, for people."""
     metrics = result.evaluation.metrics
     top5 = f"top-5 {100 * metrics['accuracy_top5']:.2f} %, " if "accuracy_top5" in metrics else ""
     lines = [
@@ -194,7 +194,7 @@ def describe_dry(experiment: Experiment) -> str:
     """What a dry run prints: config, parameters, batches, and the memory of the compiled training step.
 
     Raises:
-      UserError: the experiment cannot be trained.
+        UserError: the experiment cannot be trained.
     """
     experiment.check_training()
     config, length, inputs = experiment.config, experiment.length, experiment.inputs

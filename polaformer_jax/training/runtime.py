@@ -22,7 +22,7 @@ from polaformer_jax.training.progress import log
 
 WATCHDOG_STATUS = 70  # "internal software error" of sysexits.h
 
-# How the environments that JAX knows say that there are several processes: a variable, and whether its value says so.
+# How the environments that JAX supports indicate several processes: a variable, and a test of its value.
 _MANY = {
     "JAX_COORDINATOR_ADDRESS": bool,
     "SLURM_STEP_NUM_TASKS": lambda value: int(value) > 1,  # within `srun`
@@ -34,17 +34,17 @@ _MANY = {
 
 @contextlib.contextmanager
 def session(config) -> Iterator[None]:
-    """Joins the other processes, where `distributed.*` or the environment says that there are others.
+    """Joins the other processes, if `distributed.*` or the environment indicates that there are any.
 
-    To be entered before JAX looks for devices. An error in one process ends it at once, whatever the others wait for:
-    they notice within `distributed.heartbeat_s` that it is gone, say so and end too: by an error of what they do
-    together, with status 1, or by JAX, which aborts a process that waits (SIGABRT).
+    Enter it before JAX initialises its devices. An error in one process ends that process at once, whatever the others
+    wait for. They notice within `distributed.heartbeat_s` that it is gone, report it and end too: by an error of a
+    collective operation, with status 1, or by JAX, which aborts a waiting process (SIGABRT).
 
     Args:
-      config: the config's `distributed` part.
+        config: the config's `distributed` part.
 
     Raises:
-      UserError: the part is incomplete, or the others do not answer.
+        UserError: the part is incomplete, or the other processes do not answer.
     """
     given = {name: config[name] for name in ("coordinator", "num_processes", "process_id")}
     explicit = [name for name, value in given.items() if value is not None]
@@ -55,7 +55,7 @@ def session(config) -> Iterator[None]:
     if not explicit and named is None:
         yield
         return
-    jax.config.update("jax_enable_preemption_service", False)  # see `stopping`
+    jax.config.update("jax_enable_preemption_service", False)  # see `signals`
     try:
         jax.distributed.initialize(
             coordinator_address=given["coordinator"],
@@ -68,7 +68,7 @@ def session(config) -> Iterator[None]:
         raise UserError(f"the processes that {source} names could not be joined: {error}") from error
     log.info("process %d of %d", jax.process_index(), jax.process_count())
     if jax.process_index():
-        log.setLevel(logging.WARNING)  # one tells what all do
+        log.setLevel(logging.WARNING)  # process 0 reports what all do
     try:
         yield
     except Interrupted:  # all processes agreed on it
@@ -81,14 +81,14 @@ def session(config) -> Iterator[None]:
         else:
             traceback.print_exc()
             print(
-                f"error: {which} of {jax.process_count()} ends by the exception above. If that is about a connection, a"
-                " barrier or a collective operation, another process is gone, and its output says why. The same command"
-                " for all processes goes on from the latest checkpoint",
+                f"error: {which} of {jax.process_count()} ended with the exception above. If it is about a connection,"
+                " a barrier or a collective operation, another process is gone, and its output says why. The same"
+                " command for all processes resumes from the latest checkpoint",
                 file=sys.stderr,
             )
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(getattr(error, "status", 1))  # an orderly end would wait for the others, who wait for this process
+        os._exit(getattr(error, "status", 1))  # a normal exit would wait for the others, which wait for this process
     jax.distributed.shutdown()
 
 
@@ -122,11 +122,11 @@ class RequestConsensus:
 
 
 class Watchdog:
-    """A thread that ends the process when no `alive()` came for `seconds`. Use as a context manager.
+    """A thread that ends the process if `alive` was not called for `seconds`. Use as a context manager.
 
-    A step that hangs (a peer that is gone, a dead device, a deadlock) hangs in C++: no exception can be raised there.
-    So the stacks of all threads are written to stderr and the process ends with status 70. The checkpoints that there
-    are stay as they are.
+    A step that hangs (a peer that is gone, a dead device, a deadlock) hangs in C++, where no exception can be raised.
+    So the stacks of all threads are written to stderr and the process ends with status 70. Existing checkpoints are
+    left unchanged.
 
     Args:
         seconds: None watches nothing.
@@ -147,7 +147,7 @@ class Watchdog:
         self._ended.set()
 
     def alive(self, what: str) -> None:
-        """Something was done; `what` begins."""
+        """Reports progress: the activity before is done, and `what` begins."""
         self._what, self._since = what, time.monotonic()
 
     def _watch(self) -> None:
@@ -156,7 +156,7 @@ class Watchdog:
             if still > self._seconds:
                 print(
                     f"\nerror: stuck for {still:.0f} s in: {self._what} (watchdog.step_s={self._seconds:g}). The stacks"
-                    " of all threads follow; the same command goes on from the latest checkpoint.",
+                    " of all threads follow; the same command resumes from the latest checkpoint.",
                     file=sys.__stderr__,
                     flush=True,
                 )
@@ -165,7 +165,7 @@ class Watchdog:
 
 
 def checked(config) -> contextlib.AbstractContextManager:
-    """A training step under `debug.nans` and `debug.transfer_guard`: data that nobody sent may not be in it."""
+    """The context of a training step under `debug.nans` and `debug.transfer_guard` (for implicit transfers)."""
     stack = contextlib.ExitStack()
     if config.nans:
         stack.enter_context(jax.debug_nans(True))
@@ -175,7 +175,7 @@ def checked(config) -> contextlib.AbstractContextManager:
 
 
 def compiler_options(config) -> dict[str, bool]:
-    """For `Lowered.compile`: what `debug.deterministic` means on this back end. CPUs and TPUs are deterministic."""
+    """Options of `Lowered.compile` for `debug.deterministic` on this backend. CPUs and TPUs are deterministic."""
     if config.deterministic and jax.default_backend() == "gpu":
         return {"xla_gpu_deterministic_ops": True}
     return {}

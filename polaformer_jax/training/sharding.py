@@ -1,8 +1,8 @@
-"""Where arrays live: one mesh of devices with two axes, and one rule for each kind of array.
+"""Where arrays are placed: one mesh of devices with two axes, and one rule for each kind of array.
 
-A batch is split over both axes, `data` and `fsdp`. Parameters, and what has their shapes (the optimizer's moments, the
-moving average), are copied along `data` and split along `fsdp` (Zhao et al., "PyTorch FSDP", arXiv 2304.11277): the
-step gathers the parameters that it multiplies with, and each device updates the part that it keeps.
+A batch is split over both axes, `data` and `fsdp`. Parameters, and arrays of their shapes (the optimizer's moments,
+the moving average), are replicated along `data` and split along `fsdp` (Zhao et al., "PyTorch FSDP", arXiv 2304.11277):
+the step gathers the parameters that it uses, and each device updates its own shard.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, use_abstr
 
 from polaformer_jax.errors import UserError
 
-# Smaller arrays are not worth a message of their own: every device keeps them whole.
+# Smaller arrays are not worth a collective of their own: they are replicated.
 LEAST_SPLIT = 2**14  # elements
 
 
@@ -24,10 +24,10 @@ def make_mesh(config, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of the config's `mesh` part: `data` rows of `fsdp` devices.
 
     Args:
-      devices: those to choose from; None: all that there are.
+        devices: those to choose from; None: all devices.
 
     Raises:
-      UserError: other devices are asked for than there are.
+        UserError: the mesh does not fit the number of devices.
     """
     given = None if devices is None else list(devices)
     available = jax.device_count() if given is None else len(given)
@@ -58,9 +58,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def state_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """Of an array of the training state: over `fsdp` along its largest axis that this divides, if it is large at all.
+    """Sharding of an array of the training state: over `fsdp` along its largest divisible axis, unless it is small.
 
-    The rule knows the shape alone, so that a parameter, its moments and its average lie together.
+    The rule depends on the shape only, so that a parameter, its moments and its average have the same sharding.
     """
     parts = mesh.shape["fsdp"]
     divisible = [axis for axis, size in enumerate(shape) if size % parts == 0]
@@ -76,7 +76,7 @@ def state_shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def with_shardings(abstract: Any, shardings: Any) -> Any:
-    """The tree of shapes and dtypes, every leaf to be placed by the sharding that `shardings` has for it (or by it)."""
+    """Shapes and dtypes with shardings: `shardings` is a pytree like `abstract`, or one sharding for all leaves."""
     if isinstance(shardings, jax.sharding.Sharding):
         shardings = jax.tree.map(lambda _: shardings, abstract)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
@@ -88,7 +88,7 @@ def sharded(abstract: Any, mesh: Mesh) -> Any:
 
 
 def place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    """A host array that every process has, on the devices; each is given its own part and no more."""
+    """Places a host array, which every process has, on the devices; each device receives only its own shard."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
@@ -110,28 +110,28 @@ def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]
 
 
 class Constraints:
-    """What the compiler is told inside a step, where left alone it might move activations rather than parameters.
+    """Sharding constraints inside a step, without which the compiler might move activations rather than parameters.
 
-    Without a mesh nothing is told.
+    Without a mesh there are no constraints.
     """
 
     def __init__(self, mesh: Mesh | None):
         self._mesh = mesh
 
     def known(self) -> contextlib.AbstractContextManager:
-        """The mesh is set, for what is no operation of XLA's and has to split its work by itself."""
+        """Sets the mesh, for code that is not an XLA operation and has to split its work by itself."""
         return contextlib.nullcontext() if self._mesh is None else use_abstract_mesh(self._mesh.abstract_mesh)
 
     def whole(self, tree: Any) -> Any:
-        """Parameters as they are multiplied with: a copy on every device."""
+        """Parameters as the model uses them: replicated."""
         return tree if self._mesh is None else jax.lax.with_sharding_constraint(tree, replicated(self._mesh))
 
     def split(self, tree: Any) -> Any:
-        """Gradients as they are applied: each device has the part that it keeps of the parameters."""
+        """Gradients as they are applied: sharded like the parameters."""
         if self._mesh is None:
             return tree
         return jax.lax.with_sharding_constraint(tree, state_shardings(tree, self._mesh))
 
     def batch(self, tree: Any) -> Any:
-        """Each device has its own examples."""
+        """Arrays of a batch: each device has its own examples."""
         return tree if self._mesh is None else jax.lax.with_sharding_constraint(tree, batch_sharding(self._mesh))

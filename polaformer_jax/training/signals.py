@@ -1,14 +1,14 @@
-"""Being told to stop: SIGTERM from a scheduler, or Ctrl-C.
+"""Stop requests by signals: SIGTERM from a scheduler, or Ctrl-C.
 
-The first signal asks for a stop: the run saves a checkpoint and ends with status `Interrupted.status`, on which a
+The first signal requests a stop: the run saves a checkpoint and ends with status `Interrupted.status`, on which a
 scheduler may queue it again. A second one ends the process at once. Where nothing could be lost, before there is a
-state and after the last checkpoint, the first one ends it too, with the same status.
+state and after the last checkpoint, the first one does so too, with status `Interrupted.status`.
 
-Signals are read from a pipe by a thread: Python's own handlers run only between two of its instructions, and compiling
-a step is one that can take minutes. (JAX has a preemption service for SIGTERM alone; it and handlers of one's own
-exclude each other, so `distributed.initialize` turns it off.)
+Signals are read from a pipe by a thread: Python's own handlers run only between two bytecode instructions, and an
+instruction that compiles a step can take minutes. (JAX has a preemption service for SIGTERM only; it excludes other
+handlers, so `runtime.session` turns it off.)
 
-Imports nothing heavy: entry scripts begin with this, before anything that takes time.
+Imports nothing heavy: commands import this first, before anything that takes time.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequests:
-    """Takes the signals from `__enter__` to `__exit__`, if it is entered in the main thread; else it hears of none."""
+    """Receives the signals within its context, if entered in the main thread; otherwise it receives none."""
 
     def __init__(self):
         self.requested = False
@@ -39,7 +39,7 @@ class StopRequests:
         self._writer.setblocking(False)
         threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
         self._wakeup_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        # Any handler of Python's: it is what makes the interpreter write the signal's number to the pipe.
+        # The interpreter writes a signal's number to the pipe only if the signal has a Python handler, whichever it is.
         self._before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
         return self
 
@@ -54,7 +54,7 @@ class StopRequests:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """There is something to save: within, the first signal only sets `requested`."""
+        """Within the context, where there is something to save, the first signal only sets `requested`."""
         self._deferred = True
         try:
             yield
@@ -77,7 +77,7 @@ class StopRequests:
 
 
 def _say(text: str) -> None:
-    with contextlib.suppress(OSError):  # a closed terminal must not keep the run from ending well
+    with contextlib.suppress(OSError):  # a closed terminal must not keep the run from saving
         os.write(sys.__stderr__.fileno(), f"\n{text}\n".encode())
 
 

@@ -51,7 +51,7 @@ class Parameters:
     mesh: Mesh
 
     def initial(self) -> Any:
-        """From `init.weights` if given, else drawn from the seed.
+        """From `init.weights` if given, otherwise drawn from the seed.
 
         Raises:
             UserError: the weights are not this model's.
@@ -60,7 +60,7 @@ class Parameters:
             return self.read(self.config.init.weights, fits=self.task.fits)
 
         # Eagerly, one parameter after the other: under jit, compiling the many draws takes five times as long as
-        # drawing. Each goes from host memory to the devices that keep it, so that none of them ever holds them all.
+        # drawing. Each goes from host memory to the devices that keep it, so that no device ever holds all.
         def place(array: np.ndarray) -> jax.Array:
             return sharding.place(array, sharding.state_sharding(array.shape, self.mesh))
 
@@ -68,14 +68,14 @@ class Parameters:
         return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
     def read(self, path: str, *, fits: Collection[weights.Fit] | None = None) -> Any:
-        """From a weights file of any kind that `weights.read_file` reads.
+        """Reads parameters from a weights file of any kind that `weights.read_file` reads.
 
         Args:
             fits: what may be changed to fit, see `weights.load_weights`; None: what the task allows, without the
                 classifier. Each change is logged.
 
         Raises:
-            UserError: they are not this model's.
+            UserError: the parameters are not this model's.
         """
         if fits is None:
             fits = [kind for kind in self.task.fits if kind != "classifier"]
@@ -91,7 +91,7 @@ class States:
 
     Attributes:
         params: creates the parameters.
-        optimizer: of the training.
+        optimizer: the optimizer of the training.
         with_ema: whether the state has a moving average.
     """
 

@@ -14,12 +14,12 @@ from polaformer_jax.training.sharding import Constraints
 from polaformer_jax.training.state import TrainState
 from polaformer_jax.training.tasks import Batch, Task
 
-# A key of its own for each purpose, so that a new one never changes the numbers drawn for another.
+# Each purpose has its own key, so that a new purpose never changes the numbers drawn for another.
 PURPOSES = {"dropout": 0, "erase": 1, "mix": 2}
 
 
 def purpose_key(seed: int, step: jax.Array, purpose: str) -> jax.Array:
-    """The random key of a step for one purpose. A function of its arguments alone: no key is carried."""
+    """The random key of a step for one purpose. A function of its arguments only: no key is carried."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), PURPOSES[purpose])
 
 
@@ -35,18 +35,18 @@ def make_train_step(
     trainable: Any = None,
     mesh: Mesh | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
-    """One update of the parameters.
+    """Returns the training step: one update of the parameters.
 
-    The loss is the mean over the unmasked examples of the whole batch, over all devices. Where the loss or a gradient
-    is not finite, the parameters and the optimizer keep their values, so no state is ever spoilt; the metrics `loss`
-    and `grad_norm` show it.
+    The loss is the mean over the valid examples of the whole batch, over all devices. If the loss or a gradient is not
+    finite, the parameters and the optimizer keep their values, so the state stays usable; the metrics `loss` and
+    `grad_norm` show it.
 
     Args:
-        accumulate: into how many parts the augmented batch is split, one after the other through the model; the update
-            is that of the whole batch. (Stochastic depth and dropout draw for each part anew.)
+        accumulate: number of micro-batches into which the augmented batch is split; they go through the model one after
+            the other, and the update is that of the whole batch. (Stochastic depth and dropout draw for each.)
         ema_decay: d of the moving average, ema = d * ema + (1 - d) * params; the state must have one if it is given.
         trainable: nested dict of bools like the parameters; None: all of them.
-        mesh: where state and batch lie; None: the compiler decides from its arguments alone.
+        mesh: the devices of state and batch; None: the compiler decides from the placement of the arguments.
     """
 
     constrain = Constraints(mesh)
@@ -60,7 +60,7 @@ def make_train_step(
                 params = jax.tree.map(lambda p, trains: p if trains else jax.lax.stop_gradient(p), params, trainable)
             params, part = constrain.whole(params), constrain.batch(part)
             logits = nnx.merge(graphdef, params)(part["inputs"], train=True, rngs=nnx.Rngs(dropout=key))
-            # The loss is float32 at least, whatever the model computes in.
+            # The loss is in at least float32, whatever the model's dtype.
             logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
             losses = task.losses(logits, part)
             loss = jnp.sum(jnp.where(part["mask"], losses, 0)) / jnp.maximum(examples, 1).astype(losses.dtype)
@@ -77,11 +77,9 @@ def make_train_step(
         else:
             parts = (_parts(batch, accumulate), jax.random.split(dropout_key, accumulate))
             first = jax.eval_shape(backward, *jax.tree.map(lambda leaf: leaf[0], parts))
-            nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
             add = jax.tree_util.Partial(jax.tree.map, jnp.add)
-            (loss, sums, grads), _ = jax.lax.scan(
-                lambda total, part: (add(total, backward(*part)), None), nothing, parts
-            )
+            (loss, sums, grads), _ = jax.lax.scan(lambda total, part: (add(total, backward(*part)), None), zeros, parts)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
@@ -108,14 +106,14 @@ def make_train_step(
 
 
 def _parts(batch: Batch, count: int) -> Batch:
-    """(B, ...) -> (count, B / count, ...). A part has every count-th example, so that each device has some of each."""
+    """(B, ...) -> (count, B / count, ...). A micro-batch has every count-th example, so that each device has some."""
     return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
 def make_eval_step(
     graphdef: nnx.GraphDef, task: Task, *, mesh: Mesh | None = None
 ) -> Callable[[Any, Batch], tuple[Sums, Batch]]:
-    """Metrics of a batch, summed, and each example's outputs, label and mask."""
+    """Returns the evaluation step: summed metrics of a batch, and the outputs, label and mask of each example."""
 
     constrain = Constraints(mesh)
 

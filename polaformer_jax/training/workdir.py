@@ -1,4 +1,4 @@
-"""A work directory belongs to one run: it remembers the run's config and is used by one training at a time.
+"""A work directory belongs to one run: it stores the run's config and is used by one training at a time.
 
 It holds `config.json`, `checkpoints/`, TensorBoard events, `pictures/` and `eval.json`.
 """
@@ -27,15 +27,15 @@ TRAINING_FILE = "training.json"
 
 
 def as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """The config as JSON would give it back: nested dicts, tuples turned into lists."""
+    """The config as JSON returns it: nested dicts, with lists instead of tuples."""
     return json.loads(json.dumps(config.to_dict()))
 
 
 def read_config(workdir: epath.PathLike) -> ml_collections.ConfigDict:
-    """The config of the run in a work directory. A field that is newer than the run has its default.
+    """The config of the run in a work directory. Fields that are newer than the run have their defaults.
 
     Raises:
-      UserError: there is none, or it is damaged.
+        UserError: there is none, or it is damaged.
     """
     path = epath.Path(workdir) / "config.json"
     if not path.exists():
@@ -47,7 +47,7 @@ def read_config(workdir: epath.PathLike) -> ml_collections.ConfigDict:
 
 
 def _completed(stored: dict[str, Any]) -> dict[str, Any]:
-    """What was stored over the defaults of today's schema."""
+    """The stored values, completed with the defaults of the current schema."""
 
     def over(default: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
         nested = {
@@ -61,7 +61,7 @@ def _completed(stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def differences(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) -> list[str]:
-    """One line for each field of the identity whose value differs."""
+    """One line for each field of the identity (all but `NOT_IDENTITY`) whose value differs."""
     return [f"{field}: {there!r} there, {now!r} now" for field, (there, now) in changed_fields(old, new).items()]
 
 
@@ -79,10 +79,10 @@ def changed_fields(old: ml_collections.ConfigDict, new: ml_collections.ConfigDic
 
 @contextlib.contextmanager
 def claim(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> Iterator[epath.Path]:
-    """Makes the work directory this run's for as long as the context lasts. Of several processes, the first does it.
+    """Reserves the work directory for this run within the context. With several processes, process 0 does it.
 
     Raises:
-      UserError: it belongs to a run of another identity (the differences are listed), or another process trains in it.
+        UserError: it belongs to a run with another config (differences are listed), or another process trains in it.
     """
     workdir = epath.Path(workdir)
     if jax.process_count() == 1:
@@ -106,7 +106,7 @@ def _claimed(workdir: epath.Path, config: ml_collections.ConfigDict) -> Iterator
     with writable(workdir):
         atomic.make_folder(workdir)
     with _locked(workdir):
-        # A run without a checkpoint has nothing to lose: a config that was mended after a failed start is welcome.
+        # A run without a checkpoint has nothing to lose: its config may be fixed after a failed start.
         checkpoints = workdir / "checkpoints"
         if checkpoints.exists() and any(path.name.isdecimal() for path in checkpoints.iterdir()):
             changed = differences(read_config(workdir), config)
@@ -123,25 +123,25 @@ def _claimed(workdir: epath.Path, config: ml_collections.ConfigDict) -> Iterator
 
 @contextlib.contextmanager
 def writable(workdir: epath.Path) -> Iterator[None]:
-    """Within, an error becomes a UserError."""
+    """Converts errors within the context to a UserError."""
     try:
         yield
     except Exception as error:  # buckets have exceptions of their own
         raise UserError(
-            f"the work directory {workdir} cannot be written ({error}): is the disk full, or not yours to write to?"
+            f"the work directory {workdir} cannot be written ({error}): is the disk full, or write permission missing?"
         ) from error
 
 
 @contextlib.contextmanager
 def _locked(workdir: epath.Path) -> Iterator[None]:
-    """Holds the directory's lock file. The system drops the lock with the process, however that ends."""
+    """Holds the directory's lock file. The system releases it when the process ends, however it ends."""
     if "://" in os.fspath(workdir):  # object stores have no locks
         yield
         return
     import fcntl  # not on Windows, where jax has no accelerators either
 
     with writable(workdir):
-        lock = open(workdir / ".lock", "ab+", buffering=0)  # closing it has nothing left to write
+        lock = open(workdir / ".lock", "ab+", buffering=0)  # unbuffered: closing it writes nothing
     with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -161,7 +161,7 @@ def write_training(workdir: epath.Path, *, steps: int, devices: int) -> None:
     """Writes `training.json` on process 0: steps, seconds, hardware and commit.
 
     `seconds` are those of the training steps: without evaluations, checkpoints and compilation, and counted once where
-    a run was stopped and repeated some of them.
+    a run was interrupted and repeated some steps.
     """
     if jax.process_index() == 0:
         seconds = read_scalars(workdir)["seconds"][1].sum()
@@ -175,7 +175,7 @@ def write_training(workdir: epath.Path, *, steps: int, devices: int) -> None:
 
 
 def hardware(devices: int) -> str:
-    """So many devices, named as JAX names them; of a CPU also its cores."""
+    """Number and kind of the devices, as JAX names them; for a CPU its number of cores."""
     device = jax.devices()[0]
     if device.platform == "cpu":
         return f"CPU, {os.cpu_count()} cores"
@@ -183,7 +183,7 @@ def hardware(devices: int) -> str:
 
 
 def commit() -> str:
-    """The commit of this code, with a plus where files were changed since; empty if it is no git checkout."""
+    """The commit of this code, with a plus if files were changed since; empty if it is not a git checkout."""
     folder = Path(__file__).parent
     try:
         found, changed = (

@@ -1,7 +1,7 @@
-"""Weights that people exchange: official PyTorch checkpoints and safetensors, read strictly and written whole.
+"""Exchange of weights: official PyTorch checkpoints and safetensors, read strictly and written atomically.
 
-`load_weights` and `save_weights` act on a model, `read_file` on a file alone. `check`, `place` and `flatten` act on
-pure dicts of parameters (`nnx.to_pure_dict`), which is what training holds.
+`load_weights` and `save_weights` act on a model, `read_file` only on a file. `check`, `place` and `flatten` act on pure
+dicts of parameters (`nnx.to_pure_dict`), as training holds them.
 """
 
 from polaformer_jax.errors import WeightsError

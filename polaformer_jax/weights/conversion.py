@@ -1,4 +1,4 @@
-"""Conversion of weights: read, recognised, checked, written aside, run once, and only then put in their place."""
+"""Conversion of weights: read, identified, checked, written to a temporary file, run once, and only then renamed."""
 
 import collections
 import dataclasses
@@ -27,7 +27,7 @@ TOLERANCE = 1e-5  # relative L2 error of float32 logits against a reference; PyT
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """What was done with one file; `table` says it to people."""
+    """The conversion of one file; `table` describes it for people."""
 
     source: str
     target: str
@@ -36,7 +36,7 @@ class Conversion:
     facts: Mapping[str, object]  # of the checkpoint, see `WeightsFile`
     assumed: list[str]  # what the file does not say
     found: int  # tensors in the file
-    converted: int  # of them weights
+    converted: int  # of these, weights
     parameters: int
     ignored: list[str]
     changes: list[weights.Change]
@@ -46,7 +46,7 @@ class Conversion:
     def table(self) -> str:
         given = self.config
         facts = [f"{key} {self.facts[key]}" for key in ("epoch", "max_accuracy") if key in self.facts]
-        # Buffers by kind; the unused norm by its whole name.
+        # Buffers by kind; the unused norm by its full name.
         ignored = collections.Counter(
             name if name in weights.UNUSED else name.rsplit(".", 1)[-1] for name in self.ignored
         )
@@ -76,22 +76,23 @@ def convert(
     layout: weights.Layout = "ours",
     reference: Mapping[str, np.ndarray] | None = None,
 ) -> Conversion:
-    """Converts a file of weights of any kind to `.safetensors` in either layout. `target` appears whole or not at all.
+    """Converts a weights file of any kind to `.safetensors` in either layout. `target` is written atomically.
 
-    Tensors keep their types. They are written one by one from the mapped source, and the forward pass reads what was
-    written, so that the memory needed is little more than once the weights.
+    Tensors keep their dtypes. They are written one by one from the mapped source, and the forward pass reads what was
+    written, so that the memory needed is little more than the size of the weights.
 
     Args:
-        model: one of `list_models()`; None: the one that the tensors' shapes show.
+        model: one of `list_models()`; None: the one that the tensors' shapes identify.
         alpha: of the attention; None: the one that the file's config names, or the official 4.
-        img_size, num_classes: other than the file's: position tables are resized, the classifier starts from zeros.
+        img_size, num_classes: values other than the file's: position tables are resized, the classifier starts from
+            zeros.
         reference: "images" (B, 3, S, S) or (B, S, S, 3), normalised, and "logits" (B, classes) that the converted model
             must give in float32 within a relative L2 error of 1e-5.
 
     Raises:
-        WeightsError: the file cannot be read, its tensors do not make the model, they are not finite, or the logits are
-            not those of the reference.
-        ValueError: an unknown model, or arguments that cannot be built.
+        WeightsError: the file cannot be read, its tensors do not fit the model, they are not finite, or the logits
+            differ from those of the reference.
+        ValueError: an unknown model, or arguments with which it cannot be built.
     """
     weights.check_suffix(target)
     target = epath.Path(target).expanduser()
@@ -114,7 +115,7 @@ def _write(
     num_classes: int | None,
     layout: weights.Layout,
 ) -> Conversion:
-    """Writes the tensors. Once this returns nothing holds the mapped source any more."""
+    """Writes the tensors. Once this returns, nothing references the mapped source."""
     stored = weights.stored_arguments(file).get("alpha")
     given = {"num_classes": num_classes, "img_size": img_size}
     if alpha is not None or stored is not None:
@@ -123,7 +124,7 @@ def _write(
     if alpha is not None:
         assumed = [line for line in assumed if not line.startswith("alpha")]
         if stored not in (None, alpha):
-            assumed.append(f"alpha: {alpha:g} as asked for, though the file says {stored:g}")
+            assumed.append(f"alpha: {alpha:g} as given, though the file says {stored:g}")
     expected = weights.shapes(nnx.to_pure_dict(nnx.state(built, nnx.Param)))
     try:
         checked = weights.check(file.tensors, expected, layout=file.layout, fit=creation.allowed_fits(given))
@@ -177,7 +178,7 @@ def _run(path: epath.Path, source: str, reference: Mapping[str, np.ndarray] | No
         return seconds, None
     expected = np.asarray(reference["logits"], np.float64)
     if logits.shape != expected.shape:
-        raise WeightsError(f"{source} gives logits of shape {logits.shape}, and the reference has {expected.shape}")
+        raise WeightsError(f"{source} gives logits of shape {logits.shape}, but the reference has {expected.shape}")
     error = float(np.linalg.norm(logits - expected) / np.linalg.norm(expected))
     if not error <= TOLERANCE:
         raise WeightsError(
@@ -203,12 +204,12 @@ def read_reference(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """Images and logits of a `.npz` file, see `convert`.
 
     Raises:
-        WeightsError: it is no such file, or lacks one of them, or they are no numbers, or there is not one image.
+        WeightsError: it is not such a file, one of the two is missing, not floats, or empty.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
             found = {name: file[name] for name in file.files}
-    # np.load and what it is built on raise all of these on damaged files; a .npy has no `with`.
+    # np.load and what it is built on raise all of these on damaged files; what it returns for a .npy has no `with`.
     except (
         OSError,
         EOFError,
@@ -221,24 +222,27 @@ def read_reference(path: str | os.PathLike) -> dict[str, np.ndarray]:
     ) as error:
         raise WeightsError(f"cannot read {path}, expected an .npz file with images and logits: {error}") from error
     if missing := [key for key in ("images", "logits") if key not in found]:
-        raise WeightsError(f"{path} lacks {' and '.join(missing)}; it has {', '.join(found) or 'nothing'}")
+        raise WeightsError(f"{path} has no {' and no '.join(missing)}; it has {', '.join(found) or 'nothing'}")
     for key in ("images", "logits"):
         if not np.issubdtype(found[key].dtype, np.floating) or not found[key].size:
-            raise WeightsError(f"{path}: {key} is {found[key].dtype} {found[key].shape}, expected floats, and some")
+            raise WeightsError(
+                f"{path}: {key} is {found[key].dtype} {found[key].shape}, expected a non-empty array of floats"
+            )
     return found
 
 
 def convert_all(files: Sequence[str], *, out: str | None, out_dir: str | None, overwrite: bool, **options) -> list[str]:
-    """Converts files one after the other, printing a table for each; what fails is printed to stderr and returned.
+    """Converts files one after the other, printing a table for each; failures are printed to stderr and returned.
 
     Args:
-        files: `[IN, OUT]` if the second of two is the name of a `.safetensors` file that is not there yet; else all are
-            converted, each to its name with that suffix.
-        out: where the only file is written. out_dir: where all are written; None: beside each.
-        options: of `convert`.
+        files: `[IN, OUT]` if the second of two is the name of a `.safetensors` file that does not exist yet; otherwise
+            all are converted, each to its name with that suffix.
+        out: where the only file is written.
+        out_dir: where all are written; None: next to each.
+        options: arguments of `convert`.
 
     Raises:
-        UserError: targets that exist, or that are the same, or that could be meant as files to convert.
+        UserError: targets that exist, that coincide, or that could be meant as files to convert.
     """
     pairs = _targets(files, out, out_dir)
     if not overwrite and (taken := [target for _, target in pairs if epath.Path(target).exists()]):
@@ -262,19 +266,19 @@ def convert_all(files: Sequence[str], *, out: str | None, out_dir: str | None, o
 def _targets(files: Sequence[str], out: str | None, out_dir: str | None) -> list[tuple[str, str]]:
     if out is not None:
         if len(files) > 1 or out_dir is not None:
-            raise UserError(f"{out} is one file: name a folder for several", argument="out")
+            raise UserError(f"{out} is one file: give a folder (out_dir) for several", argument="out")
         return [(files[0], out)]
     if len(files) == 2 and out_dir is None:
         second = epath.Path(files[1])
         if files[1].endswith(".safetensors"):
             if second.exists():  # a glob may have named it as a file to convert
                 raise UserError(
-                    f"{files[1]} exists: to replace it, name it as out and overwrite; to convert both, name a folder"
+                    f"{files[1]} exists: to replace it, give it as out with overwrite; to convert both, give out_dir"
                 )
             return [(files[0], files[1])]
         if not second.exists() or second.is_dir():
-            way = "name the folder as out_dir" if second.is_dir() else "weights are written as .safetensors"
-            raise UserError(f"there is no file {files[1]} to convert; as the file to write: {way}")
+            way = "give the folder as out_dir" if second.is_dir() else "weights are written as .safetensors"
+            raise UserError(f"there is no file {files[1]} to convert; if it is the file to write: {way}")
     pairs = []
     for source in files:
         name = f"{os.path.splitext(os.path.basename(source))[0]}.safetensors"

@@ -31,14 +31,14 @@ def create_model(
     rngs: nnx.Rngs | None = None,
     **overrides,
 ) -> Model:
-    """A model by name with random weights, or with those of a file.
+    """Creates a model by name with random weights, or with the weights of a file.
 
     Args:
         name: one of `list_models()`; None: the model that the weights file holds.
         weights: whatever `load_weights` takes. Position tables are resized for an `img_size` or windows given here, and
             the classifier is replaced by zeros for a `num_classes` given here; each change is logged as a warning.
-        num_classes, img_size, drop_path: None keeps the model's own (1000 classes), or the file's; with a name and a
-            file, the classes are the file's, and image size and rate those of the name.
+        num_classes, img_size, drop_path: None keeps the model's own value (1000 classes), or the file's; with a name
+            and a file, the number of classes is the file's, and image size and rate are those of the name.
         dtype: of activations and matrix products; bfloat16 keeps power, normaliser, softmax and logits in float32.
         param_dtype: of the stored parameters.
         attention_impl: how polarity-aware attention is computed, see `polarity_attention`.
@@ -53,7 +53,7 @@ def create_model(
     computation = {"dtype": dtype, "param_dtype": param_dtype, "attention_impl": attention_impl}
     if weights is None:
         if rngs is None:
-            raise UserError("rngs is None: initial weights are drawn, so pass rngs=nnx.Rngs(seed), or weights=FILE")
+            raise UserError("rngs is None: initial weights are random, so pass rngs=nnx.Rngs(seed), or weights=FILE")
         return registry.create(registry.model_config(_required(name), **given), **computation, rngs=rngs)
 
     if not isinstance(weights, Mapping | WeightsFile):
@@ -63,7 +63,7 @@ def create_model(
     else:
         model, assumed = abstract_model(weights, name, given, **computation)
         for line in (line for line in assumed if not line.startswith("alpha")):  # which load_weights reports
-            log.warning("%s does not say, so it is assumed: %s", weights.path, line)
+            log.warning("%s does not specify it, so it is assumed: %s", weights.path, line)
     for line in summary(load_weights(model, weights, fit=allowed_fits(given))):
         log.warning("changed to fit the model: %s", line)
     return model
@@ -72,10 +72,10 @@ def create_model(
 def abstract_model(
     file: WeightsFile, name: str | None, given: Mapping[str, object], **computation
 ) -> tuple[Model, list[str]]:
-    """The model that a file holds (or the named one, if there is a name), without values, and what was assumed.
+    """The abstract model that a file holds (or the named one, if there is a name), and what was assumed.
 
     Args:
-        given: arguments that replace those of the file or the name, as `create_model` has them; None replaces nothing.
+        given: arguments that replace those of the file or the name, as in `create_model`; None replaces nothing.
 
     Raises:
         UserError: unknown name or argument, a combination that cannot be built.
@@ -90,7 +90,7 @@ def abstract_model(
 
 
 def allowed_fits(given: Mapping[str, object]) -> list[Fit]:
-    """What may be changed to fit the arguments that were given to `create_model`; None is not given."""
+    """What may be changed to fit the arguments given to `create_model`; None counts as not given."""
     changed = {name for name, value in given.items() if value is not None}
     fits = ["tables"] if changed & {"img_size", "window_size", "softmax_window_size"} else []
     return [*fits, "classifier"] if "num_classes" in changed else fits

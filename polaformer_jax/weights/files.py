@@ -1,4 +1,4 @@
-"""Files of weights of any kind, read into one shape: tensors by name, and what else is known of them."""
+"""Reads weights files of any kind into one form: tensors by name, and what else the file says about them."""
 
 import dataclasses
 import json
@@ -18,22 +18,23 @@ from polaformer_jax.weights import safetensors_file, torch_zip
 Layout = Literal["ours", "torch"]
 
 _WRAPPERS = ("model", "state_dict")
-_WRAPPED = 4  # levels; a dict can hold itself
+_WRAPPED = 4  # levels at most; a dict can contain itself
 _FACTS = ("epoch", "max_accuracy", "config")
 _LARGEST_FACTS = 10_000  # values; the official config has about a hundred
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightsFile:
-    """What a file of weights holds.
+    """The content of a weights file.
 
     Attributes:
         path: where it was read from.
         layout: whether names and memory layouts are ours or the official PyTorch ones.
         tensors: read-only NumPy arrays by name, views of the mapped file.
-        metadata: what `save_weights` wrote beside the tensors; empty in a file of others. Known keys, all but the first
-            in JSON: "model", "arguments" (of its constructor), "facts", "classes" (their names), "preprocess".
-        facts: of an official checkpoint, as far as they are there: epoch, max_accuracy (in %), config (nested dict).
+        metadata: what `save_weights` wrote next to the tensors; empty for files of other programs. Known keys, all
+            except the first in JSON: "model", "arguments" (of its constructor), "facts", "classes" (their names),
+            "preprocess".
+        facts: those of an official checkpoint that are present, of: epoch, max_accuracy (in %), config (nested dict).
     """
 
     path: str
@@ -44,12 +45,12 @@ class WeightsFile:
 
 
 def read_file(path: str | os.PathLike) -> WeightsFile:
-    """Reads a `.pth` checkpoint or `.safetensors` in either layout; the content decides which it is, not the name.
+    """Reads a `.pth` checkpoint or `.safetensors` in either layout; the content determines which it is, not the name.
 
     Nothing in the file is executed. Tensors are mapped, not copied, and checked against the file's checksums.
 
     Args:
-        path: local, or in a bucket (`gs://`), whence it is copied to a temporary file first.
+        path: local, or in a bucket (`gs://`), from which it is copied to a temporary file first.
 
     Raises:
         WeightsError: there is no such file, it is of another kind, it is damaged, or it holds no weights.
@@ -61,9 +62,9 @@ def read_file(path: str | os.PathLike) -> WeightsFile:
         raise WeightsError(f"cannot read {name}: expected a local file or one in a bucket (gs://); fetch it first")
     try:
         content = epath.Path(name).read_bytes()
-    except Exception as error:  # back ends have exceptions of their own
+    except Exception as error:  # back ends raise their own exceptions
         raise WeightsError(f"cannot read {name}: {type(error).__name__}: {error}") from error
-    with tempfile.NamedTemporaryFile(suffix=Path(name).suffix) as file:  # a mapped file outlives its name
+    with tempfile.NamedTemporaryFile(suffix=Path(name).suffix) as file:  # a map stays valid after the file is deleted
         file.write(content)
         file.flush()
         del content
@@ -74,11 +75,11 @@ def _read_local(path: Path, name: str) -> WeightsFile:
     try:
         if not name or path.is_dir():
             raise WeightsError(
-                f"{name!r} is a folder, expected a file of weights (.safetensors or .pth); weights are taken out of a "
-                "training by `polaformer export --workdir ... FILE.safetensors`"
+                f"{name!r} is a folder, expected a file of weights (.safetensors or .pth); `polaformer export` "
+                "writes the weights of a training run to such a file"
             )
-        if path.exists() and not path.is_file():  # reading a pipe would wait for ever
-            raise WeightsError(f"{name} is no regular file, expected .safetensors or .pth")
+        if path.exists() and not path.is_file():  # reading a pipe would wait forever
+            raise WeightsError(f"{name} is not a regular file, expected .safetensors or .pth")
         with open(path, "rb") as file:
             head = file.read(9)
     except WeightsError:
@@ -90,7 +91,7 @@ def _read_local(path: Path, name: str) -> WeightsFile:
     if not head.startswith(b"PK") and (path.suffix == ".safetensors" or head[8:9] == b"{"):
         tensors, metadata = safetensors_file.read(path, name=name)
         layout = metadata.get("layout")
-        if layout is None:  # a file of others: only in our layout are there kernels
+        if layout is None:  # a file of another program: only our layout has kernels
             layout = "ours" if any(key.endswith(".kernel") for key in tensors) else "torch"
         if layout not in ("ours", "torch"):
             raise WeightsError(
@@ -104,10 +105,10 @@ def _read_local(path: Path, name: str) -> WeightsFile:
 
 
 def unwrap(content: object, name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The tensors in what a `.pth` file holds, and the facts beside them.
+    """The tensors in the content of a `.pth` file, and the facts next to them.
 
-    The one rule: go down through `model` and `state_dict` while they are dicts, then drop a `module.` (of
-    DistributedDataParallel) that all names begin with.
+    The only rule: descend through `model` and `state_dict` while they are dicts, then drop a prefix `module.` (of
+    DistributedDataParallel) that all names have.
     """
     facts = {}
     for _ in range(_WRAPPED):
@@ -122,12 +123,10 @@ def unwrap(content: object, name: str) -> tuple[dict[str, np.ndarray], dict[str,
         raise WeightsError(f"{name} holds a {type(content).__name__}, expected a dict of tensors (a state_dict)")
     others = [f"{key!r}: {type(value).__name__}" for key, value in content.items() if not _is_tensor(key, value)]
     if others or not content:
-        found = (
-            f"{len(others)} of {len(content)} entries are none: {', '.join(others[:5])}" if others else "it is empty"
-        )
+        found = f"{len(others)} of {len(content)} entries are not: {', '.join(others[:5])}" if others else "it is empty"
         raise WeightsError(
-            f"{name}: expected a dict of tensors by name (a state_dict), by itself or under {' or '.join(_WRAPPERS)}; "
-            f"{found}"
+            f"{name}: expected a dict of tensors by name (a state_dict), at the top level or under "
+            f"{' or '.join(_WRAPPERS)}; {found}"
         )
     while all(key.startswith("module.") for key in content):
         content = {key.removeprefix("module."): value for key, value in content.items()}
@@ -139,10 +138,10 @@ def _is_tensor(key: object, value: object) -> bool:
 
 
 def plain(value: object, name: str) -> Any:
-    """The value as JSON can hold it: dicts with text keys, lists, and scalars; anything else becomes its type's name.
+    """The value as JSON allows it: dicts with text keys, lists, and scalars; anything else becomes its type's name.
 
     Raises:
-        WeightsError: there is too much of it, as where containers hold each other.
+        WeightsError: it is too large, for example because containers hold each other.
     """
     left = _LARGEST_FACTS
 
@@ -150,7 +149,9 @@ def plain(value: object, name: str) -> Any:
         nonlocal left
         left -= 1
         if left < 0 or depth > 50:
-            raise WeightsError(f"{name} has more than {_LARGEST_FACTS} values, or more than 50 levels: it is no config")
+            raise WeightsError(
+                f"{name} has more than {_LARGEST_FACTS} values, or more than 50 levels: it is not a config"
+            )
         if isinstance(value, Mapping):
             return {str(key): convert(item, depth + 1) for key, item in value.items()}
         if isinstance(value, list | tuple | set | frozenset):
@@ -171,4 +172,4 @@ def _json(metadata: Mapping[str, str], key: str, default: Any) -> Any:
     try:
         return json.loads(metadata[key]) if key in metadata else default
     except json.JSONDecodeError as error:
-        raise WeightsError(f"the metadata {key!r} is no JSON: {error}") from error
+        raise WeightsError(f"the metadata {key!r} is not JSON: {error}") from error

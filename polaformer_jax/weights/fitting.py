@@ -1,4 +1,4 @@
-"""Weights brought to another image size or number of classes, as the official fine-tuning does it.
+"""Adapts weights to another image size or number of classes, as the official fine-tuning does.
 
 Position tables of another grid are resized; a classifier for other classes starts from zeros. Every such change is
 reported, and nothing else is changed.
@@ -21,7 +21,7 @@ CLASSIFIER = ("head.kernel", "head.weight", "head.bias")  # under our names and 
 
 
 class Change(NamedTuple):
-    """One tensor that was not taken as it is."""
+    """One tensor that was changed or omitted."""
 
     name: str
     what: str
@@ -43,13 +43,13 @@ def fitted(
     *,
     spare: Mapping[str, tuple[int, ...]],
 ) -> tuple[dict[str, np.ndarray], list[Change]]:
-    """The tensors, those of another shape changed as far as `allowed`, and the changes.
+    """The tensors, with those of another shape changed as far as `allowed`, and the changes.
 
     Args:
-        found, expected: tensors and shapes under our names. What cannot be changed is left as it was found.
-        allowed: "tables": position tables of another grid are resized; "classifier": that for another number of classes
-            is replaced by zeros, or left out where the model has none.
-        spare: shapes of a classifier in the file that the model has no place for.
+        found, expected: tensors and shapes under our names. What cannot be changed is returned as found.
+        allowed: "tables": position tables of another grid are resized; "classifier": one for another number of classes
+            is replaced by zeros, or omitted where the model has none.
+        spare: shapes of a classifier that the file has and the model does not.
     """
     tensors, changes = dict(found), []
     if "tables" in allowed:
@@ -63,7 +63,7 @@ def fitted(
     if "classifier" in allowed:
         wanted = [name for name in CLASSIFIER if name in expected]
         if spare:
-            changes.append(Change("head", f"classifier of shape {max(spare.values(), key=len)}: left out"))
+            changes.append(Change("head", f"classifier of shape {max(spare.values(), key=len)}: omitted"))
         elif any(name not in found or found[name].shape != tuple(expected[name]) for name in wanted):
             dtype = found["head.bias"].dtype if "head.bias" in found else np.float32
             tensors |= {name: np.zeros(expected[name], dtype) for name in wanted}
@@ -73,13 +73,13 @@ def fitted(
 
 
 def resize_table(name: str, table: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
-    """A position table resized to `shape` as PyTorch's `interpolate` does it; None where that has no meaning.
+    """A position table resized to `shape` as PyTorch's `interpolate` does it; None where that does not apply.
 
-    Bicubic has the coefficient a = -0.75 and bilinear is plain; neither smooths when it shrinks, corners are not
-    aligned, and edges are repeated. `jax.image.resize` differs in all of these. Computed in float64.
+    Bicubic uses the coefficient a = -0.75, bilinear is the standard one; neither antialiases when shrinking, corners
+    are not aligned, and edges are repeated. `jax.image.resize` differs in all of these. Computed in float64.
 
     Args:
-        table: (1, n, C), or (n, heads) of a relative position bias, n a square number; so is that of `shape`.
+        table: (1, n, C), or (n, heads) of a relative position bias, with n a square number, also in `shape`.
     """
     leaf = name.rsplit(".", 1)[-1]
     if leaf in _BICUBIC:
@@ -115,7 +115,7 @@ def _linear(distance: np.ndarray) -> np.ndarray:
 
 
 def _weights(size: int, new_size: int, kernel) -> np.ndarray:
-    """(new_size, size) what each old position contributes to a new one; beyond the edge the edge's value repeats."""
+    """(new_size, size) the weight of each old position in a new one; beyond the edge, the edge's value is repeated."""
     centre = (np.arange(new_size) + 0.5) * size / new_size - 0.5
     weights = np.zeros((new_size, size))
     for offset in (-1, 0, 1, 2):

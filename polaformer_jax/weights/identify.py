@@ -1,8 +1,8 @@
-"""Which model a file of weights holds: its config, read off the names and shapes of its tensors.
+"""Identifies the model in a weights file: its config, derived from the names and shapes of its tensors.
 
-Shapes decide. What the file says of its model is asked for what no shape shows (alpha, the rates of dropout and
-stochastic depth, the heads of Pola-PVT's softmax stages, an image size that shapes leave open): in our own files the
-constructor's arguments, in official checkpoints the config, which holds unused and wrong fields (a Pola-PVT's has
+Shapes take precedence. The file's own description is used only for what no shape shows (alpha, the rates of dropout and
+stochastic depth, the heads of Pola-PVT's softmax stages, an image size that shapes do not determine): in our own files
+the constructor's arguments, in official checkpoints the config, which holds unused and wrong fields (a Pola-PVT's has
 Swin's depths). Our own arguments must agree with the shapes.
 """
 
@@ -43,11 +43,11 @@ def identify(file: WeightsFile, *, img_size: int | None = None) -> Identity:
     """The model whose weights the file holds.
 
     Args:
-        img_size: taken where nothing in the file shows the image size of a Pola-Swin.
+        img_size: used where nothing in the file shows the image size of a Pola-Swin.
 
     Raises:
-        WeightsError: its tensors are no Pola-PVT's or Pola-Swin's, or they leave open which one, or they are not of the
-            model that the file names.
+        WeightsError: its tensors are not those of a Pola-PVT or Pola-Swin, they do not determine which one, or they do
+            not match the model that the file names.
     """
     if file.metadata.get("family") == "PolaSequence":
         return _sequence(file)
@@ -76,7 +76,9 @@ def identify(file: WeightsFile, *, img_size: int | None = None) -> Identity:
         stated = _stated_config(kind, recorded, file)
         wrong = differences(stated, shown)
     if wrong:
-        raise WeightsError(f"{file.path} contradicts itself: its tensors are not of the model that it names ({wrong})")
+        raise WeightsError(
+            f"{file.path} contradicts itself: its tensors do not match the model that it names ({wrong})"
+        )
     return Identity(stated, [])
 
 
@@ -95,9 +97,9 @@ def _stated_config(kind: type[ModelConfig], recorded: Mapping[str, Any], file: W
 
 
 def stored_arguments(file: WeightsFile) -> dict[str, Any]:
-    """Arguments that no shape shows, as far as the file tells them: `alpha`, and in our files `num_heads`.
+    """Arguments that no shape shows, as far as the file states them: `alpha`, and in our files `num_heads`.
 
-    Of a Pola-sequence also `attention`; where that is not "polarity", there is no alpha.
+    For a PolaSequence also `attention`; where that is not "polarity", there is no alpha.
     """
     if file.metadata.get("family") == "PolaSequence":
         recorded = _recorded(file) or {}
@@ -108,7 +110,7 @@ def stored_arguments(file: WeightsFile) -> dict[str, Any]:
 
 
 def num_classes_of(file: WeightsFile) -> int:
-    """The classes of the file's classifier, 0 where there is none."""
+    """The number of classes of the file's classifier, 0 where there is none."""
     if file.metadata.get("family") == "PolaSequence":
         return _Names(file).shape("head.fc2.weight", 2)[0]
     return _Names(file).classes()
@@ -122,11 +124,11 @@ def _recorded(file: WeightsFile) -> dict[str, Any] | None:
         arguments = json.loads(file.metadata["arguments"])
         return {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
     except (ValueError, AttributeError) as error:
-        raise WeightsError(f"{file.path}: the arguments of its model are no JSON object ({error})") from error
+        raise WeightsError(f"{file.path}: the arguments of its model are not a JSON object ({error})") from error
 
 
 def _known(file: WeightsFile) -> dict[str, Any]:
-    """What the file says beside its tensors, as far as it is of the right type."""
+    """What the file states in addition to its tensors, as far as it is of the right type."""
     recorded = _recorded(file)
     if recorded is None:
         config = {
@@ -144,7 +146,7 @@ def _known(file: WeightsFile) -> dict[str, Any]:
 
 
 def _sequence(file: WeightsFile) -> Identity:
-    """A model that only we write: the file's own arguments, which loading holds against the tensors' shapes."""
+    """A model that only we write: the file's own arguments, which loading checks against the tensors' shapes."""
     recorded, depth = _recorded(file) or {}, _Names(file).count(r"blocks\.(\d+)\.", "the model")
     if recorded.get("depth", depth) != depth:
         raise WeightsError(
@@ -231,9 +233,9 @@ def _swin_types(kinds: list[str], path: str) -> str:
 
 
 def _swin_image_size(names: "_Names", windows: dict[str, dict[int, int]], stored: float | None) -> int:
-    """The image size: from whatever shows the grid of a stage, and else what is stored."""
+    """The image size: from any tensor that shows the grid of a stage, otherwise the stored one."""
     sizes = set()
-    for kind in windows.values():  # a window that is smaller than its kind's is a whole grid
+    for kind in windows.values():  # a window that is smaller than its kind's covers a whole grid
         sizes |= {w * STRIDES[i] for i, w in kind.items() if w < max(kind.values())}
     for name, shape in names.shapes.items():
         if match := re.fullmatch(r"layers\.([0-3])\.blocks\.\d+\.attn_mask", name):  # (windows, n, n)
@@ -244,13 +246,13 @@ def _swin_image_size(names: "_Names", windows: dict[str, dict[int, int]], stored
     if not sizes and stored is not None:
         sizes.add(int(stored))
     if len(sizes) != 1:
-        found = f"contradict each other ({', '.join(map(str, sorted(sizes)))})" if sizes else "leave it open"
-        raise WeightsError(f"{names.path}: the image size is needed (img_size), for the tensors {found}")
+        found = f"contradict each other ({', '.join(map(str, sorted(sizes)))})" if sizes else "do not show it"
+        raise WeightsError(f"{names.path}: the image size is needed (img_size), since the tensors {found}")
     return sizes.pop()
 
 
 def _field(file: WeightsFile, *path: str) -> Any:
-    """A field of the config in an official checkpoint; None where it lacks."""
+    """A field of the config in an official checkpoint; None where it is missing."""
     value: Any = file.facts.get("config")
     for name in path:
         value = value.get(name) if isinstance(value, Mapping) else None
@@ -262,7 +264,7 @@ def _is_number(value: Any) -> bool:
 
 
 class _Names:
-    """Shapes by official name, in either layout, with errors that say what was looked for."""
+    """Shapes by official name, for either layout, with errors that say what was looked for."""
 
     def __init__(self, file: WeightsFile):
         self.path = file.path
@@ -282,7 +284,7 @@ class _Names:
         return found
 
     def side(self, name: str, axis: int) -> int:
-        """The side of a square position table whose rows lie along `axis`."""
+        """The side of a square position table whose rows are along `axis`."""
         shape = self.shape(name, axis + 2)
         side = math.isqrt(shape[axis])
         if side**2 != shape[axis]:

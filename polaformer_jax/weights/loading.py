@@ -1,4 +1,4 @@
-"""Weights into models: strictly, all parameters or none."""
+"""Loads weights into models, strictly: all parameters or none."""
 
 import logging
 import os
@@ -19,22 +19,22 @@ log = logging.getLogger(__name__)
 def load_weights(
     model: nnx.Module, source: Mapping[str, object] | str | os.PathLike | WeightsFile, *, fit: Collection[Fit] = ()
 ) -> list[Change]:
-    """Replaces all parameters of `model`, or none where something does not fit.
+    """Replaces all parameters of `model`, or none if anything does not fit.
 
     Args:
         source: the path of an official `.pth` checkpoint or of `.safetensors` in either layout; what `read_file`
             returned; or a dict of float arrays under the official PyTorch names and in their layouts (a `state_dict` of
-            https://github.com/ZacharyMeng/PolaFormer as NumPy arrays). Values are cast to the type in which the model
+            https://github.com/ZacharyMeng/PolaFormer as NumPy arrays). Values are cast to the dtype in which the model
             stores its parameters.
-        fit: what may be changed to fit, nothing by default. "tables": position tables of another image size or window
+        fit: what may be changed to fit; nothing by default. "tables": position tables of another image size or window
             are resized; "classifier": one for another number of classes is replaced by zeros.
 
     Returns:
         What was changed to fit.
 
     Raises:
-        WeightsError: with every tensor that is missing, unexpected, misshapen or not of a float type; the weights were
-            trained with another alpha; or there is no such file, it is of another kind, or it is damaged.
+        WeightsError: lists every tensor that is missing, unexpected, of another shape or not of a float type; the
+            weights were trained with another alpha; or there is no such file, it is of another kind, or it is damaged.
     """
     if not isinstance(getattr(model, "config", None), ModelConfig):
         raise TypeError(f"model is a {type(model).__name__}, expected a PolaPVT, PolaSwin or PolaSequence")
@@ -50,7 +50,7 @@ def params_from(
     *,
     fit: Collection[Fit] = (),
 ) -> tuple[dict, list[Change]]:
-    """A tree of parameters like `like`, for a model of this `config`, and the changes; see `load_weights`."""
+    """A pytree of parameters like `like`, for a model of this `config`, and the changes; see `load_weights`."""
     if isinstance(source, Mapping):
         checked = check(source, shapes(like), layout="torch", fit=fit)
         return place(checked.tensors, like), checked.changes
@@ -61,11 +61,11 @@ def params_from(
             f"{name}={_shown(known[name])}, and the model has {_shown(getattr(config, name, None))}" for name in wrong
         )
         raise WeightsError(
-            f"{file.path} was trained with {listed}: no shape shows it, and it makes another function. Give the model "
-            "what the file has (config.model.alpha, config.task.attention)"
+            f"{file.path} was trained with {listed}: no shape shows it, and the model would compute another function. "
+            "Give the model the file's value (config.model.alpha, config.task.attention)"
         )
     if "alpha" not in known and "attention" not in known:
-        log.warning("%s does not say its alpha; the model's, %s, is taken", file.path, config.alpha)
+        log.warning("%s does not specify alpha; the model's value %s is used", file.path, config.alpha)
     try:
         checked = check(file.tensors, shapes(like), layout=file.layout, fit=fit)
         return place(checked.tensors, like, release=True), checked.changes

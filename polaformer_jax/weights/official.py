@@ -1,4 +1,4 @@
-"""A model's weights as the official PyTorch code wants them: its names, its layouts, and its buffers."""
+"""A model's weights as the official PyTorch code expects them: with its names, layouts and buffers."""
 
 from collections.abc import Mapping
 
@@ -14,7 +14,7 @@ from polaformer_jax.weights.params import flatten
 
 
 def to_torch(model: nnx.Module) -> dict[str, np.ndarray]:
-    """Everything that the official model's `load_state_dict(strict=True)` asks for.
+    """Everything that the official model's `load_state_dict(strict=True)` needs.
 
         tensors = {name: torch.from_numpy(array.copy()) for name, array in pf.weights.to_torch(model).items()}
         official_model.load_state_dict(tensors, strict=True)
@@ -23,7 +23,7 @@ def to_torch(model: nnx.Module) -> dict[str, np.ndarray]:
         model: a PolaPVT or PolaSwin.
 
     Returns:
-        NumPy arrays: the parameters in their storage type, and what the official code counts as state beside them: the
+        NumPy arrays: the parameters in their storage dtype, and what else the official code counts as state: the
         buffers of Pola-Swin (`relative_position_index` int64, `attn_mask` float32) and the `norm` that the official
         Pola-PVT has and never uses (ones and zeros).
     """
@@ -32,10 +32,10 @@ def to_torch(model: nnx.Module) -> dict[str, np.ndarray]:
 
 
 def in_official_layout(tensors: Mapping[str, np.ndarray], model: nnx.Module) -> dict[str, np.ndarray]:
-    """As `to_torch`, for tensors under our names; of `model` only the structure counts. Parameters become views."""
+    """As `to_torch`, for tensors under our names; only the structure of `model` is used. Parameters become views."""
     if isinstance(model, PolaSequence):
         raise WeightsError(
-            "a PolaSequence has no official layout, for the authors published no such model: layout='ours'"
+            "a PolaSequence has no official layout, because the authors published no such model: use layout='ours'"
         )
     official = {
         rules.official_name(name, array.ndim): rules.to_official(name, array) for name, array in tensors.items()
@@ -51,7 +51,7 @@ def _buffers(model: PolaSwin) -> dict[str, np.ndarray]:
             if isinstance(block.attn, WindowAttention):
                 index = relative_position_index(block.window).astype(np.int64)
                 buffers[f"{prefix}.attn.relative_position_index"] = index
-            if block.shift:  # linear blocks have a mask too, and never use it
+            if block.shift:  # linear blocks have a mask too, but never use it
                 buffers[f"{prefix}.attn_mask"] = _attention_mask(block)
     return buffers
 

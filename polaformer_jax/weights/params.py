@@ -1,4 +1,4 @@
-"""Strict exchange of parameters: every tensor is there and fits, and nothing is left over, or one error says what."""
+"""Strict exchange of parameters: exactly the expected tensors, all fitting, or one error that lists all problems."""
 
 import mmap
 from collections.abc import Collection, Mapping
@@ -16,12 +16,12 @@ _LISTED = 8  # names shown of each kind of problem
 
 
 class Checked(NamedTuple):
-    """Tensors that are all that a model wants, under our names and in our layouts.
+    """All tensors that a model needs, under our names and in our layouts.
 
     Attributes:
         tensors: NumPy arrays, views of what was given where they were not changed.
         changes: what was changed to fit.
-        ignored: names of what was passed over: the official models' buffers, and Pola-PVT's unused `norm`.
+        ignored: names of skipped tensors: the official models' buffers, and Pola-PVT's unused `norm`.
     """
 
     tensors: dict[str, np.ndarray]
@@ -30,7 +30,7 @@ class Checked(NamedTuple):
 
 
 def flatten(params: Mapping) -> dict[str, jax.Array]:
-    """A tree of nested dicts as one dict, its keys the paths joined by dots: "layers.0.blocks.1.attn.power"."""
+    """Nested dicts as one dict, its keys the paths joined by dots: "layers.0.blocks.1.attn.power"."""
     flat = {}
     for key, value in params.items():
         if isinstance(value, Mapping):
@@ -59,16 +59,16 @@ def check(
     layout: Layout,
     fit: Collection[fitting.Fit] = (),
 ) -> Checked:
-    """The tensors that a model wants, out of `arrays`.
+    """Selects the tensors that a model needs from `arrays`.
 
     Args:
         arrays: float arrays in either layout. From the official one, buffers and the `norm` that the official Pola-PVT
-            never uses are passed over.
-        expected: our names, and our shapes.
-        fit: which misfits are mended, see `fitting.fitted`; none are by default.
+            never uses are skipped.
+        expected: our shapes by our names.
+        fit: which mismatches are fixed, see `fitting.fitted`; none by default.
 
     Raises:
-        WeightsError: with all that is missing, unexpected or of a wrong shape or type.
+        WeightsError: lists all tensors that are missing, unexpected or of a wrong shape or dtype.
     """
     fit = (fit,) if isinstance(fit, str) else fit
     if unknown := set(fit) - {"tables", "classifier"}:
@@ -99,10 +99,10 @@ def from_torch(official: Mapping[str, object], like: Mapping) -> dict:
     """Parameters from arrays under the official names and in the official layouts, strictly.
 
     Args:
-        like: a tree of parameters (or of their shapes and types) that says what is expected.
+        like: a pytree of parameters (or of their shapes and dtypes) that says what is expected.
 
     Returns:
-        A tree like `like`, each array in the type and on the devices of the one that it stands for.
+        A pytree like `like`, each array with the dtype and on the devices of the leaf that it replaces.
 
     Raises:
         WeightsError: see `check`.
@@ -111,21 +111,21 @@ def from_torch(official: Mapping[str, object], like: Mapping) -> dict:
 
 
 def shapes(like: Mapping) -> dict[str, tuple[int, ...]]:
-    """Our names and shapes of a tree of parameters."""
+    """Our names and shapes of a pytree of parameters."""
     return {name: tuple(leaf.shape) for name, leaf in flatten(like).items()}
 
 
 def place(tensors: Mapping[str, np.ndarray], like: Mapping, *, release: bool = False) -> dict:
-    """A tree like `like`, each array in the type and on the devices of the one that it stands for, be it abstract.
+    """A pytree like `like`, each array with the dtype and on the devices of the (possibly abstract) leaf it replaces.
 
-    Always copies, since jax may go on using memory that it is given, and this is the caller's or a file's.
+    Always copies, since JAX may keep using memory that it is given, and this memory is the caller's or a file's.
 
     Args:
         release: the tensors are views of a file mapped read-only; its pages are released after each tensor, so that
             the weights are in memory only once.
 
     Raises:
-        WeightsError: a value is too large for the type.
+        WeightsError: a value is too large for the dtype.
     """
     placed = {}
     for name, leaf in flatten(like).items():
@@ -147,7 +147,7 @@ def _on_devices(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> ja
 
 
 def _aligned_copy(array: np.ndarray, dtype) -> np.ndarray:
-    """A copy where jax on a CPU can use it without another one: at a multiple of 64 bytes."""
+    """A copy aligned to 64 bytes, which JAX on a CPU can use without copying again."""
     size = array.size * jnp.dtype(dtype).itemsize
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64
@@ -158,7 +158,7 @@ def _aligned_copy(array: np.ndarray, dtype) -> np.ndarray:
 
 
 def _release(array: np.ndarray) -> None:
-    """Drops the pages that reading a mapped file has brought in; they would be read again if they were needed."""
+    """Drops the pages of a mapped file that reading has loaded; they would be read again if needed."""
     base = array
     while isinstance(base, np.ndarray):
         base = base.base

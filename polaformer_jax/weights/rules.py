@@ -1,4 +1,4 @@
-"""How our parameters correspond to the official PyTorch ones: names, and layouts in memory.
+"""How our parameters correspond to the official PyTorch ones: names, and memory layouts.
 
 Module paths are the same on both sides (`layers.0.blocks.1.attn.qkvg`), so only the last part of a name is translated,
 and one array layout belongs to each kind. Our names are the paths of the parameter tree, joined by dots.
@@ -18,7 +18,7 @@ import numpy as np
 
 
 class Rule(NamedTuple):
-    """Ends of names, the number of axes they are for, and the permutations of axes in either direction."""
+    """Suffixes of names, the number of axes they are for, and the permutations of axes in either direction."""
 
     ours: re.Pattern
     official: re.Pattern
@@ -36,15 +36,15 @@ def _rule(ours: str, official: str, our_end: str, official_end: str, from_offici
     )
 
 
-# The first rule that fits is taken; what none fits keeps its name and layout. Only a LayerNorm is called `norm`,
-# `norm1` or `norm2`; `attn.scale` is the attention's own parameter, and no such module's.
+# The first matching rule is used; parameters that match none keep their name and layout. Only a LayerNorm is called
+# `norm`, `norm1` or `norm2`; `attn.scale` is the attention's own parameter, not a LayerNorm's.
 RULES = (
     _rule(r"(^|\.)norm\d?\.scale$", r"(^|\.)norm\d?\.weight$", "scale", "weight", (0,)),
     _rule(r"\.kernel$", r"\.weight$", "kernel", "weight", (1, 0)),
     _rule(r"\.kernel$", r"\.weight$", "kernel", "weight", (2, 3, 1, 0)),
 )
 
-# The official models compute these buffers themselves; their checkpoints hold them, and they are no weights.
+# The official models compute these buffers themselves; their checkpoints hold them, but they are not weights.
 BUFFERS = ("relative_position_index", "attn_mask")
 # The official Pola-PVT has a final normalisation that it never calls. Ours has none.
 UNUSED = ("norm.weight", "norm.bias")
@@ -55,13 +55,13 @@ def _find(name: str, axes: int, side: str) -> Rule | None:
 
 
 def official_name(name: str, axes: int) -> str:
-    """The official name of our parameter `name` with so many axes."""
+    """The official name of our parameter `name` with this number of axes."""
     rule = _find(name, axes, "ours")
     return name if rule is None else name.removesuffix(rule.our_end) + rule.official_end
 
 
 def our_name(name: str, axes: int) -> str:
-    """Our name of the official tensor `name` with so many axes."""
+    """Our name of the official tensor `name` with this number of axes."""
     rule = _find(name, axes, "official")
     return name if rule is None else name.removesuffix(rule.official_end) + rule.our_end
 
@@ -79,6 +79,6 @@ def to_official(name: str, array: np.ndarray) -> np.ndarray:
 
 
 def from_official(name: str, array: np.ndarray) -> np.ndarray:
-    """The official layout of our parameter `name` brought into ours."""
+    """Our parameter `name` converted from the official layout to ours."""
     rule = _find(name, array.ndim, "ours")
     return array if rule is None else array.transpose(rule.from_official)

@@ -1,8 +1,8 @@
 """Safetensors files, tensor by tensor: written without a second copy in memory, read as views of a mapped file.
 
-The format (https://github.com/huggingface/safetensors) is eight bytes with the length of a JSON header, the header,
-and the tensors' bytes. It has no checksum of its own, so files that we write carry one in their metadata: CRC-32 of the
-header without it, then of all that follows.
+The format (https://github.com/huggingface/safetensors) is eight bytes with the length of a JSON header, the header, and
+the tensors' bytes. It has no checksum of its own, so files that we write carry one in their metadata: CRC-32 of the
+header without the checksum, then of everything after the header.
 """
 
 import json
@@ -37,16 +37,16 @@ _CHUNK = 1 << 20
 
 
 def write(path: str | os.PathLike, arrays: Mapping[str, object], metadata: Mapping[str, str]) -> None:
-    """Writes arrays to `path` at once or not at all; only one of them is held in memory besides the arrays themselves.
+    """Writes arrays to `path` atomically; only one of them is held in memory in addition to the arrays themselves.
 
-    The library's own writer wants all tensors contiguous at once, which doubles the memory of a transposing conversion.
+    The library's own writer needs all tensors contiguous at once, which doubles the memory of a transposing conversion.
 
     Args:
-        path: local or in a bucket. Its folder is made where it lacks.
+        path: local or in a bucket. Its folder is created if it is missing.
         arrays: NumPy or JAX arrays, in any memory layout.
         metadata: strings for the header; the format tag and the checksum are added.
     """
-    # Wide types first, so that every tensor lies at a multiple of its item's size.
+    # Wide dtypes first, so that every tensor is at a multiple of its item's size.
     names = sorted(arrays, key=lambda name: (-np.dtype(arrays[name].dtype).itemsize, name))
     header, offset = {"__metadata__": {**metadata, "format": FORMAT}}, 0
     for name in names:
@@ -67,11 +67,11 @@ def write(path: str | os.PathLike, arrays: Mapping[str, object], metadata: Mappi
 
 
 def read(path: Path, *, name: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Read-only arrays that are views of the mapped file, and the metadata, which is empty in a file of others.
+    """Read-only arrays that are views of the mapped file, and the metadata, which is empty for files of other programs.
 
     Raises:
-        WeightsError: it is no safetensors file, or it is damaged. What others wrote can be checked for its structure
-            only.
+        WeightsError: it is not a safetensors file, or it is damaged. For files of other programs only the structure can
+            be checked.
     """
     try:
         with safetensors.safe_open(path, framework="numpy"):
@@ -80,9 +80,11 @@ def read(path: Path, *, name: str) -> tuple[dict[str, np.ndarray], dict[str, str
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
     except (safetensors.SafetensorError, ValueError, OSError, RecursionError) as error:
-        raise WeightsError(f"{name} is damaged, or no safetensors file ({error}): fetch or write it again") from error
+        raise WeightsError(
+            f"{name} is damaged, or not a safetensors file ({error}): fetch or write it again"
+        ) from error
     metadata = header.pop("__metadata__", None) or {}
-    # Either of two signs will do: a damaged tag must not make it a foreign file, whose checksum nobody asks for.
+    # Either of two signs is enough: a damaged tag must not make it a foreign file, whose checksum is not verified.
     if metadata.get("format") == FORMAT or metadata.keys() >= {"checksum", "layout"}:
         _verify(path, name, {**header, "__metadata__": metadata}, start=8 + length)
     else:

@@ -1,4 +1,4 @@
-"""Models into files: `.safetensors` that name their own model, in our layout or the official one."""
+"""Saves models as `.safetensors` that name their own model, in our layout or the official one."""
 
 import json
 import os
@@ -21,15 +21,16 @@ def save_weights(
     layout: Layout = "ours",
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a model's parameters to `path` (`.safetensors`), at once or not at all. The file names its own model.
+    """Writes a model's parameters to `path` (`.safetensors`) atomically. The file names its own model.
 
     Args:
-        layout: "ours", or "torch" for the official names and memory layouts, buffers included, which the official
-            model takes by `load_state_dict(safetensors.torch.load_file(path), strict=True)`.
+        layout: "ours", or "torch" for the official names and memory layouts, buffers included, which the official model
+            loads with `load_state_dict(safetensors.torch.load_file(path), strict=True)`.
         metadata: further strings for the file's header, under other names than those that describe the model.
 
     Raises:
-        WeightsError: the path has another suffix. ValueError: metadata that cannot be written.
+        WeightsError: the path has another suffix.
+        ValueError: metadata that cannot be written.
     """
     if layout not in ("ours", "torch"):
         raise ValueError(f"layout is {layout!r}, expected 'ours' or 'torch'")
@@ -38,7 +39,7 @@ def save_weights(
         if not isinstance(key, str) or not isinstance(value, str):
             raise ValueError(f"metadata {key!r}: {value!r}: expected strings")
         if key in described or key in ("format", "layout", "checksum"):
-            raise ValueError(f"metadata {key!r}: this name says what the file holds, and is not free")
+            raise ValueError(f"metadata {key!r}: this name describes the file's content and is reserved")
     arrays = to_torch(model) if layout == "torch" else flatten(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
     write_file(path, arrays, layout=layout, metadata={**described, **(metadata or {})})
 
@@ -52,13 +53,13 @@ def write_file(
 
 
 def check_suffix(path: str | os.PathLike) -> None:
-    """Raises a WeightsError if this is no name for a file to write."""
+    """Raises a WeightsError if the path does not end in `.safetensors`."""
     if not os.fspath(path).endswith(".safetensors"):
         raise WeightsError(f"weights are written as .safetensors, not as {os.path.basename(os.fspath(path))!r}")
 
 
 def model_metadata(model: nnx.Module) -> dict[str, str]:
-    """What a file says of its model: its registered name if it has one, its family, and its config."""
+    """What a file says about its model: its registered name if it has one, its family, and its config."""
     config = model.config
     name = registry.name_of(config) or config.family
     return {"model": name, "family": config.family, "arguments": json.dumps(config.to_dict())}

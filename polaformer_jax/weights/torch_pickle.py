@@ -2,9 +2,9 @@
 
 A pickle is a program for a small stack machine, and Python's own machine imports and calls whatever the program names.
 This one knows the opcodes that `torch.save` emits for plain data and the few names in `_NAMES`; everything else is an
-error. The file cannot make it work or allocate more than in proportion to its own size.
+error. The work and the memory that a file can cause are at most in proportion to its own size.
 
-The format is that of `pickletools`; what tensors look like in it is that of `torch._utils` and `torch.serialization`.
+The format is described in `pickletools`, the encoding of tensors in `torch._utils` and `torch.serialization`.
 """
 
 import dataclasses
@@ -54,18 +54,18 @@ _NAMES = {
     *_DTYPES,
 }
 
-_LARGEST = 16 << 20  # bytes; that of the largest official model with its optimizer has less than 1 MiB
-_MOST_STEPS = 1_000_000  # opcodes, axes of tensors, items of sets; the same has about 100,000
-_LARGEST_INTEGER = 1 << 64  # more has no use here, and long integers with equal hashes make dicts slow
+_LARGEST = 16 << 20  # bytes; the pickle of the largest official model with its optimizer has less than 1 MiB
+_MOST_STEPS = 1_000_000  # opcodes, axes of tensors, items of sets; the same pickle has about 100,000
+_LARGEST_INTEGER = 1 << 64  # larger ones have no use here, and long integers with equal hashes make dicts slow
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _CONTAINERS = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_KEYS = (str, int, float, bool, bytes, type(None))  # tuples with equal hashes are easily made, and as slow
+_KEYS = (str, int, float, bool, bytes, type(None))  # tuples with equal hashes are easy to make, and as slow
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Name:
-    """A Python object of the closed list, by its name alone."""
+    """A Python object of the closed list, only by its name."""
 
     name: str
 
@@ -89,14 +89,14 @@ MakeTensor = Callable[[Storage, np.dtype, int, tuple, tuple], np.ndarray]
 
 
 def interpret(data: bytes, make_tensor: MakeTensor, *, source: str) -> object:
-    """What the pickle describes: dicts, lists, tuples, sets, scalars, and what `make_tensor` gave for tensors.
+    """What the pickle describes: dicts, lists, tuples, sets, scalars, and what `make_tensor` returned for tensors.
 
     Ordered dicts and configs (`CfgNode`) become plain dicts; attributes of either are dropped. A name of the closed
-    list, or a storage without a tensor, that stands for itself stays a `Name` or a `Storage`.
+    list that is not called, or a storage without a tensor, remains a `Name` or a `Storage`.
 
     Args:
         make_tensor: called with a tensor's storage, type, offset into the storage, shape and strides (in elements).
-            These are non-negative integers, and as many strides as axes; nothing else about them has been checked.
+            These are non-negative integers, with one stride per axis; nothing else about them has been checked.
         source: names the file in errors.
 
     Raises:
@@ -104,8 +104,8 @@ def interpret(data: bytes, make_tensor: MakeTensor, *, source: str) -> object:
     """
     if len(data) > _LARGEST:
         raise WeightsError(
-            f"{source}: its pickle has {len(data):,} bytes, expected at most {_LARGEST:,}: it is no checkpoint of "
-            "tensors; load it in PyTorch and save the state_dict alone"
+            f"{source}: its pickle has {len(data):,} bytes, expected at most {_LARGEST:,}: it is not a checkpoint "
+            "of tensors; load it in PyTorch and save the state_dict only"
         )
     machine = _Machine(make_tensor, source)
     try:
@@ -117,7 +117,7 @@ def interpret(data: bytes, make_tensor: MakeTensor, *, source: str) -> object:
     except (ValueError, OverflowError, IndexError, KeyError) as error:  # of genops: text, lengths, no STOP
         machine.damaged(f"cannot be decoded ({ascii(str(error))[1:-1][:200]})")
     if machine.position + 1 != len(data):
-        machine.damaged(f"ends there, {len(data) - machine.position - 1} bytes before the end of its record")
+        machine.damaged(f"ends {len(data) - machine.position - 1} bytes before the end of its record")
     return machine.result
 
 
@@ -131,19 +131,19 @@ class _Machine:
         self.steps = 0
         self.stack = []
         self.outer = []  # the stacks below each mark
-        self.memo = {}  # a dict, not a list: an index is any number, and allocates nothing
+        self.memo = {}  # a dict, not a list: an index may be any number, and must not allocate memory
         self.result = None
 
     def damaged(self, what: str) -> NoReturn:
         raise WeightsError(
             f"{self.source} is damaged, or not written by torch.save: its pickle {what} (byte {self.position}); "
-            "fetch it again, or load it in PyTorch and save the state_dict alone"
+            "fetch it again, or load it in PyTorch and save the state_dict only"
         )
 
     def refuse(self, what: str) -> NoReturn:
         raise WeightsError(
-            f"{self.source}: {what}; files of weights need no such thing. It is refused, and nothing was executed. "
-            "If you trust the file, load it in PyTorch (weights_only=False) and save the state_dict alone"
+            f"{self.source}: {what}; weights files do not need this. It is refused, and nothing was executed. "
+            "If you trust the file, load it in PyTorch (weights_only=False) and save the state_dict only"
         )
 
     def step(self, opcode: str, argument: object) -> None:
@@ -216,7 +216,7 @@ class _Machine:
             case "NEWOBJ":
                 arguments, name = self.pop(tuple), self.pop(Name)
                 if name.name != _CONFIG or arguments:
-                    self.damaged(f"makes a {name.name} as it does not make one")
+                    self.damaged(f"creates a {name.name} in a way that PyTorch does not")
                 self.stack.append({})
             case "BUILD":  # attributes: `_metadata` of a state_dict, `__immutable__` and the like of a CfgNode
                 self.pop()
@@ -238,8 +238,8 @@ class _Machine:
         self.steps += steps
         if self.steps > _MOST_STEPS:
             raise WeightsError(
-                f"{self.source}: its pickle takes more than {_MOST_STEPS:,} steps: it is no checkpoint of tensors; "
-                "load it in PyTorch and save the state_dict alone"
+                f"{self.source}: its pickle takes more than {_MOST_STEPS:,} steps: it is not a checkpoint of tensors; "
+                "load it in PyTorch and save the state_dict only"
             )
 
     def top(self, kind: type = object):
@@ -266,17 +266,17 @@ class _Machine:
 
     def known(self, name: str) -> Name:
         if name not in _NAMES:
-            self.refuse(f"the file asks for the Python object {ascii(name)[1:-1][:200]}")
+            self.refuse(f"the file refers to the Python object {ascii(name)[1:-1][:200]}")
         return Name(name)
 
     def storage(self, identifier: object) -> Storage:
         match identifier:
             case ("storage", Name(kind), str(key), str(), int(numel)) if kind in _STORAGES and _is_count(numel):
                 return Storage(key, np.dtype(_STORAGES[kind]), numel)
-        self.damaged("has a persistent object that is no storage of a tensor")
+        self.damaged("has a persistent object that is not the storage of a tensor")
 
     def build(self, name: str, arguments: tuple) -> object:
-        """What the call of a listed name would give."""
+        """What the call of a listed name would return."""
         match name.removeprefix("torch._utils."), arguments:
             case "_rebuild_tensor_v2", (Storage() as storage, offset, size, stride, _, _, *rest) if len(rest) <= 1:
                 return self.tensor(storage, storage.dtype, offset, size, stride, *rest)
@@ -304,7 +304,7 @@ class _Machine:
         if flags:
             self.refuse("it has a tensor that PyTorch is to conjugate or negate (resolve_conj() gives a plain one)")
         if not (_is_count(offset) and _are_counts(size) and _are_counts(stride) and len(size) == len(stride)):
-            self.damaged("has a tensor whose offset, shape and strides are not integers from 0, or do not go together")
+            self.damaged("has a tensor whose offset, shape and strides are not integers from 0, or do not match")
         self.charge(len(size))
         return self.make_tensor(storage, dtype, offset, size, stride)
 

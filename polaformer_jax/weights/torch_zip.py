@@ -25,7 +25,7 @@ _FETCH_AGAIN = "fetch it again"
 
 _ZIP = b"PK\x03\x04"
 _OLD_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the long integer that the old format begins with
-_KINDS = {  # how files of other types begin: what they are, and the way out
+_KINDS = {  # how files of other kinds begin: what they are, and how to fix it
     b"PK\x05\x06": ("an empty zip archive", _FETCH_AGAIN),
     b"\x1f\x8b": ("compressed with gzip", "unpack it (gunzip)"),
     b"BZh": ("compressed with bzip2", "unpack it (bunzip2)"),
@@ -40,9 +40,9 @@ _KINDS = {  # how files of other types begin: what they are, and the way out
 _HEADER = struct.Struct("<4s5H3I2H")  # of a record: PKWARE's APPNOTE, section 4.3.7
 _ENCRYPTED = 0x1 | 0x40 | 0x2000
 _SIZES_FOLLOW = 0x8  # the header has zeros, and the sizes come after the data
-_ZIP64 = 0xFFFFFFFF  # stands for a size that is elsewhere
+_ZIP64 = 0xFFFFFFFF  # marks a size that is stored elsewhere
 _CHUNK = 1 << 20
-_SPARE = 64 << 20  # bytes that views may add up to beyond the file's own size
+_SPARE = 64 << 20  # bytes by which the sum of the views may exceed the file's own size
 
 
 class _Record(NamedTuple):
@@ -58,7 +58,7 @@ def read(path: str | os.PathLike, *, name: str | None = None) -> object:
 
     Args:
         path: of a local file.
-        name: what errors call it, if not by its path.
+        name: the file's name in errors; by default its path.
 
     Raises:
         WeightsError: there is no such file, it is of another kind, it is damaged, or it holds something other than
@@ -93,7 +93,7 @@ def _read(file: BinaryIO, length: int, name: str) -> object:
 
 
 def _check_kind(head: bytes, name: str) -> None:
-    """Says what a file is that is no zip archive."""
+    """Raises an error that says what the file is, unless it is a zip archive."""
     if head.startswith(_ZIP):
         return
     if not head:
@@ -108,7 +108,7 @@ def _check_kind(head: bytes, name: str) -> None:
     elif head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         what, way_out = "a plain pickle, not written by torch.save", _SAVE_AGAIN
     elif head[8:9] == b"{":
-        what, way_out = "a .safetensors file", "give it that ending"
+        what, way_out = "a .safetensors file", "give it that suffix"
     else:
         what, way_out = next(
             (kind for magic, kind in _KINDS.items() if head.lstrip().startswith(magic)),
@@ -165,14 +165,14 @@ class _Archive:
         if len(records) < len(entries):
             raise self.damaged("it has two records of the same name")
         end = 0
-        for record in sorted(records.values()):  # before anything is read: many records over one range are endless work
+        for record in sorted(records.values()):  # before reading: many records over one range would cost endless work
             if record.start < end:
                 raise self.damaged("two of its records overlap")
             end = record.start + record.size
         return records
 
     def _locate(self, entry: zipfile.ZipInfo) -> _Record:
-        """Where the data of a record lie, if its header agrees with the directory."""
+        """Where the data of a record is; raises an error if its header disagrees with the directory."""
         name = ascii(entry.orig_filename)
         if entry.flag_bits & _ENCRYPTED:
             raise self.damaged(f"the record {name} is encrypted")
@@ -195,12 +195,12 @@ class _Archive:
         ):
             raise disagrees
         if start + entry.file_size > self._length:
-            raise self.damaged(f"the record {name} is to end at byte {start + entry.file_size:,} of {self._length:,}")
+            raise self.damaged(f"the record {name} should end at byte {start + entry.file_size:,} of {self._length:,}")
         return _Record(start, entry.file_size, entry.CRC)
 
     def _bytes(self, start: int, size: int) -> bytes:
         if start < 0 or start + size > self._length:
-            raise self.damaged(f"it ends at byte {self._length:,}, and something is to be at {start:,}")
+            raise self.damaged(f"it ends at byte {self._length:,}, but something should be at {start:,}")
         self._file.seek(start)
         data = self._file.read(size)
         if len(data) != size:
@@ -208,7 +208,7 @@ class _Archive:
         return data
 
     def _verify(self, record: _Record, what: str) -> None:
-        """Compares the checksum; through reads, not through the map, whose pages would all count as memory in use."""
+        """Verifies the checksum through reads, not through the map, whose pages would all count as memory in use."""
         checksum, end = 0, record.start + record.size
         for start in range(record.start, end, _CHUNK):
             checksum = zlib.crc32(self._bytes(start, min(_CHUNK, end - start)), checksum)
@@ -220,7 +220,7 @@ class _Archive:
         return self._bytes(record.start, record.size)
 
     def _byte_order(self) -> bytes:
-        """Files from before PyTorch 2.1 do not say; they are little-endian."""
+        """Files from before PyTorch 2.1 do not state it; they are little-endian."""
         if (record := self.records.get("byteorder")) is None:
             return b"little"
         self._verify(record, "the record 'byteorder'")
@@ -232,7 +232,7 @@ class _Archive:
     def tensor(
         self, storage: Storage, dtype: np.dtype, offset: int, size: tuple[int, ...], stride: tuple[int, ...]
     ) -> np.ndarray:
-        """A view of the map. All is computed in Python's integers, which do not overflow."""
+        """A view of the map. Everything is computed in Python integers, which do not overflow."""
         record = self._storage(storage)
         numel = 1
         for n in size:
@@ -244,7 +244,7 @@ class _Archive:
                 f"storage of {record.size // dtype.itemsize} elements"
             )
         self._charge(storage, numel * dtype.itemsize)
-        # A stride along an axis of one element says nothing, and may be of any size.
+        # A stride along an axis of one element has no effect, and may have any value.
         strides = [(step if n > 1 else 1) * dtype.itemsize for n, step in zip(size, stride, strict=True)]
         try:
             if not numel:
@@ -253,7 +253,7 @@ class _Archive:
                 return array
             return np.ndarray(size, dtype, self._map, record.start + offset * dtype.itemsize, strides)
         except (ValueError, OverflowError) as error:  # such as (0, 2**63)
-            raise self.damaged(f"a tensor of shape {_short(size)} cannot be ({error})") from error
+            raise self.damaged(f"a tensor of shape {_short(size)} cannot be made ({error})") from error
 
     def _storage(self, storage: Storage) -> _Record:
         record = self.records.get(f"data/{storage.key}")
@@ -278,7 +278,7 @@ class _Archive:
         return record
 
     def _charge(self, storage: Storage, size: int) -> None:
-        """Whoever copies shared and expanded tensors needs more memory than the file has bytes: not endlessly more."""
+        """Limits the memory beyond the file's size that copies of shared and expanded tensors would need."""
         _, before = self._used[storage.key]
         after = self._used[storage.key][1] = before + size
         self._excess += max(0, after) - max(0, before)

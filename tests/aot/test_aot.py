@@ -179,9 +179,9 @@ def test_what_the_compiler_says_of_memory():
 @pytest.mark.parametrize(
     "topology, message",
     [
-        ("v5e", "expected that of a TPU, such as v5e:2x4"),
-        ("v5e:2by4", "expected that of a TPU"),
-        ("cpu:0", "expected that of a TPU"),
+        ("v5e", "expected a TPU topology, such as v5e:2x4"),
+        ("v5e:2by4", "expected a TPU topology"),
+        ("cpu:0", "expected a TPU topology"),
         ("cpu:9", "this process has 8 CPU devices already"),
     ],
 )
@@ -192,7 +192,7 @@ def test_topologies_that_cannot_be(topology, message):
 
 def test_without_libtpu(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"needs the TPU compiler, libtpu, though no TPU: .*polaformer_jax\[tpu\]"):
+    with pytest.raises(UserError, match=r"needs the TPU compiler, libtpu .but no TPU.: .*polaformer_jax\[tpu\]"):
         topology_devices("v5e:2x4")
 
 

@@ -38,13 +38,13 @@ def test_a_part_that_fails_stops_no_other_and_is_named(tmp_path, monkeypatch, ca
     rows = list(csv.DictReader((out / "good.csv").read_text().splitlines()))
     assert [row["ceiling"] for row in rows] == ["product", "product", "memory"]
     messages = capfd.readouterr().err
-    assert "error: --side has 0" in messages and f"bad failed, as said above; the other parts are in {out}" in messages
+    assert "error: --side has 0" in messages and f"bad failed, see above; the other parts are in {out}" in messages
 
 
 def test_what_cannot_be_is_found_at_once(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["all", f"--out={tmp_path / 'file'}"]) == 1
-    assert "cannot be made" in capsys.readouterr().err
+    assert "cannot be created" in capsys.readouterr().err
     assert main(["all", f"--out={tmp_path}", "--official=/nonexistent"]) == 1
     assert "there is no models/pola_pvt.py in it" in capsys.readouterr().err
 

@@ -106,7 +106,7 @@ def test_the_official_rule_of_resize_and_crop(model, size, resize, monkeypatch):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("{", "metadata preprocess: no JSON"),
+        ("{", "metadata preprocess: not valid JSON"),
         ('{"resize": 40}', "expected integers"),
         ('{"resize": 40, "crop": "32"}', "expected integers"),
         ('{"resize": 256, "crop": 224}', "its crop does not fit the model's img_size, 32"),
@@ -143,7 +143,7 @@ def test_names_come_from_the_file_else_the_data_set_else_the_weights(tmp_path, d
         ({}, {"data": "sklearn_digits", "data_dir": "{dir}"}, "is not prepared below"),
         ({"classes": '["a"]'}, {}, "the metadata of the weights names 1 classes, but the model has 5"),
         ({"classes": '{"a": 1}'}, {}, "expected a JSON list of names"),
-        ({"classes": "a, b"}, {}, "metadata classes: no JSON"),
+        ({"classes": "a, b"}, {}, "metadata classes: not valid JSON"),
     ],
     ids=str,
 )
@@ -196,7 +196,7 @@ def test_refuses_to_show_what_is_not_there(arguments, message, model):
 
 @pytest.mark.parametrize(
     "path, images, message",
-    [("a.jpg", 1, "expected the name of a .png file"), ("a.png", 33, "has room for 32 images, found 33")],
+    [("a.jpg", 1, "expected the name of a .png file"), ("a.png", 33, "shows at most 32 images, found 33")],
 )
 def test_refuses_a_picture_before_any_work(path, images, message):
     with pytest.raises(UserError, match=message):

@@ -108,7 +108,7 @@ def test_a_killed_training_goes_on_to_the_same_end_and_leaves_no_process(digits_
             "no such file; expected the path of a Python file, or a packaged",
         ),
         (["--config=polaformer_jax/errors.py"], "it has no get_config"),
-        (["--config=configs/digits.py", "--config.augment.crop_area[7]=0.5"], "there is no field"),
+        (["--config=configs/digits.py", "--config.augment.crop_area[7]=0.5"], "tuples are set whole"),
         (["--config=configs/digits.py", "--config.seed=None"], "--config.seed=None: this field must have a value"),
         (["--config=configs/digits.py:resnet"], "no model 'resnet'; it has pvt, swin"),
         (["--config=configs/digits.py", "--config.train.steps=5"], "exactly one of them must be given"),

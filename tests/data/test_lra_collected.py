@@ -213,7 +213,7 @@ def test_lines_that_cannot_be_read_are_named_together(tmp_path, capsys):
     assert run("lra_retrieval", "--data-dir", tmp_path, "--source", folder) == 1
     message = capsys.readouterr().err
     path = folder / "new_aan_pairs.eval.tsv"
-    assert "expected label, id1, id2, text1, text2, divided by tabs" in message
+    assert "expected label, id1, id2, text1, text2, separated by tabs" in message
     assert f"{path}, line 2: 4 fields" in message
     assert f"{path}, line 3: label 7, expected 0 or 1" in message
     assert f"{path}, line 4: label b'yes', expected 0 or 1" in message

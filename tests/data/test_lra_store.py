@@ -301,7 +301,7 @@ prepare_command.main(["lra_listops", "--data-dir", {str(tmp_path)!r}, "--process
 
 
 def test_a_process_that_dies_is_an_error():
-    with pytest.raises(UserError, match="was ended from outside"), generated._blocks(os._exit, 3, 2) as blocks:
+    with pytest.raises(UserError, match="was killed from outside"), generated._blocks(os._exit, 3, 2) as blocks:
         next(blocks)
 
 

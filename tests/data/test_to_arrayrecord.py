@@ -133,7 +133,7 @@ def flip(path):
     [
         (flip, "cannot be read: corrupted record"),
         (lambda path: path.write_bytes(path.read_bytes()[:-3]), "cannot be read: truncated record"),
-        (lambda path: path.write_bytes(b""), "has 0 records, and dataset_info.json says"),
+        (lambda path: path.write_bytes(b""), "has 0 records, but dataset_info.json says"),
         (lambda path: path.unlink(), "cannot be read"),
     ],
     ids=["flipped bit", "truncated", "empty", "missing"],

@@ -162,7 +162,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(trained, straight, 
     assert 4 < stopped_at < STEPS
     assert (
         said
-        == [f"interrupted: the checkpoint of step {stopped_at} of {STEPS} is saved; the same command goes on from it"]
+        == [f"interrupted: the checkpoint of step {stopped_at} of {STEPS} is saved; the same command resumes from it"]
         * 2
     )
     assert f"resuming from the checkpoint of step {stopped_at} of {STEPS}" in finish(trained, workdir, 2)

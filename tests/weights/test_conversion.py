@@ -161,9 +161,9 @@ def test_compares_with_reference_logits(tmp_path, capsys):
     for name, message in (
         ("wrong.npz", "the logits differ from the reference by"),
         ("small.npz", "the reference's images have shape (2, 3, 16, 16), expected (batch, 3, 32, 32)"),
-        ("empty.npz", "lacks images and logits; it has a"),
-        ("text.npz", "logits is <U1 (1,), expected floats, and some"),
-        ("nothing.npz", "images is float32 (0, 3, 32, 32), expected floats, and some"),
+        ("empty.npz", "has no images and no logits; it has a"),
+        ("text.npz", "logits is <U1 (1,), expected a non-empty array of floats"),
+        ("nothing.npz", "images is float32 (0, 3, 32, 32), expected a non-empty array of floats"),
         ("array.npy", "expected an .npz file"),
         ("zero.npz", "expected an .npz file"),
         ("none.npz", "cannot read"),
@@ -218,7 +218,7 @@ def test_nothing_is_overwritten_unasked(tmp_path, capsys):
     other_target.write_text("precious")
     for options in ([], ["--overwrite"]):  # a glob may have named it as a file to convert
         assert run(source, other_target, *options) == 1
-        assert "to replace it, name it as out and overwrite" in capsys.readouterr().err
+        assert "to replace it, give it as out with overwrite" in capsys.readouterr().err
     assert other_target.read_text() == "precious"
     assert run(source, "--out", other_target, "--overwrite") == 0
     for second in ("none.pth", tmp_path):

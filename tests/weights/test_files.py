@@ -142,7 +142,7 @@ def test_our_layout_is_known_without_our_tag(tmp_path):
 
 @pytest.mark.parametrize(
     "metadata, message",
-    [({"epoch": 3}, "'epoch': 3: expected strings"), ({"arguments": "{}"}, "'arguments': this name says what")],
+    [({"epoch": 3}, "'epoch': 3: expected strings"), ({"arguments": "{}"}, "'arguments': this name describes")],
 )
 def test_metadata_that_cannot_be_written_is_refused(metadata, message, tmp_path):
     with pytest.raises(ValueError, match=message):
@@ -193,7 +193,7 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(weights.WeightsError, match="foreign.safetensors: .*\n.*missing: .*\n.*1 unexpected: a"):
         weights.load_weights(tiny(), tmp_path / "foreign.safetensors")
     for content, message in (
-        ({"model": {"a": 3}}, "1 of 1 entries are none: 'a': int"),
+        ({"model": {"a": 3}}, "1 of 1 entries are not: 'a': int"),
         ({}, "it is empty"),
         ([1, 2], "holds a list, expected a dict of tensors"),
     ):

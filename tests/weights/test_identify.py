@@ -74,7 +74,8 @@ def test_changed_models_are_recognised(family, changes):
 def test_swin_of_softmax_alone_needs_an_image_size():
     model = small_models.build("swin", attn_type="SSSS", softmax_window_size=1, ape=False)
     shapes = official_shapes(model)
-    with pytest.raises(weights.WeightsError, match=r"image size is needed \(img_size\), for the tensors leave it open"):
+    message = r"image size is needed \(img_size\), since the tensors do not show it"
+    with pytest.raises(weights.WeightsError, match=message):
         weights.identify(file_of(shapes))
     assert weights.identify(file_of(shapes), img_size=32).config.img_size == 32
     config = {"DATA": {"IMG_SIZE": 64}}
@@ -92,7 +93,7 @@ def test_our_files_are_checked_against_what_they_say():
         with pytest.raises(weights.WeightsError, match=f"contradicts itself: .*{next(iter(change))}"):
             weights.identify(WeightsFile("a", "ours", file.tensors, edited, {}))
     for arguments in ("[]", "nonsense", "null", '{"num_heads": 3}', '{"attn_type": 5}', '{"attn_type": {"a": 1}}'):
-        with pytest.raises(weights.WeightsError, match="no JSON object|cannot be understood|contradicts itself"):
+        with pytest.raises(weights.WeightsError, match="not a JSON object|cannot be understood|contradicts itself"):
             weights.identify(WeightsFile("a", "ours", file.tensors, {**metadata, "arguments": arguments}, {}))
 
 

@@ -88,7 +88,7 @@ def overlapping() -> bytes:
         (lying(set_bytes(31, b"x", directory=False)), "disagrees with the zip directory"),
         (lying(set_bytes(42, b"\x01", directory=True)), "disagrees with the zip directory"),
         (lying(set_bytes(42, b"\xff\xff\xff\x7f", directory=True)), "ends at byte"),
-        (lying(set_bytes(20, b"\xff\xff\xff\x7f" * 2, directory=True)), "is to end at byte"),
+        (lying(set_bytes(20, b"\xff\xff\xff\x7f" * 2, directory=True)), "should end at byte"),
         (lying(set_bytes(20, b"\xff\x02\0\0" * 2, directory=True)), "overlap"),
         (lying(set_bytes(16, b"1234", directory=True)), "checksum of its pickle"),
         (doubled("a/data.pkl"), "two records of the same name"),

@@ -19,11 +19,11 @@ ERASE_TRIES = 10
 
 
 class Mixed(NamedTuple):
-    """A batch and what became of it.
+    """A batch after mixing.
 
     Attributes:
         images: (B, S, S, 3).
-        share: (B,) how much of each target is the example's own; the rest is its partner's, example B - 1 - i.
+        share: (B,) the fraction of each target that is the example's own; the rest is its partner's, example B - 1 - i.
     """
 
     images: jax.Array
@@ -31,10 +31,10 @@ class Mixed(NamedTuple):
 
 
 def random_erasing(images: jax.Array, key: jax.Array, *, probability: float) -> jax.Array:
-    """Replaces one box by standard normal noise, in each image with the given probability.
+    """Replaces one box by standard normal noise, with the given probability for each image.
 
-    The box has an area uniform in 2 % to a third of the image and an aspect log-uniform in 0.3 to 1 / 0.3; the first of
-    ten draws that is smaller than the image is taken, and if there is none the image stays as it is.
+    The box's area is uniform between 2 % and a third of the image, its aspect log-uniform between 0.3 and 1 / 0.3. The
+    first of ten draws that is smaller than the image is used; if there is none, the image is unchanged.
 
     Args:
         images: (B, S, S, 3), normalised.
@@ -70,13 +70,14 @@ def mix(
     probability: float,
     switch_probability: float,
 ) -> Mixed:
-    """Mixes each image with the one at the mirrored place of the batch, by mixup or by CutMix, one of them for all.
+    """Mixes each image with the one at the mirrored batch position, by mixup or CutMix, the same for the whole batch.
 
     Args:
         images: (B, S, S, 3).
-        mask: (B,) False where there is no image; such a one is nobody's partner.
-        mixup, cutmix: a of the Beta(a, a) distribution of the share; 0 never takes this method.
-        probability: of mixing the batch at all. switch_probability: of CutMix where both could be taken.
+        mask: (B,) False where there is no valid image; an invalid one is never a partner.
+        mixup, cutmix: the a in the share's Beta(a, a) distribution; 0 disables the method.
+        probability: probability of mixing the batch at all.
+        switch_probability: probability of CutMix where both methods are enabled.
     """
     batch, height, width, _ = images.shape
     mix_key, switch_key, mixup_key, cutmix_key, row_key, column_key = jax.random.split(key, 6)
@@ -91,7 +92,7 @@ def mix(
     )
     mixes = jax.random.bernoulli(mix_key, probability)
 
-    # The box of CutMix, centred anywhere and cut off at the edges; the share is what is left of the image.
+    # The box of CutMix, centred anywhere and cut off at the edges; the share is the rest of the image.
     side = jnp.sqrt(1 - share)
     row = jax.random.randint(row_key, (), 0, height)
     column = jax.random.randint(column_key, (), 0, width)
@@ -107,7 +108,7 @@ def mix(
     own = share.astype(images.dtype).reshape(-1, 1, 1, 1)
     pasted = jnp.where((box[None] & both[:, None, None])[..., None], partner, images)
     blended = images * own + partner * (1 - own)
-    # Where nothing is mixed the image stays itself, bit for bit.
+    # Where nothing is mixed the image is unchanged, bit for bit.
     blended = jnp.where(both.reshape(-1, 1, 1, 1), blended, images)
     return Mixed(jnp.where(cut, pasted, blended), share)
 
@@ -118,7 +119,8 @@ def mixed_targets(
     """(B, classes) in `dtype`: smoothed one-hot targets, mixed with those of the mirrored batch.
 
     Args:
-        labels: (B,). share: see `Mixed`.
+        labels: (B,).
+        share: see `Mixed`.
     """
     off = label_smoothing / num_classes
     own = off + (1 - label_smoothing) * jax.nn.one_hot(labels, num_classes, dtype=dtype)
@@ -127,6 +129,6 @@ def mixed_targets(
 
 
 def _inside(start: jax.Array, stop: jax.Array, size: int) -> jax.Array:
-    """(B, size): which positions lie in [start, stop)."""
+    """(B, size): which positions are in [start, stop)."""
     position = jnp.arange(size)[None, :]
     return (position >= start[:, None]) & (position < stop[:, None])

@@ -9,7 +9,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def normalise(images: jax.Array) -> jax.Array:
-    """uint8 RGB images (..., 3) to float32 of about zero mean and unit variance."""
+    """Converts uint8 RGB images (..., 3) to float32 of about zero mean and unit variance."""
     shape = (1,) * (images.ndim - 1) + (3,)
     mean = jnp.asarray(IMAGENET_MEAN, jnp.float32).reshape(shape)
     std = jnp.asarray(IMAGENET_STD, jnp.float32).reshape(shape)

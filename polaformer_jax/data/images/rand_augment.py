@@ -1,9 +1,9 @@
-"""RandAugment, as timm's "increasing" variant does it, which the official recipe uses.
+"""RandAugment as in timm's "increasing" variant, which the official recipe uses.
 
-Source: Cubuk et al., "RandAugment: Practical automated data augmentation with a reduced search space", 2020
-(arXiv 1909.13719); operations and constants from timm. A policy is written as timm writes it: `rand-m9-mstd0.5-inc1`.
-Each operation is a function `(image, magnitude, sign) -> image` of (h, w, 3) uint8 arrays: magnitudes run from 0 to 10,
-and a larger one always changes the image more. Pixels are those of Pillow's own operations.
+Source: Cubuk et al., "RandAugment: Practical automated data augmentation with a reduced search space", 2020 (arXiv
+1909.13719); operations and constants from timm. Policies use timm's notation: `rand-m9-mstd0.5-inc1`. Each operation is
+a function `(image, magnitude, sign) -> image` of (h, w, 3) uint8 arrays: magnitudes run from 0 to 10, and a larger one
+always changes the image more. Pixel values are those of Pillow's own operations.
 """
 
 import dataclasses
@@ -17,14 +17,14 @@ from PIL import Image, ImageEnhance, ImageOps
 from polaformer_jax.data.images import resampling
 from polaformer_jax.errors import UserError
 
-FILL = (124, 116, 104)  # what comes in from outside the image: ImageNet's mean colour
+FILL = (124, 116, 104)  # colour of pixels from outside the image: ImageNet's mean
 MAX_MAGNITUDE = 10.0
 
 _Op = Callable[[np.ndarray, float, float], np.ndarray]
 
 
 def _pillow(op: Callable[[Image.Image, float, float], Image.Image]) -> _Op:
-    """An operation on Pillow images as one on arrays."""
+    """Turns an operation on Pillow images into one on arrays."""
 
     @functools.wraps(op)
     def on_arrays(image: np.ndarray, magnitude: float, sign: float) -> np.ndarray:
@@ -48,13 +48,13 @@ def _invert(image: Image.Image, magnitude: float, sign: float) -> Image.Image:
     return ImageOps.invert(image)
 
 
-# Every constant below is computed as (magnitude / 10) * c, in this order: another one rounds differently.
+# Every constant below is computed as (magnitude / 10) * c, in this order: another order rounds differently.
 
 
 @_pillow
 def _posterize(image: Image.Image, magnitude: float, sign: float) -> Image.Image:
     bits = 4 - int((magnitude / 10) * 4)
-    # At magnitude 10, one draw in 44 of the official policy, no bit is left: black. Pillow (13) refuses to keep none.
+    # At magnitude 10, one draw in 44 of the official policy, no bit is left: black. Pillow (13) rejects 0 bits.
     return ImageOps.posterize(image, bits) if bits else Image.new(image.mode, image.size)
 
 
@@ -65,7 +65,7 @@ def _solarize(image: Image.Image, magnitude: float, sign: float) -> Image.Image:
 
 @_pillow
 def _solarize_add(image: Image.Image, magnitude: float, sign: float) -> Image.Image:
-    """Adds to the values below 128."""
+    """Adds to values below 128."""
     added = int((magnitude / 10) * 110)
     return image.point([min(255, value + added) if value < 128 else value for value in range(256)] * 3)
 
@@ -119,13 +119,13 @@ OPS: dict[str, _Op] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Choice:
-    """One operation as it was drawn.
+    """One drawn operation.
 
     Attributes:
-      op: a key of `OPS`.
-      applied: False leaves the image alone.
-      magnitude: 0 to 10.
-      sign: +1 or -1: the direction, for the operations that have two.
+        op: a key of `OPS`.
+        applied: False leaves the image unchanged.
+        magnitude: 0 to 10.
+        sign: +1 or -1: the direction, for the operations that have two.
     """
 
     op: str
@@ -142,11 +142,11 @@ class RandAugment:
     """A few operations drawn at random, one after the other: `augment(image, rng) -> image`, (h, w, 3) uint8.
 
     Args:
-      magnitude: mean strength of an operation, 0 to 10.
-      std: standard deviation of the strength, drawn anew for each operation and clipped to [0, 10].
-      num_ops: operations drawn for an image, with replacement.
-      probability: with which each of them is applied.
-      ops: names of the operations to draw from.
+        magnitude: mean strength of an operation, 0 to 10.
+        std: standard deviation of the strength, which is drawn for each operation and clipped to [0, 10].
+        num_ops: number of operations drawn per image, with replacement.
+        probability: probability that each of them is applied.
+        ops: names of the operations to draw from.
     """
 
     magnitude: float
@@ -159,7 +159,7 @@ class RandAugment:
         if not 0 <= self.magnitude <= MAX_MAGNITUDE:
             raise UserError(f"RandAugment's magnitude (m) is {self.magnitude}, expected 0 to {MAX_MAGNITUDE:g}")
         if not 0 <= self.std < 100:
-            # timm takes 100 and more for another distribution, the uniform one.
+            # In timm, 100 and more selects another distribution, the uniform one.
             raise UserError(f"RandAugment's standard deviation (mstd) is {self.std}, expected 0 to below 100")
         if not 0 <= self.probability <= 1:
             raise UserError(f"RandAugment's p is {self.probability}, expected a probability")
@@ -174,12 +174,12 @@ class RandAugment:
         """Reads a policy such as `rand-m9-mstd0.5-inc1`.
 
         Args:
-          policy: `rand`, then parts in any order: `m` magnitude (needed), `mstd` its standard deviation (0), `n`
-            operations an image (2), `p` probability of each (0.5), `inc1` (needed) for operations whose effect always
-            grows with the magnitude.
+            policy: `rand`, then parts in any order: `m` magnitude (required), `mstd` its standard deviation (0), `n`
+                operations per image (2), `p` probability of each (0.5), `inc1` (required) for operations whose effect
+                always grows with the magnitude.
 
         Raises:
-          UserError: names the part that is not understood, out of range, given twice or lacking.
+            UserError: names the part that is not understood, out of range, given twice or missing.
         """
         understood = "expected rand-mMAGNITUDE[-mstdX][-nCOUNT][-pPROBABILITY]-inc1, e.g. rand-m9-mstd0.5-inc1"
         head, *parts = policy.split("-") if isinstance(policy, str) else [policy]
@@ -207,7 +207,7 @@ class RandAugment:
         )
 
     def draw(self, rng: np.random.Generator) -> list[Choice]:
-        """Draws what would be done to an image: per operation four numbers in a fixed order, applied or not."""
+        """Draws the operations for an image: four numbers each, in a fixed order, whether applied or not."""
         return [self._draw_one(rng) for _ in range(self.num_ops)]
 
     def _draw_one(self, rng: np.random.Generator) -> Choice:

@@ -1,12 +1,12 @@
-"""Bicubic resizing, affine maps and mirroring of uint8 RGB images: the pixels of Pillow, in a fraction of its time.
+"""Bicubic resizing, affine maps and mirroring of uint8 RGB images: Pillow's pixels, in a fraction of its time.
 
-Pillow's C code is what the official pipeline runs, and two thirds of the time of its training images passes here. These
-loops, compiled by Numba, take the same steps in the same order, so that they give the same values, bit for bit:
+The official pipeline runs Pillow's C code, and spends two thirds of its time per training image in these operations.
+These loops, compiled by Numba, take the same steps in the same order, so that they give the same values, bit for bit:
 Pillow's `Resample.c` (fixed-point weights, 8 bits between the passes) and `Geometry.c` (double precision).
 
 Pillow 13 resizes vertically first where the height shrinks more, and so changes pixels by up to 20 levels; here the
 horizontal pass always comes first, as in all versions before, with which the official weights were trained and
-evaluated. The values here depend on no version of Pillow.
+evaluated. The values here do not depend on the version of Pillow.
 """
 
 import math
@@ -14,14 +14,14 @@ import math
 import numpy as np
 from numba import njit
 
-_BITS = 22  # of the fixed-point weights: 8 bits of a pixel and 2 of headroom leave so many of 32
+_BITS = 22  # of the fixed-point weights: what 8 bits of a pixel and 2 of headroom leave of 32
 _HALF = np.int32(1 << (_BITS - 1))
 _SHARPNESS = -0.5  # the parameter a of the cubic kernel, for both uses
 _BLOCK = 16  # pixels of a row that are transposed together
 
 
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Bicubic, antialiased.
+    """Resizes an image, bicubic and antialiased.
 
     Args:
         image: (h, w, 3) uint8, neither side zero; any strides.
@@ -37,7 +37,7 @@ def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def affine(image: np.ndarray, matrix: tuple[float, ...], fill: tuple[int, int, int]) -> np.ndarray:
-    """Bicubic; the result has the size of the image.
+    """Applies an affine map, bicubic; the result has the size of the image.
 
     Args:
         image: (h, w, 3) uint8.
@@ -63,7 +63,7 @@ def rotate(image: np.ndarray, degrees: float, fill: tuple[int, int, int]) -> np.
 
 
 def mirror(image: np.ndarray) -> np.ndarray:
-    """(h, w, 3) uint8, left to right; contiguous. (NumPy takes five times as long to copy pixels of three bytes.)"""
+    """Mirrors (h, w, 3) uint8 left to right; contiguous. (NumPy takes five times as long for pixels of three bytes.)"""
     _check(image)
     return _mirror(_read_only(np.ascontiguousarray(image)))
 
@@ -74,7 +74,7 @@ def _check(image: np.ndarray) -> None:
 
 
 def _read_only(image: np.ndarray) -> np.ndarray:
-    """A view: Numba would compile a function once for arrays that may be written to, and once for others."""
+    """A read-only view: otherwise Numba would compile a function for writeable and again for read-only arrays."""
     view = image.view()
     view.flags.writeable = False
     return view
@@ -173,7 +173,7 @@ def _resize(columns: np.ndarray, height: int, width: int) -> np.ndarray:
 
 @njit(cache=True, nogil=True, inline="always")
 def _cubic(v1: float, v2: float, v3: float, v4: float, d: float) -> float:
-    """Between v2 and v3, at d in [0, 1)."""
+    """Interpolates between v2 and v3, at d in [0, 1)."""
     return v2 + d * ((-v1 + v3) + d * ((2 * (v1 - v2) + v3 - v4) + d * (-v1 + v2 - v3 + v4)))
 
 
@@ -194,7 +194,7 @@ def _affine(image: np.ndarray, matrix: np.ndarray, fill: np.ndarray) -> np.ndarr
             y -= 0.5
             x2, y2 = int(math.floor(x)), int(math.floor(y))
             dx, dy = x - x2, y - y2
-            # Beyond an edge, the pixels on it go on.
+            # Beyond an edge, its pixels are repeated.
             x1, x3, x4 = max(x2 - 1, 0), min(x2 + 1, width - 1), min(x2 + 2, width - 1)
             y1, y3, y4 = max(y2 - 1, 0), min(y2 + 1, height - 1), min(y2 + 2, height - 1)
             x2, y2 = max(x2, 0), max(y2, 0)

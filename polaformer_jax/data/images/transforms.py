@@ -1,8 +1,8 @@
-"""Images on the host: decode, random resized crop, flip, RandAugment; for evaluation resize and crop.
+"""Image transforms on the host: decode, random resized crop, flip, RandAugment; for evaluation resize and crop.
 
 The pixels are those of Pillow, which the official pipeline uses (torchvision and timm call it). The parts are functions
-`(image, ..., rng) -> image` of (h, w, 3) uint8 arrays; a transform is a small frozen dataclass that chains them, to be
-pickled to worker processes and compared. Everything random is drawn from the generator that is passed in.
+`(image, ..., rng) -> image` of (h, w, 3) uint8 arrays; a transform is a small frozen dataclass that chains them, and
+can be pickled to worker processes and compared. All random numbers are drawn from the generator that is passed in.
 """
 
 import dataclasses
@@ -22,29 +22,30 @@ from polaformer_jax.errors import UserError
 def decode(data: bytes) -> np.ndarray:
     """Decodes to RGB, (h, w, 3) uint8. EXIF orientation is ignored, as the official loader does.
 
-    Pillow's own guard against decompression bombs stays in force: above 179 million pixels is an error.
+    Pillow's own guard against decompression bombs stays active: more than 179 million pixels are an error.
 
     Raises:
-      CorruptRecordError: whatever Pillow raises on broken data; that is more than OSError.
+        CorruptRecordError: replaces whatever Pillow raises on broken data, which is more than OSError.
     """
     pixels = _decode_plain_jpeg(data)
     if pixels is not None:
         return pixels
     try:
         image = Image.open(io.BytesIO(data))
-        # `open` reads only the header; the pixels must be decoded here, where a failure is still this image's.
+        # `open` reads only the header; the pixels must be decoded here, where a failure can be attributed to this
+        # image.
         image.load()
         return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     except Exception as error:
-        # Pillow's own text for this one holds an address in memory and no more.
+        # Pillow's own message for this error holds only a memory address.
         reason = "of no known format" if isinstance(error, UnidentifiedImageError) else error
         raise CorruptRecordError(f"corrupt image ({len(data)} bytes): {reason}") from error
 
 
 def _decode_plain_jpeg(data: bytes) -> np.ndarray | None:
-    """A JPEG file of the usual kind, decoded straight into an array by the library that Pillow uses: a third faster.
+    """Decodes an ordinary JPEG file straight into an array with the library that Pillow uses: a third faster.
 
-    None for all others, among them whatever libjpeg so much as warns of: what is to become of those Pillow decides.
+    None for all others, including those for which libjpeg gives so much as a warning: Pillow decides about them.
     """
     if not data.startswith(b"\xff\xd8"):
         return None
@@ -63,7 +64,7 @@ def random_crop_box(
     """Draws a box (left, top, right, bottom) as torchvision's `RandomResizedCrop` does.
 
     Area is uniform in `area` (share of the image), aspect ratio log-uniform in `aspect`, position uniform; after ten
-    boxes that do not fit, the largest central box whose aspect is in range.
+    boxes that do not fit, it is the largest central box whose aspect is in range.
     """
     for _ in range(10):
         target = width * height * rng.uniform(*area)
@@ -72,7 +73,7 @@ def random_crop_box(
         if 0 < w <= width and 0 < h <= height:
             top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
             return left, top, left + w, top + h
-    # A ratio may leave less than a pixel of a one-pixel-wide image: torchvision would fail, we keep one.
+    # A ratio may leave less than a pixel of a one-pixel-wide image: torchvision would fail, here one pixel is kept.
     w = min(width, max(1, round(height * aspect[1])))
     h = min(height, max(1, round(width / aspect[0])))
     left, top = (width - w) // 2, (height - h) // 2
@@ -94,7 +95,7 @@ def random_resized_crop(
 
 def random_flip(image: np.ndarray, rng: np.random.Generator, *, probability: float) -> np.ndarray:
     """Mirrors left to right with the given probability."""
-    flip = rng.random() < probability  # drawn in any case: what follows sees the same numbers for any probability
+    flip = rng.random() < probability  # always drawn: later draws get the same numbers for any probability
     return resampling.mirror(image) if flip else image
 
 
@@ -132,12 +133,12 @@ class TrainImageTransform(_ImageTransform):
     """Random resized crop, flip, RandAugment: `{"image": bytes, "label"}` to (image_size, image_size, 3) uint8.
 
     Args:
-      image_size: side of the result in pixels.
-      crop_area: smallest and largest share of the image that a crop covers.
-      crop_aspect: smallest and largest width / height of a crop.
-      flip: probability of mirroring left to right.
-      rand_augment: policy such as `rand-m9-mstd0.5-inc1` (see `RandAugment.parse`); None leaves it out.
-      num_classes, on_error: see `check_label` and `Transform`.
+        image_size: side of the result in pixels.
+        crop_area: smallest and largest share of the image that a crop covers.
+        crop_aspect: smallest and largest width / height of a crop.
+        flip: probability of mirroring left to right.
+        rand_augment: policy such as `rand-m9-mstd0.5-inc1` (see `RandAugment.parse`); None omits it.
+        num_classes, on_error: see `check_label` and `Transform`.
     """
 
     image_size: int
@@ -178,7 +179,7 @@ class TrainImageTransform(_ImageTransform):
 
 
 def train_transform(config) -> TrainImageTransform:
-    """The host's part of the augmentation that a config describes."""
+    """The host-side part of the augmentation that a config describes."""
     augment = config.augment
     return TrainImageTransform(
         config.model.img_size,
@@ -195,7 +196,7 @@ def train_transform(config) -> TrainImageTransform:
 class EvalImageTransform(_ImageTransform):
     """Resizes to (resize, resize) **without keeping the aspect**, bicubic, then takes the central (crop, crop).
 
-    The official evaluation does it this way; `resize == crop` takes no crop.
+    The official evaluation does it this way; `resize == crop` crops nothing.
     """
 
     resize: int

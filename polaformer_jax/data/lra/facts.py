@@ -1,8 +1,9 @@
-"""What is fixed about each task: names, numbers of token ids and of classes, and lengths.
+"""The constants of each task: names, numbers of token ids and of classes, and lengths.
 
-A record holds bytes; the token of byte b is b + 1, so that id 0 is left for padding and never occurs in the data: a
+A record holds bytes; the token of byte b is b + 1, so that id 0 is reserved for padding and never occurs in the data: a
 black pixel and a zero byte are tokens like any other. Sources: the table of the Skyformer code (github.com/pkuzengqi/
-Skyformer) for lengths and vocabularies, but for the image's, which has 256 ids there because black is its padding.
+Skyformer) for lengths and vocabularies, except for the image task's, which has 256 ids there because black is its
+padding.
 """
 
 from typing import NamedTuple
@@ -17,13 +18,13 @@ class Facts(NamedTuple):
     """One task.
 
     Attributes:
-      data_set: what `prepare` and the folder below the data directory call it.
-      class_names: in label order.
-      vocabulary: the number of token ids, padding included.
-      max_length: the longest sequence, padded; see `cut`.
-      cut: longer sequences lose their end before they are stored.
-      texts: how many sequences an example has.
-      tokenisations: among which to choose; None where there is one only.
+        data_set: its name for `prepare`, and of its folder below the data directory.
+        class_names: in label order.
+        vocabulary: the number of token ids, padding included.
+        max_length: the padded length of the longest sequence; see `cut`.
+        cut: longer sequences are truncated to this length before they are stored.
+        texts: the number of sequences per example.
+        tokenisations: the available ones; None where there is only one.
     """
 
     data_set: str
@@ -44,7 +45,7 @@ TASKS = {
     "retrieval": Facts("lra_retrieval", ("unrelated", "related"), 512, 4096, 4000, texts=2),
     "pathfinder": Facts("lra_pathfinder", ("apart", "connected"), 512, 1024, 1024),
     "image_lra": Facts("lra_image", _CIFAR10, 257, 1024, 1024),
-    # No part of the Long Range Arena: what a CPU can learn, with softmax attention too.
+    # Not part of the Long Range Arena: small enough to be learned on a CPU, with softmax attention too.
     "listops_short": Facts("lra_listops_short", tuple("0123456789"), 32, 256, 255, tokenisations=LISTOPS_TOKENISATIONS),
 }
 DATA_SETS = {facts.data_set: task for task, facts in TASKS.items()}
@@ -54,15 +55,17 @@ def facts_of(task: str) -> Facts:
     """The facts of a task.
 
     Raises:
-      UserError: no such task.
+        UserError: no such task.
     """
     if task not in TASKS:
-        raise UserError(f"task.name is {task!r}, which is no Long Range Arena task; expected one of {', '.join(TASKS)}")
+        raise UserError(
+            f"task.name is {task!r}, which is not a Long Range Arena task; expected one of {', '.join(TASKS)}"
+        )
     return TASKS[task]
 
 
 def missing_message(task: str, data_dir) -> str:
-    """What to say where the data of a task is not prepared: what to get, and where to put it."""
+    """The message for a task whose data is not prepared: what to get, and where to put it."""
     name = facts_of(task).data_set
     prepare = "  polaformer prepare"
     own = f"{prepare} {name} --data-dir {data_dir}"

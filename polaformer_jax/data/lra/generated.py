@@ -1,4 +1,4 @@
-"""Generates ListOps and Pathfinder-32 on all cores; what is written does not depend on how many there are."""
+"""Generates ListOps and Pathfinder-32 on all cores; the result does not depend on their number."""
 
 import collections
 import contextlib
@@ -30,11 +30,11 @@ class Generated(NamedTuple):
     """How a data set is generated.
 
     Attributes:
-      examples: of all splits together, where no other number is asked for.
-      shares: of train, dev and test.
-      block: (seed, number) to the arrays of a block of examples; runs in processes of its own.
-      count: how many blocks there are for so many examples, at most.
-      divided: blocks, one after the other, to the examples of them that are taken.
+        examples: the default number of examples, of all splits together.
+        shares: relative sizes of train, dev and test.
+        block: maps (seed, number) to the arrays of a block of examples; runs in worker processes.
+        count: maps a number of examples to the number of blocks for them, at most.
+        divided: maps an iterator of blocks to an iterator of the examples taken from them.
     """
 
     examples: int
@@ -45,12 +45,12 @@ class Generated(NamedTuple):
 
 
 def cores() -> int:
-    """How many processes can run at once here."""
+    """How many processes can run at once on this machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def split_of(number: int, examples: int, shares: tuple[int, int, int]) -> str:
-    """The split of example `number`: the first go to train, then to dev, then to test."""
+    """The split of example `number`: the first ones are train, the next dev, the last test."""
     dev, test = (examples * share // sum(shares) for share in shares[1:])
     return "train" if number < examples - dev - test else "dev" if number < examples - test else "test"
 
@@ -58,16 +58,16 @@ def split_of(number: int, examples: int, shares: tuple[int, int, int]) -> str:
 def prepare(
     name: str, data_dir: epath.PathLike, *, seed: int = 0, examples: int | None = None, processes: int = 1
 ) -> None:
-    """Writes one of `DATA_SETS`, its examples in the order of their draws.
+    """Writes one of `DATA_SETS`, its examples in the order in which they are drawn.
 
     Args:
-      data_dir: the directory that holds all prepared data sets.
-      seed: a non-negative integer.
-      examples: for all splits together; by default the number of the Long Range Arena.
-      processes: does not change what is written.
+        data_dir: the directory that holds all prepared data sets.
+        seed: a non-negative integer.
+        examples: for all splits together; by default the number of the Long Range Arena.
+        processes: number of processes; does not change the result.
 
     Raises:
-      UserError: see `store.writing`.
+        UserError: see `store.writing`.
     """
     how = DATA_SETS[name]
     examples = examples or how.examples
@@ -87,7 +87,7 @@ def _listops_block(between: tuple[int, int], seed: int, number: int) -> dict[str
 
 
 def _expressions(blocks: Iterator[dict]) -> Iterator[Example]:
-    """Those that have not come before."""
+    """The expressions of the blocks, each distinct one once."""
     seen = set()
     for block in blocks:
         ends = np.cumsum(block["lengths"]).tolist()
@@ -133,7 +133,7 @@ DATA_SETS = {
 
 @contextlib.contextmanager
 def _blocks(make: Callable[[int], dict], count: int, processes: int) -> Iterator[Iterator[dict]]:
-    """The results of `make(0)`, `make(1)`, ... in this order, computed ahead in processes where there are several."""
+    """The results of `make(0)`, `make(1)`, ... in this order, computed ahead in processes if there are several."""
     if processes < 1:
         raise UserError(f"processes={processes}: expected at least 1", argument="processes")
     if processes == 1:
@@ -144,7 +144,7 @@ def _blocks(make: Callable[[int], dict], count: int, processes: int) -> Iterator
     try:
         yield _computed_ahead(executor, make, count, 2 * processes)
     except futures.BrokenExecutor as error:
-        raise UserError("a process that generates examples was ended from outside; is there memory enough?") from error
+        raise UserError("a process that generates examples was killed from outside; is there enough memory?") from error
     finally:
         executor.shutdown(cancel_futures=True)
 
@@ -159,7 +159,7 @@ def _computed_ahead(executor: futures.Executor, make: Callable[[int], dict], cou
 
 
 def _follow_parent() -> None:
-    """Runs first in every process: it leaves Ctrl-C to its parent, and does not live on without it."""
+    """Runs first in every worker process: leaves Ctrl-C to the parent, and exits when the parent does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process().sentinel
     threading.Thread(target=lambda: (connection.wait([parent]), os._exit(1)), daemon=True).start()

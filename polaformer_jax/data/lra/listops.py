@@ -1,13 +1,15 @@
-"""ListOps: nested operations on lists of digits, long ones, and their values.
+"""ListOps: long nested operations on lists of digits, and their values.
 
     [MAX 4 3 [MIN 2 3 ] 1 0 [MED 1 5 8 9 2 ] ]    has the value 5
 
-A draw is a tree. Its root has depth 1; a node is a digit with probability 3/4, and always at depth 10; else an operator
-with 2 to 10 children. A draw is kept when it has more than 500 and fewer than 2000 symbols, closing brackets counted:
-about one in twelve. (Of the short ones, which are no part of the Long Range Arena: more than 50 and fewer than 256.)
+A draw is a tree. Its root has depth 1; a node is a digit with probability 3/4, and always at depth 10; otherwise an
+operator with 2 to 10 children. A draw is kept when it has more than 500 and fewer than 2000 symbols, closing brackets
+included: about one in twelve. (For the short ones, which are not part of the Long Range Arena: more than 50 and fewer
+than 256.)
 
 Source: Nangia and Bowman, "ListOps" (arXiv 1804.06028), with the settings of the Long Range Arena (arXiv 2011.04006).
-Drawn here by the level, a whole block of trees at once, since nearly all nodes belong to trees that are not kept.
+Here trees are drawn level by level, a whole block of trees at once, since nearly all nodes belong to trees that are not
+kept.
 """
 
 from typing import NamedTuple
@@ -18,18 +20,18 @@ SYMBOLS = (*"0123456789", "[MIN", "[MAX", "[MED", "[SM", "]")  # a symbol's posi
 MIN, MAX, MED, SM, CLOSE = range(10, 15)
 MAX_DEPTH = 10
 MAX_CHILDREN = 10
-LENGTHS, SHORT_LENGTHS = (501, 1999), (51, 255)  # the shortest and the longest that are kept
-BLOCK = 8192  # trees drawn at once; part of what a seed means
+LENGTHS, SHORT_LENGTHS = (501, 1999), (51, 255)  # shortest and longest length that is kept
+BLOCK = 8192  # trees drawn at once; with another number the same seed gives other trees
 _OPERATOR_PROBABILITY = 0.25
 
 
 class Expressions(NamedTuple):
-    """What is kept of a block of draws, in the order of the draws.
+    """The kept draws of a block, in the order in which they were drawn.
 
     Attributes:
-      symbols: (all symbols,) uint8, the expressions one after the other.
-      lengths: (expressions,) int64.
-      values: (expressions,) uint8, 0 to 9.
+        symbols: (all symbols,) uint8, the expressions one after the other.
+        lengths: (expressions,) int64.
+        values: (expressions,) uint8, 0 to 9.
     """
 
     symbols: np.ndarray
@@ -38,12 +40,12 @@ class Expressions(NamedTuple):
 
 
 class Level(NamedTuple):
-    """All nodes of one depth, siblings beside each other and in the order of their parents.
+    """All nodes of one depth, siblings next to each other and in the order of their parents.
 
     Attributes:
-      symbols: (nodes,) uint8, a digit or an operator.
-      parents: (nodes,) the operator above each, as its number among the *operators* of the level above.
-      children: (operators,) how many each operator has.
+        symbols: (nodes,) uint8, a digit or an operator.
+        parents: (nodes,) the operator above each, as its index among the *operators* of the level above.
+        children: (operators,) how many each operator has.
     """
 
     symbols: np.ndarray
@@ -52,7 +54,7 @@ class Level(NamedTuple):
 
 
 def draw_block(seed: int, block: int, between: tuple[int, int] = LENGTHS) -> Expressions:
-    """The kept expressions of block number `block`: a function of these numbers alone."""
+    """The kept expressions of block number `block`: a function of the arguments only."""
     levels = draw_trees(np.random.default_rng([seed, block]), BLOCK)
     lengths, values = _measure(levels)
     return _write(levels, lengths, values[0], between)
@@ -64,12 +66,12 @@ def to_text(symbols: np.ndarray) -> str:
 
 
 def without_brackets(symbols: np.ndarray) -> np.ndarray:
-    """The same expression with its closing brackets dropped; it cannot always be told from others any more."""
+    """The same expression with its closing brackets dropped; different expressions can become equal."""
     return symbols[symbols != CLOSE]
 
 
 def draw_trees(rng: np.random.Generator, count: int) -> list[Level]:
-    """Draws trees of any size; the levels of depth 1 to 10."""
+    """Draws trees of any size; returns the levels of depth 1 to 10."""
     levels, parents = [], np.arange(count)
     for depth in range(1, MAX_DEPTH + 1):
         nodes = len(parents)
@@ -84,7 +86,7 @@ def draw_trees(rng: np.random.Generator, count: int) -> list[Level]:
 
 
 def _uniform(rng: np.random.Generator, count: int, options: int) -> np.ndarray:
-    # NumPy keeps the stream of `random` from version to version more faithfully than that of `integers`.
+    # In NumPy, the stream of `random` is more stable across versions than that of `integers`.
     return (rng.random(count) * options).astype(np.uint8)
 
 
@@ -109,7 +111,7 @@ def _apply(operators: np.ndarray, digits: np.ndarray, starts: np.ndarray, counts
     owners = np.repeat(np.arange(len(operators)), counts)
     ordered = digits[np.argsort(owners * 16 + digits, kind="stable")].astype(np.int64)
     ends = starts + counts
-    # The integer part of the median: of an even number of digits the lower half of the sum of the two in the middle.
+    # The integer part of the median: for an even number of digits, half the sum of the middle two, rounded down.
     median = (ordered[starts + (counts - 1) // 2] + ordered[starts + counts // 2]) // 2
     total = np.add.reduceat(digits, starts, dtype=np.int64) % 10
     return np.choose(operators - MIN, (ordered[starts], ordered[ends - 1], median, total)).astype(np.uint8)

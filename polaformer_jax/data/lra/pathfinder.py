@@ -1,15 +1,15 @@
-"""Pathfinder: do the two discs end the same dashed curve? Here the curves; `pathfinder_pictures` draws them.
+"""Curves of Pathfinder: are two discs at the ends of the same dashed curve? `pathfinder_pictures` draws them.
 
-Two target curves of 14 dashes grow in turn from the middle of the picture; shorter curves distract. A curve turns at
-its pivots, which lie in the middle of the gaps, `LENGTH + 2 MARGIN` apart; the direction from a pivot is drawn with
-weights cos²(min(CONTINUITY |turn|, 90°)) among those that lead into free space. A curve that is stuck starts the whole
-picture again; a distractor that is stuck is tried elsewhere, and in the end left out.
+Two target curves of 14 dashes grow in turn from the middle of the picture; shorter curves are distractors. A curve
+turns at its pivots, which are in the middle of the gaps, `LENGTH + 2 MARGIN` apart; the direction from a pivot is drawn
+with weights cos²(min(CONTINUITY |turn|, 90°)) among those that lead into free space. If a target curve gets stuck, the
+whole picture is started again; a distractor that gets stuck is tried elsewhere, and finally omitted.
 
 Source: Linsley et al., "Learning long-range spatial dependencies with horizontal gated recurrent units" (arXiv
 1805.08315) and Tay et al. (arXiv 2011.04006), the hard set at 32 x 32.
 
-Picture i is a function of (seed, i). Many pictures grow side by side in arrays, each drawing from a stream of random
-numbers of its own. Directions are whole steps on a circle, so that rounding cannot tell machines apart.
+Picture i is a function of (seed, i). Many pictures are grown at once in arrays, each with its own stream of random
+numbers. Directions are whole steps on a circle, so that rounding gives the same result on all machines.
 """
 
 import functools
@@ -27,12 +27,12 @@ CONTINUITY = 1.0
 STEPS = 64  # directions on the circle
 
 _STRIDE = LENGTH + 2 * MARGIN
-_CELLS = 3  # cells of the map of free space along a pixel
-_PHASES = 3  # positions told apart within a cell, along each axis
-_BORDER = 4  # pixels around the picture that the map has too; a dash that is tried may reach so far
+_CELLS = 3  # cells of the map of free space per pixel, along each axis
+_PHASES = 3  # positions distinguished within a cell, along each axis
+_BORDER = 4  # pixels around the picture that the map includes; a dash that is tried may reach this far
 _MAP = (SIDE + 2 * _BORDER) * _CELLS
-CLEARANCE = 1.5  # between any two dashes but neighbours on a curve, to within the map's cells
-RIM = 1.0  # dashes keep off the edge of the picture
+CLEARANCE = 1.5  # between any two dashes except neighbours on a curve, to the precision of the map's cells
+RIM = 1.0  # distance of dashes from the edge of the picture
 _SEVERAL = 255  # in the map: near more than one dash
 _TRIES = 12  # places tried for a distractor
 
@@ -51,12 +51,12 @@ class Curves(NamedTuple):
     """What n pictures show; positions are (x, y) in pixels from the upper left corner of the picture.
 
     Attributes:
-      labels: (n,) bool, whether the discs end the same curve.
-      targets: (n, 2, DASHES, 2, 2): curve, dash, its begin and end, x and y.
-      distractors: (n, DISTRACTORS, DISTRACTOR_DASHES, 2, 2), NaN where one is left out.
-      discs: (n, 2, 2): the disc at the end of curve `marked`, then the one at the begin of a curve.
-      marked: (n,) the target curve that ends in the first disc.
-      restarts: (n,) how often the picture was begun again.
+        labels: (n,) bool, whether the discs are at the ends of the same curve.
+        targets: (n, 2, DASHES, 2, 2): curve, dash, its start and end, x and y.
+        distractors: (n, DISTRACTORS, DISTRACTOR_DASHES, 2, 2), NaN where one is omitted.
+        discs: (n, 2, 2): the disc at the end of curve `marked`, then the one at the start of a curve.
+        marked: (n,) the target curve that ends in the first disc.
+        restarts: (n,) how often the picture was started again.
     """
 
     labels: np.ndarray
@@ -68,7 +68,7 @@ class Curves(NamedTuple):
 
 
 def grow(seed: int, indices: np.ndarray) -> Curves:
-    """The curves of the pictures of these numbers."""
+    """The curves of the pictures with these indices."""
     canvas = _Canvas(seed, np.asarray(indices, np.uint64))
     everyone = np.arange(len(indices))
     # Drawn once: a restart must not favour the label of pictures that are easy to draw.
@@ -82,7 +82,7 @@ def grow(seed: int, indices: np.ndarray) -> Curves:
 
 
 class _Canvas:
-    """The space that is taken, and the random numbers, of many pictures. `who` are positions of pictures in it."""
+    """The occupied space and the random numbers of many pictures. `who` holds indices of pictures on the canvas."""
 
     def __init__(self, seed: int, indices: np.ndarray):
         blank = np.full((_MAP, _MAP), _SEVERAL, np.uint8)
@@ -110,7 +110,7 @@ class _Canvas:
         self._cells[who] = cells
 
     def is_free(self, who: np.ndarray, pivots: np.ndarray, ways: np.ndarray, before: np.ndarray | int) -> np.ndarray:
-        """(who, w): is there room for dashes from pivots (who, 2) in directions (who, w), after dashes `before`?"""
+        """(who, w): is there space for dashes from pivots (who, 2) in directions (who, w), after dashes `before`?"""
         x, y = ((pivots + _BORDER) * _CELLS).T[:, :, None, None]
         columns = (x + _REACH_X[ways] * _CELLS).astype(np.int64)  # (who, w, points)
         rows = (y + _REACH_Y[ways] * _CELLS).astype(np.int64)
@@ -130,7 +130,7 @@ class _Canvas:
     def turn(
         self, who: np.ndarray, pivots: np.ndarray, headings: np.ndarray, before: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Draws new directions at pivots (who, 2), and tells where there was one to go."""
+        """Draws new directions at pivots (who, 2), and returns them with whether a free one existed."""
         ways = (headings[:, None] + _TURNS) % STEPS  # (who, turns)
         weights = np.cumsum(_WEIGHTS * self.is_free(who, pivots, ways, before), axis=1)
         at = self.uniform(who, 1) * weights[:, -1:]
@@ -142,7 +142,7 @@ class _Canvas:
 def _stamps() -> np.ndarray:
     """(STEPS, PHASES, PHASES, k) cells near a dash, from the cell of its pivot, by direction and y and x within a cell.
 
-    Cells are taken at their centres; where there are fewer than k, one of them repeats.
+    Cells are tested at their centres; where there are fewer than k, one of them is repeated.
     """
     reach = math.ceil((MARGIN + LENGTH + CLEARANCE) * _CELLS) + 1
     window = np.arange(-reach, reach + 1)
@@ -167,7 +167,7 @@ def _mix(z: np.ndarray) -> np.ndarray:
 
 
 def _dashes(pivots: np.ndarray, headings: np.ndarray) -> np.ndarray:
-    """(..., 2, 2) begin and end of the dashes from these pivots."""
+    """(..., 2, 2) start and end of the dashes from these pivots."""
     return pivots[..., None, :] + _UNIT[headings][..., None, :] * _ON_DASH[[0, -1], None]
 
 
@@ -182,7 +182,7 @@ def _grow_targets(canvas: _Canvas, everyone: np.ndarray) -> tuple[np.ndarray, np
         _plant(canvas.uniform(new, 5), new, pivots, headings)
         curve, dash = grown[active] % 2, grown[active] // 2
         good = np.empty(len(active), bool)
-        first = dash == 0  # it has a direction already, but that of curve 2 may run into curve 1
+        first = dash == 0  # it already has a direction, but that of curve 2 may run into curve 1
         who, at = active[first], curve[first]
         good[first] = canvas.is_free(who, pivots[who, at, 0], headings[who, at, 0][:, None], 0)[:, 0]
         who, at, now = active[~first], curve[~first], dash[~first]
@@ -200,7 +200,7 @@ def _grow_targets(canvas: _Canvas, everyone: np.ndarray) -> tuple[np.ndarray, np
 
 
 def _plant(draws: np.ndarray, who: np.ndarray, pivots: np.ndarray, headings: np.ndarray) -> None:
-    """Sets where curves begin, from five random numbers each."""
+    """Sets where curves start, from five random numbers per picture."""
     low = 2 * SEED_DISTANCE
     tail = low + draws[:, :2] * (SIDE - 2 * low)
     away, *own = (draws[:, 2:] * STEPS).astype(np.int64).T

@@ -1,8 +1,8 @@
 """Draws Pathfinder's curves as 32 x 32 grey pictures, light on black, and makes its examples.
 
 Antialiasing is by drawing at twice the resolution, with soft edges there, and averaging. A dash of half a pixel's
-thickness covers at most half of a pixel; the contrast of the curves (2) makes that full, and the contrast of a dash
-(0.75) leaves it below the discs. Sources as in `pathfinder`.
+thickness covers at most half of a pixel; the contrast of the curves (2) scales that to full intensity, and the contrast
+of a dash (0.75) keeps it below the discs. Sources as in `pathfinder`.
 """
 
 import math
@@ -21,12 +21,12 @@ BLOCK = 500  # pictures made at once; the result does not depend on it
 
 
 class Examples(NamedTuple):
-    """Some examples, in the order of their numbers.
+    """Examples in the order of their indices.
 
     Attributes:
-      images: (n, SIDE, SIDE) uint8.
-      labels: (n,) uint8, 1 where the discs end the same curve.
-      curves: what was drawn.
+        images: (n, SIDE, SIDE) uint8.
+        labels: (n,) uint8, 1 where the discs are at the ends of the same curve.
+        curves: what was drawn.
     """
 
     images: np.ndarray
@@ -35,7 +35,7 @@ class Examples(NamedTuple):
 
 
 def make_examples(seed: int, indices: np.ndarray) -> Examples:
-    """The examples of these numbers; number i is a function of (seed, i)."""
+    """The examples with these indices; example i is a function of (seed, i)."""
     curves = pathfinder.grow(seed, indices)
     return Examples(draw(curves), curves.labels.astype(np.uint8), curves)
 
@@ -46,7 +46,7 @@ def draw(curves: Curves) -> np.ndarray:
     dashes = np.concatenate([curves.targets.reshape(count, -1, 2, 2), curves.distractors.reshape(count, -1, 2, 2)], 1)
     picture, which = np.nonzero(~np.isnan(dashes[:, :, 0, 0]))
     lines = coverage(count, picture, dashes[picture, which], THICKNESS / 2, LENGTH)
-    discs = np.repeat(curves.discs.reshape(-1, 1, 2), 2, axis=1)  # lines of no length
+    discs = np.repeat(curves.discs.reshape(-1, 1, 2), 2, axis=1)  # lines of zero length
     blobs = coverage(count, np.repeat(np.arange(count), 2), discs, DISC_RADIUS, 0.0)
     light = np.maximum(np.minimum(SNAKE_CONTRAST * PADDLE_CONTRAST * lines, 1.0), blobs)
     return np.rint(255 * light).astype(np.uint8)
@@ -54,7 +54,7 @@ def draw(curves: Curves) -> np.ndarray:
 
 def coverage(count: int, picture: np.ndarray, lines: np.ndarray, radius: float, length: float) -> np.ndarray:
     """(count, SIDE, SIDE) how much of each pixel is within `radius` of one of the lines (m, 2, 2) of its picture."""
-    fine, edge = SIDE * ANTIALIAS, 0.5 / ANTIALIAS  # light falls from 1 to 0 between `edge` inside and outside
+    fine, edge = SIDE * ANTIALIAS, 0.5 / ANTIALIAS  # coverage falls from 1 to 0 between `edge` inside and outside
     begins = lines[:, 0]
     unit = (lines[:, 1] - begins) / length if length else np.zeros_like(begins)
     window = np.arange(math.ceil((length + 2 * (radius + edge)) * ANTIALIAS) + 1)
@@ -63,7 +63,7 @@ def coverage(count: int, picture: np.ndarray, lines: np.ndarray, radius: float, 
     dx = ((columns + 0.5) / ANTIALIAS - begins[:, 0, None])[:, None, :]
     dy = ((rows + 0.5) / ANTIALIAS - begins[:, 1, None])[:, :, None]
     ux, uy = unit[:, 0, None, None], unit[:, 1, None, None]
-    along, across = dx * ux + dy * uy, dy * ux - dx * uy  # (m, W, W); a line of no length has no direction
+    along, across = dx * ux + dy * uy, dy * ux - dx * uy  # (m, W, W); a line of zero length has no direction
     distance = np.hypot(along - np.clip(along, 0, length), across) if length else np.hypot(*np.broadcast_arrays(dx, dy))
     covered = np.clip((radius + edge - distance) / (2 * edge), 0, 1)
     line, row, column = np.nonzero(covered)

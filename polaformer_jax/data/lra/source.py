@@ -14,27 +14,28 @@ from polaformer_jax.errors import UserError
 
 
 class SequenceSource:
-    """One split of one task. `source[i]` is `{"tokens": int32 (n,), "label": int}`; of retrieval `tokens` is a pair.
+    """One split of one task. `source[i]` is `{"tokens": int32 (n,), "label": int}`; for retrieval `tokens` is a pair.
 
-    Cheap to send to a worker process: it takes along where the files are, and opens them there. Record files are opened
-    with the first record.
+    Cheap to send to a worker process: only the location of the files is pickled, and they are opened there. Record
+    files are opened when the first record is read.
 
     Args:
-      task: `listops`, `listops_short`, `text`, `retrieval`, `pathfinder` or `image_lra`.
-      data_dir: the directory that holds all prepared data sets.
-      tokenisation: of ListOps `brackets` or `no_brackets`; of the others None.
-      split: `train`, `dev` or `test`.
+        task: `listops`, `listops_short`, `text`, `retrieval`, `pathfinder` or `image_lra`.
+        data_dir: the directory that holds all prepared data sets.
+        tokenisation: for ListOps `brackets` or `no_brackets`; for the others None.
+        split: `train`, `dev` or `test`.
 
     Attributes:
-      name: for messages, e.g. `lra_listops no_brackets/dev`.
-      origin: where the data comes from, for people; tells the halves and splits of the reviews apart.
-      num_classes, class_names: labels are in `[0, num_classes)`.
-      vocabulary: the number of token ids. Id 0 is padding and never in the data.
-      max_length: no sequence is longer.
-      lengths: int32 (len,), of retrieval (len, 2); read-only.
+        name: for messages, e.g. `lra_listops no_brackets/dev`.
+        origin: human-readable description of where the data comes from; distinguishes the halves and splits of the
+            reviews.
+        num_classes, class_names: labels are in `[0, num_classes)`.
+        vocabulary: the number of token ids. Id 0 is padding and never occurs in the data.
+        max_length: no sequence is longer.
+        lengths: int32 (len,), for retrieval (len, 2); read-only.
 
     Raises:
-      UserError: unknown task, tokenisation or split; not prepared (the message says how); damaged files.
+        UserError: unknown task, tokenisation or split; not prepared (the message says how); damaged files.
     """
 
     def __init__(self, task: str, *, data_dir: epath.PathLike, tokenisation: str | None, split: str):
@@ -98,8 +99,8 @@ class SequenceSource:
         """Example `index`.
 
         Raises:
-          IndexError: not in `[0, len)`.
-          UserError: the record is damaged.
+            IndexError: not in `[0, len)`.
+            UserError: the record is damaged.
         """
         if not 0 <= index < self._length:
             raise IndexError(f"{self.name} has no record {index}, expected 0 to {self._length - 1}")
@@ -118,7 +119,8 @@ class SequenceSource:
     def _read(self, index: int) -> bytes:
         from array_record.python import array_record_module
 
-        # The library raises RuntimeError for damage of any kind, and a file it cannot make sense of has no records.
+        # The library raises RuntimeError for damage of any kind, and reports no records for a file that it cannot
+        # parse.
         try:
             if self._reader is None:
                 reader = array_record_module.ArrayRecordReader(str(self._records_path), "readahead_buffer_size:0")
@@ -134,13 +136,13 @@ class SequenceSource:
 
 
 def open_source(config_data, task_name: str, tokenisation: str | None, split: str) -> SequenceSource:
-    """Opens the data of a task; reads only, and never generates or downloads anything.
+    """Opens the data of a task; only reads, and never generates or downloads anything.
 
     Args:
-      config_data: the config's `data` part; its `data_dir` holds the prepared data sets.
-      task_name, tokenisation, split: see `SequenceSource`.
+        config_data: the config's `data` part; its `data_dir` holds the prepared data sets.
+        task_name, tokenisation, split: see `SequenceSource`.
 
     Raises:
-      UserError: see `SequenceSource`.
+        UserError: see `SequenceSource`.
     """
     return SequenceSource(task_name, data_dir=config_data.data_dir, tokenisation=tokenisation, split=split)

@@ -1,12 +1,12 @@
-"""How a prepared data set of the Long Range Arena lies on disk: `DATA_DIR/lra_NAME/VERSION/`.
+"""The layout of a prepared data set of the Long Range Arena on disk: `DATA_DIR/lra_NAME/VERSION/`.
 
-    SPLIT.array_record   one record an example: its label (a byte), then its sequence as bytes. Where an example has two
-                         texts, four bytes in between tell the length of the first (little-endian).
-    SPLIT.lengths.npy    int32 (examples,), or (examples, 2): of the two texts, or of ListOps with and without its
+    SPLIT.array_record   one record per example: its label (a byte), then its sequence as bytes. Where an example has
+                         two texts, four bytes in between hold the length of the first (little-endian).
+    SPLIT.lengths.npy    int32 (examples,), or (examples, 2): for the two texts, or for ListOps with and without its
                          closing brackets. Batches are planned by length without reading a record.
     index.json           what the data was made from, and the number of examples and the checksum of each split
 
-A set is written aside (`incomplete.XXXXXX_VERSION`) and renamed when it is whole.
+A data set is written to a temporary folder (`incomplete.XXXXXX_VERSION`) and renamed when it is complete.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from polaformer_jax.data.lra.facts import SPLITS
 from polaformer_jax.errors import UserError
 from polaformer_jax.files import atomic
 
-VERSION = "1.0.0"  # another one when a generator or the layout changes
+VERSION = "1.0.0"  # changes when a generator or the layout changes
 _FIRST_LENGTH = struct.Struct("<I")
 
 
@@ -32,9 +32,9 @@ class Index(NamedTuple):
     """The content of `index.json`.
 
     Attributes:
-      origin: where the data comes from, for people.
-      settings: what it was made with; a set of other settings is another set.
-      splits: for each split `examples`, `bytes` (size of the record file) and `lengths_sha256`.
+        origin: human-readable description of where the data comes from.
+        settings: what it was made with; other settings make another data set.
+        splits: for each split `examples`, `bytes` (size of the record file) and `lengths_sha256`.
     """
 
     origin: str
@@ -50,10 +50,10 @@ def directory_of(data_set: str, data_dir: epath.PathLike) -> epath.Path:
 
 
 def find(data_set: str, data_dir: epath.PathLike) -> tuple[epath.Path, Index] | None:
-    """The folder and the index of a prepared data set; None if there is none that is finished.
+    """The folder and the index of a prepared data set; None if there is no complete one.
 
     Raises:
-      UserError: there is one, but its index is damaged.
+        UserError: there is one, but its index is damaged.
     """
     directory = directory_of(data_set, data_dir)
     path = directory / "index.json"
@@ -69,7 +69,7 @@ def find(data_set: str, data_dir: epath.PathLike) -> tuple[epath.Path, Index] | 
 
 
 def damaged_message(directory: epath.Path, found: str) -> str:
-    """What to say about a prepared data set that cannot be read."""
+    """The message about a prepared data set that cannot be read."""
     name = directory.parent.name
     return (
         f"{directory}: {found}. Remove this folder and prepare it again:\n"
@@ -93,14 +93,14 @@ def decode(record: bytes, texts: int) -> tuple[int, tuple[np.ndarray, ...]]:
 
 
 class Writer:
-    """Takes the examples of a data set that is being written, the splits in any order."""
+    """Writes the examples of a data set, the splits in any order."""
 
     def __init__(self, directory: epath.Path):
         from array_record.python import array_record_module
 
         self._directory = directory
         self._lengths = {split: [] for split in SPLITS}
-        # A record a group: random access.
+        # One record per group: random access.
         self._records = {
             split: array_record_module.ArrayRecordWriter(str(directory / f"{split}.array_record"), "group_size:1")
             for split in SPLITS
@@ -111,7 +111,7 @@ class Writer:
         self._lengths[split].append(lengths)
 
     def close(self) -> dict[str, dict]:
-        """Ends the files and returns what the index says of each split."""
+        """Closes the files and returns the index entry of each split."""
         splits = {}
         for split, writer in self._records.items():
             writer.close()
@@ -127,16 +127,16 @@ class Writer:
 
     def abandon(self) -> None:
         for writer in self._records.values():
-            with contextlib.suppress(Exception):  # what is wrong is on its way already
+            with contextlib.suppress(Exception):  # the original error is already being raised
                 writer.close()
 
 
 @contextlib.contextmanager
 def writing(data_set: str, data_dir: epath.PathLike, *, origin: str, settings: dict) -> Iterator[Writer]:
-    """A data set to fill with examples; it takes its place when the context ends, or leaves no trace if by an error.
+    """Context to fill a data set with examples; it is moved to its place at the end, or leaves no trace after an error.
 
     Raises:
-      UserError: a split got no example, or the files cannot be written.
+        UserError: a split got no example, or the files cannot be written.
     """
     target = directory_of(data_set, data_dir)
     try:

@@ -1,8 +1,8 @@
 """Polarity attention in one kernel: one pass over keys and values, one over queries, gates and convolved values.
 
-What `models.attention` writes as powers, products and quotients of whole arrays, each of which goes to memory and back,
-happens here block by block. The sums over keys never leave the chip, and gradients compute them and the feature maps
-anew.
+Powers, products and quotients, which `models.attention` computes as whole arrays that go to memory and back, are
+computed here block by block. The sums over keys never leave the chip, and the backward pass recomputes them and the
+feature maps.
 """
 
 import functools
@@ -19,11 +19,11 @@ _WITHOUT_BATCH = ("table", "s", "p")
 
 
 def usable(channels: int, width: int) -> bool:
-    """Whether "auto" may choose the kernel: on a TPU.
+    """Whether "auto" may choose the kernel, which it does only on a TPU.
 
-    The matrices of a group of heads have to find room in a core's memory. And it has to be known how the batch lies on
-    the devices, for the compiler splits no kernel: from the mesh that is set (`jax.set_mesh`; steps of the training do
-    it), or because there is one device.
+    The matrices of a group of heads have to fit in a core's memory. The sharding of the batch has to be known too,
+    since the compiler does not partition a kernel: from the mesh that is set (`jax.set_mesh`, as training steps do), or
+    because there is one device.
     """
     known = not jax.sharding.get_abstract_mesh().empty or jax.device_count() == 1
     if not known or not for_tpu():
@@ -33,14 +33,14 @@ def usable(channels: int, width: int) -> bool:
 
 
 def for_tpu() -> bool:
-    """Whether a program is being traced for a TPU: for devices of the mesh that is set, else for the default one."""
+    """Whether a program is being traced for a TPU: for the mesh that is set, otherwise for the default device."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     kind = jax.devices()[0].device_kind if device is None else device.device_kind
     return kind.startswith("TPU")
 
 
 def has_kernel(platform: str, width: int) -> bool:
-    """Whether devices of a platform, as `jax.default_backend` calls it, have a kernel for heads of such a width."""
+    """Whether a platform, as `jax.default_backend` names it, has a kernel for heads of this width."""
     return platform == "tpu" or (platform == "gpu" and _kernel_of_gpus(width) is not None)
 
 
@@ -50,19 +50,20 @@ def fused_attention(arrays: dict[str, jax.Array], *, width: int, eps: float, on_
     Args:
         arrays: q, g, u: (B, N, C), u the convolved values. k, v: (B, n, C), all in one dtype, that of the products.
             table: (1, n, C), added to the keys. s, p: (1, C), at least float32.
-            count: (B, 1, 1), how many keys there are, as s. mask, or none: (B, 1, n), zero at keys that are not there,
-            whose values are zero.
-        width: channels of a head, d. eps: added to the denominators.
-        on_tpu: whether nothing but a TPU will run it: it is traced sooner then.
+            count: (B, 1, 1), the number of valid keys, in the dtype of s. mask (optional): (B, 1, n), zero at masked
+            keys, whose values are zero.
+        width: channels of a head, d.
+        eps: added to the denominators.
+        on_tpu: whether only a TPU will run it, which makes it faster to trace.
 
     Returns:
-        (B, N, C) in the dtype of `q`. Where a mesh is set, its devices share the batch.
+        (B, N, C) in the dtype of `q`. Where a mesh is set, the batch is sharded over its devices if it divides evenly.
     """
     return _fused(_Setting(width, eps, on_tpu, jax.sharding.get_abstract_mesh()), arrays)
 
 
 class _Setting(NamedTuple):
-    """All that a program of the kernel depends on but its arrays; see `fused_attention`."""
+    """Everything that a program of the kernel depends on, except for its arrays; see `fused_attention`."""
 
     width: int
     eps: float
@@ -83,14 +84,14 @@ def _bwd(setting, arrays, y_bar):
     q, k, v, g, u, s, p = _run("backward", setting, arrays | {"y_bar": y_bar})
     table = jnp.sum(k, axis=0, keepdims=True, dtype=s.dtype).astype(arrays["table"].dtype)
     bars = {"q": q, "k": k, "v": v, "g": g, "u": u, "table": table, "s": jnp.sum(s, axis=0), "p": jnp.sum(p, axis=0)}
-    return (jax.tree.map(jnp.zeros_like, arrays) | bars,)  # zeros of the count and the mask
+    return (jax.tree.map(jnp.zeros_like, arrays) | bars,)  # zeros for the count and the mask
 
 
 _fused.defvjp(_fwd, _bwd)
 
 
 def _run(direction: str, setting: _Setting, arrays: dict[str, jax.Array]):
-    """`direction` of the kernel, each device with its examples. All results have a batch."""
+    """Runs `direction` of the kernel, each device on its examples. All results have a batch axis."""
     width, eps, on_tpu, mesh = setting
 
     def by(kernel, interpret: bool):
@@ -110,7 +111,7 @@ def _run(direction: str, setting: _Setting, arrays: dict[str, jax.Array]):
         for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
         if kind == AxisType.Auto
     }
-    if not axes:  # no mesh, or the caller has split the batch
+    if not axes:  # no mesh, or the caller has sharded the batch
         return on_one_device(arrays)
     shared = arrays["q"].shape[0] % math.prod(axes.values()) == 0
     by_example = PartitionSpec(tuple(axes)) if shared else PartitionSpec()
@@ -120,7 +121,7 @@ def _run(direction: str, setting: _Setting, arrays: dict[str, jax.Array]):
     )(arrays)
 
 
-# Imported where they are needed: Pallas takes a while.
+# Imported where they are needed: importing Pallas takes a while.
 
 
 def _kernel_of_tpus() -> types.ModuleType:
@@ -130,12 +131,12 @@ def _kernel_of_tpus() -> types.ModuleType:
 
 
 def _interpreted() -> types.ModuleType:
-    """The kernel for devices that have none."""
+    """The kernel that is interpreted on devices that have none of their own."""
     return _kernel_of_tpus()
 
 
 def _kernel_of_gpus(width: int) -> types.ModuleType | None:
-    """None for heads of such a width; or where jax lacks Triton, which it deprecates since 0.11."""
+    """The kernel of GPUs; None if it does not support this width, or jax has no Triton (deprecated since 0.11)."""
     if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
         return None
     from polaformer_jax.models.kernels import gpu

@@ -1,12 +1,13 @@
 """The arithmetic of the fused attention on blocks of tokens: plain functions of arrays, the same for all kernels.
 
-A block is (tokens, G): G channels of one example, which are whole heads of `width` channels. Heads are no axis here.
-Products are of G with G channels, and what lies between two heads is set to zero. The sums over keys, (4, G, G), are
+A block is (tokens, G): G channels of one example, which are whole heads of `width` channels. Heads are not an axis of
+their own: products are of G with G channels, and entries between two heads are set to zero. The sums over keys,
+(4, G, G), are
 
     k+^T v, k-^T v,  and  k+^T 1, k-^T 1, in whose columns the sums of k+ and k- are repeated,
 
-so that numerators and denominators are products alike, each value channel with a denominator of its own. Notation is
-that of `polaformer_jax.models.attention`; `x_bar` is the gradient of x.
+so that numerators and denominators are computed by the same products, each value channel with its own denominator.
+Notation is that of `polaformer_jax.models.attention`; `x_bar` is the gradient of x.
 """
 
 import types
@@ -22,11 +23,13 @@ from polaformer_jax.models.powers import signed_powers, signed_powers_gradients
 
 
 class Plan(NamedTuple):
-    """How a kernel cuts its arrays: all that it knows when it is compiled.
+    """How a kernel cuts its arrays into blocks: everything that is static when it is compiled.
 
     Attributes:
         queries, keys: tokens of an example.
-        channels: C. group: those of a block, G, which are whole heads. width: those of a head.
+        channels: C.
+        group: channels of a block, G, which are whole heads.
+        width: channels of a head.
         query_block, key_block: tokens of a block; the last one may end beyond the arrays.
         eps: added to the denominators.
     """
@@ -42,7 +45,7 @@ class Plan(NamedTuple):
 
     @classmethod
     def of(cls, q: jax.Array, k: jax.Array, **cut) -> "Plan":
-        """For queries (B, N, C) and keys (B, n, C); `cut` has the other attributes."""
+        """For queries (B, N, C) and keys (B, n, C); `cut` holds the other attributes."""
         _, queries, channels = q.shape
         return cls(queries=queries, keys=k.shape[1], channels=channels, **cut)
 
@@ -61,7 +64,7 @@ def named(names, refs) -> tuple[types.SimpleNamespace, tuple]:
 
 
 def dot(a: jax.Array, b: jax.Array, over: tuple[int, int]) -> jax.Array:
-    """Sum over axis `over[0]` of a and axis `over[1]` of b, both of two axes; at least float32."""
+    """Contracts axis `over[0]` of a with axis `over[1]` of b, both of two axes; at least float32."""
     full = accumulation_dtype(a.dtype)
     exact = jax.lax.Precision.HIGHEST if a.dtype == full else None
     axes = (((over[0],), (over[1],)), ((), ()))
@@ -69,16 +72,16 @@ def dot(a: jax.Array, b: jax.Array, over: tuple[int, int]) -> jax.Array:
 
 
 def signed(z: jax.Array, p: jax.Array, narrow) -> tuple[jax.Array, jax.Array]:
-    """relu(z)^p and relu(-z)^p in the type `narrow`."""
+    """relu(z)^p and relu(-z)^p in the dtype `narrow`."""
     plus, minus = signed_powers(z, p)
     return plus.astype(narrow), minus.astype(narrow)
 
 
 def matrices(sums, count: jax.Array, width: int, narrow) -> list[jax.Array]:
-    """What q+ and q- are multiplied with: for the numerators, then for the denominators, each (G, G).
+    """The matrices that q+ and q- are multiplied with: two for the numerators, two for the denominators, each (G, G).
 
-    In the columns of the opposite-signed stream the two are exchanged. The map is its own transpose: given gradients
-    of its results it gives gradients of the sums.
+    In the columns of the opposite-signed stream the two are exchanged. The map is its own transpose: applied to
+    gradients of its results it gives gradients of the sums.
     """
     row, column = (jax.lax.broadcasted_iota(jnp.int32, sums[0].shape, axis) for axis in (0, 1))
     one_head = jax.lax.div(row, np.int32(width)) == jax.lax.div(column, np.int32(width))
@@ -88,13 +91,13 @@ def matrices(sums, count: jax.Array, width: int, narrow) -> list[jax.Array]:
 
 
 def key_sums(z, values, there, p) -> list[jax.Array]:
-    """What a block adds to the sums over keys. `there`: (tokens, G), ones, and zeros at hidden keys, where z is 0."""
+    """What a block adds to the sums over keys. `there`: (tokens, G), ones, and zeros at masked keys, where z is 0."""
     plus, minus = signed(z, p, values.dtype)
     return [dot(keys, columns, (0, 0)) for columns in (values, there) for keys in (plus, minus)]
 
 
 def streams(plus, minus, m, eps: float) -> tuple[jax.Array, jax.Array]:
-    """Both streams' outputs of queries (q+, q-), and one over their denominators."""
+    """The outputs of both streams for queries (q+, q-), and the reciprocals of their denominators."""
     numerator = dot(plus, m[0], (1, 0)) + dot(minus, m[1], (1, 0))
     inverse = 1 / (dot(plus, m[2], (1, 0)) + dot(minus, m[3], (1, 0)) + eps)
     return numerator * inverse, inverse

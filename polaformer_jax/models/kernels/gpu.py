@@ -1,7 +1,7 @@
-"""The kernel of the fused attention for GPUs, by Triton: one program for each head of each example.
+"""The Triton kernel of the fused attention for GPUs: one program for each head of each example.
 
-A program goes over the blocks of keys, then over those of queries, and with gradients over those of keys again. What
-the passes hand on, matrices of a head's width, stays in its registers.
+A program loops over the blocks of keys, then over those of queries, and for gradients over those of keys again. The
+matrices that it keeps from loop to loop, as wide as a head, stay in registers.
 """
 
 import functools
@@ -14,7 +14,7 @@ from jax.experimental.pallas import triton as plgpu
 from polaformer_jax.models.kernels import blocks
 from polaformer_jax.models.kernels.blocks import Plan
 
-BLOCK = 32 * 64  # elements of a block, at most; more of them would not find room in the registers
+BLOCK = 32 * 64  # the most elements of a block; more would not fit in the registers
 
 
 def plan(q, k, width: int, eps: float, masked: bool) -> Plan:
@@ -24,7 +24,7 @@ def plan(q, k, width: int, eps: float, masked: bool) -> Plan:
 
 
 def has_width(width: int) -> bool:
-    """Whether heads may have so many channels: Triton's arrays are powers of two, and its products at least 16 wide."""
+    """Whether heads may have this width: Triton needs array sizes of powers of two, and products at least 16 wide."""
     return width >= 16 and width & (width - 1) == 0
 
 
@@ -33,18 +33,18 @@ def _block(tokens: int, width: int) -> int:
 
 
 def forward(plan: Plan, interpret: bool, arrays: dict[str, jax.Array]) -> jax.Array:
-    """y (B, N, C) of the arrays by name: q, k, v, g, u, table, s, p, count, and perhaps mask."""
+    """y (B, N, C) of the arrays by name: q, k, v, g, u, table, s, p, count, and optionally mask."""
     return _call(_forward_kernel, plan, interpret, arrays, results=("q",), warps=4)[0]
 
 
 def backward(plan: Plan, interpret: bool, arrays: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
-    """Gradients of q, k, v, g, u, and of s and p for each example, (B, 1, C). `arrays` has y_bar too."""
+    """Gradients of q, k, v, g, u, and of s and p for each example, (B, 1, C). `arrays` also holds y_bar."""
     return _call(_backward_kernel, plan, interpret, arrays, ("q", "k", "v", "g", "u", "each", "each"), warps=8)
 
 
 def _call(kernel, plan: Plan, interpret: bool, arrays, results, warps: int):
     batch, full = arrays["q"].shape[0], arrays["s"].dtype
-    # Blocks that hold whole arrays, up to the end of their last parts.
+    # Blocks that cover whole arrays, up to the end of their last parts.
     queries, keys = plan.query_blocks * plan.query_block, plan.key_blocks * plan.key_block
     query = pl.BlockSpec((None, queries, plan.width), lambda b, h: (b, 0, h))
     key = pl.BlockSpec((None, keys, plan.width), lambda b, h: (b, 0, h))
@@ -126,7 +126,7 @@ def _matrices(plan: Plan, x, sums) -> list[jax.Array]:
 
 
 def _keys(at: "_Part", x):
-    """z of a block of keys, its values, and ones where a key is there."""
+    """z of a block of keys, its values, and ones at valid keys."""
     z = (at.of(x.k).astype(x.s.dtype) + at.of(x.table).astype(x.s.dtype)) / x.s[...]
     values = at.of(x.v)
     inside = at.inside
@@ -137,7 +137,7 @@ def _keys(at: "_Part", x):
 
 
 class _Part:
-    """Part `index` of an array's tokens, of which the last ends beyond it: there it reads zeros, and writes nothing."""
+    """Part `index` of an array's tokens; beyond the end of the array the last part reads zeros and writes nothing."""
 
     def __init__(self, index, size: int, tokens: int):
         self.at = pl.ds(index * size, size)

@@ -1,7 +1,7 @@
 """The kernel of the fused attention for TPUs: passes over blocks of tokens, one after the other, in one program.
 
 The grid is (groups of channels, batch, steps), and the steps of one example are its blocks of keys, of queries, and
-with gradients its blocks of keys again. A TPU core runs them in this order, so that the sums over keys stay in its
+for gradients its blocks of keys again. A TPU core runs them in this order, so that the sums over keys stay in its
 memory (VMEM) from the first pass to the last.
 """
 
@@ -16,9 +16,9 @@ from jax.experimental.pallas import tpu as pltpu
 from polaformer_jax.models.kernels import blocks
 from polaformer_jax.models.kernels.blocks import Plan
 
-LANES = 128  # the last axis of a register, and the side of the unit that multiplies
-BLOCK = 512 * LANES  # elements of a block, at most; some thirty of them are in memory at a time
-LARGEST_GROUP = 384  # channels, of whose square some twenty are in memory at a time
+LANES = 128  # the last axis of a register, and the side of the matrix unit
+BLOCK = 512 * LANES  # the most elements of a block; about thirty blocks are in memory at a time
+LARGEST_GROUP = 384  # channels; about twenty matrices of this side are in memory at a time
 
 
 def plan(q, k, width: int, eps: float, masked: bool) -> Plan:
@@ -26,18 +26,18 @@ def plan(q, k, width: int, eps: float, masked: bool) -> Plan:
     group = group_of(q.shape[2], width)
     limit = BLOCK // (pl.cdiv(group, LANES) * LANES)
     query_block = _block(q.shape[1], limit, 16)
-    key_block = _block(k.shape[1], limit, LANES if masked else 16)  # a mask's tokens lie along the lanes
+    key_block = _block(k.shape[1], limit, LANES if masked else 16)  # a mask's tokens are along the lanes
     return Plan.of(q, k, group=group, width=width, query_block=query_block, key_block=key_block, eps=eps)
 
 
 def group_of(channels: int, width: int) -> int:
-    """The fewest channels that fill registers, hold whole heads and divide all of them; else all of them."""
+    """The fewest channels that fill registers, hold whole heads and divide `channels`; otherwise `channels`."""
     size = math.lcm(width, LANES)
     return channels if channels % size else size
 
 
 def _block(tokens: int, limit: int, multiple: int) -> int:
-    """Tokens of a block: all, or the largest divisor that is tiled, or, if that is small, about equal parts."""
+    """Tokens of a block: all, or the largest tileable divisor, or, if that is small, about equal parts."""
     if tokens <= limit:
         return tokens
     largest = max(limit // multiple, 1) * multiple
@@ -49,18 +49,18 @@ def _block(tokens: int, limit: int, multiple: int) -> int:
 
 
 def forward(plan: Plan, interpret: bool, arrays: dict[str, jax.Array]) -> jax.Array:
-    """y (B, N, C) of the arrays by name: q, k, v, g, u, table, s, p, count, and perhaps mask."""
+    """y (B, N, C) of the arrays by name: q, k, v, g, u, table, s, p, count, and optionally mask."""
     return _call(_forward_kernel, plan, interpret, arrays, results=("q",), squares=(True, False), passes_over_keys=1)[0]
 
 
 def backward(plan: Plan, interpret: bool, arrays: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
-    """Gradients of q, k, v, g, u, and of s and p for each example, (B, 1, C). `arrays` has y_bar too."""
+    """Gradients of q, k, v, g, u, and of s and p for each example, (B, 1, C). `arrays` also holds y_bar."""
     results = ("q", "k", "v", "g", "u", "each", "each")
     return _call(_backward_kernel, plan, interpret, arrays, results, squares=(True, False, True), passes_over_keys=2)
 
 
 def _call(kernel, plan: Plan, interpret: bool, arrays, results, squares, passes_over_keys: int):
-    """Runs `kernel`. `squares`: its (4, G, G) scratch arrays, True for those in at least float32."""
+    """Runs `kernel`. `squares`: its (4, G, G) scratch arrays, True for those in the accumulation dtype."""
     batch, full = arrays["q"].shape[0], arrays["s"].dtype
     steps = passes_over_keys * plan.key_blocks + plan.query_blocks
     second_pass = plan.key_blocks + plan.query_blocks
@@ -101,10 +101,10 @@ def _call(kernel, plan: Plan, interpret: bool, arrays, results, squares, passes_
 
 
 def _cost(plan: Plan, arrays, results, passes_over_keys: int) -> pl.CostEstimate:
-    """What the compiler is told: bytes as often as blocks are read, and the operations of both passes."""
+    """The estimate for the compiler: bytes as often as blocks are read, and the operations of both passes."""
     batch, keys = arrays["q"].shape[0], arrays["k"].size
     passes = {name: passes_over_keys if plan.key_blocks > 1 else 1 for name in ("k", "v", "mask")}
-    passes["table"] = batch * passes["k"] if plan.key_blocks > 1 else 1  # else it stays while examples change
+    passes["table"] = batch * passes["k"] if plan.key_blocks > 1 else 1  # otherwise it stays in memory for all examples
     read = sum(array.nbytes * passes.get(name, 1) for name, array in arrays.items())
     written = sum(arrays[name].nbytes for name in results if name != "each")
     products = {1: 4 * keys + 4 * arrays["q"].size, 2: 10 * keys + 12 * arrays["q"].size}[passes_over_keys]
@@ -152,7 +152,7 @@ def _backward_kernel(plan: Plan, names, *refs):
 
     @pl.when(step == second_pass)
     def _():
-        _set(m, blocks.matrices(m_bar, x.count[0], plan.width, m.dtype))  # from here on gradients of the sums
+        _set(m, blocks.matrices(m_bar, x.count[0], plan.width, m.dtype))  # from here on m holds gradients of the sums
 
     @pl.when(step >= second_pass)
     def _():
@@ -165,7 +165,7 @@ def _backward_kernel(plan: Plan, names, *refs):
 
 
 def _sum_keys(plan: Plan, step, x, sums, m):
-    """The first pass; after it `m` holds what queries are multiplied with."""
+    """The first pass; after it `m` holds the matrices that queries are multiplied with."""
 
     @pl.when(step == 0)
     def _():
@@ -187,21 +187,21 @@ def _set(ref, values):
 
 
 def _keys(plan: Plan, index, x):
-    """z of a block of keys, its values, and ones where a key is there."""
+    """z of a block of keys, its values, and ones at valid keys."""
     full = x.s.dtype
     inside = _Inside(index, plan.key_block, plan.keys)
     z = inside((x.k[0].astype(full) + x.table[0].astype(full)) / x.s[...])
     values = inside(x.v[0])
     there = jnp.ones_like(values)
     if hasattr(x, "mask"):
-        # (1, tokens) by (1, G) over the one: the mask down each column, without transposing registers.
+        # (1, tokens) by (1, G) over the axis of size 1: the mask in each column, without transposing registers.
         there = inside(blocks.dot(x.mask[0], there[:1], (0, 0)).astype(there.dtype))
         z = jnp.where(there == 0, 0, z)
     return z, values, there
 
 
 class _Inside:
-    """Sets tokens beyond the end of the arrays, where the last block may read anything, to zero."""
+    """Sets tokens beyond the end of the arrays, where the last block may read arbitrary values, to zero."""
 
     def __init__(self, index, size: int, tokens: int):
         self.left = tokens - index * size if tokens % size else None

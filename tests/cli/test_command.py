@@ -1,0 +1,181 @@
+"""The command line without processes: configs with overrides, and what becomes of errors."""
+
+import importlib
+import importlib.metadata
+
+import pytest
+
+from polaformer_jax import cli
+from polaformer_jax.cli import command
+from polaformer_jax.errors import Interrupted, UserError
+from polaformer_jax.training import recipes
+from tests.support import ROOT
+
+DIGITS = f"{ROOT}/configs/digits.py"
+
+
+@pytest.fixture
+def parser():
+    found = command.Parser("train", "Trains.\n\nAt length.")
+    found.add_config_argument(help="the config")
+    found.add_argument("--data-dir")
+    return found
+
+
+def parsed(parser, *words):
+    return parser.parse_with_config(["--config", DIGITS, *words])[1]
+
+
+@pytest.mark.parametrize(
+    "words, field, value",
+    [
+        (["--config.optimizer.lr=1e-3"], "optimizer.lr", 1e-3),
+        (["--config.optimizer.lr", "2e-3"], "optimizer.lr", 2e-3),
+        (["--config.seed", "-1"], "seed", -1),
+        (["--config.model.remat"], "model.remat", True),
+        (["--config.model.remat", "--noconfig.model.remat"], "model.remat", False),
+        (["--config.augment.crop_area=(0.5, 1.0)"], "augment.crop_area", (0.5, 1.0)),
+        (["--config.train.epochs=None"], "train.epochs", None),
+        (["--config.train.epochs=3", "--config.train.epochs=4"], "train.epochs", 4.0),
+    ],
+)
+def test_an_override_sets_a_field(parser, words, field, value):
+    found = parsed(parser, *words)
+    for part in field.split("."):
+        found = found[part]
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--config.optimizer.rate=1"], "there is no field optimizer.rate. polaformer_jax/config.py describes all"),
+        (["--config.optimizer.lrs=1"], "there is no field optimizer.lrs. Did you mean optimizer.lr?"),
+        (["--config.optimiser.lr=1"], "there is no field optimiser.lr. Did you mean optimizer?"),
+        (["--config.optimiser.lr=None"], "there is no field optimiser.lr. Did you mean optimizer?"),
+        (["--config.seed.x=1"], "there is no field seed.x"),
+        (["--config.augment.crop_area[0]=0.5"], "tuples are set whole"),
+        (["--config.optimizer.lr=fast"], "could not convert string to float: 'fast'"),
+        (["--config.optimizer.lr="], "could not convert string to float: ''"),
+        (["--config.optimizer=3"], "Failed to parse '3' as a ConfigDict"),
+        (["--config.model.remat=perhaps"], "Non-boolean argument to boolean flag"),
+        (["--config.seed=None"], "--config.seed=None: this field must have a value, such as 0"),
+        (["--config.=3"], "expected --config.FIELD=VALUE with a field"),
+        (["--config."], "expected --config.FIELD=VALUE with a field"),
+        (["there"], "unexpected arguments there"),
+    ],
+)
+def test_an_override_that_does_not_fit_is_refused(parser, words, message):
+    with pytest.raises(UserError) as refused:
+        parsed(parser, *words)
+    assert message in str(refused.value)
+
+
+def test_overrides_need_a_config(parser):
+    with pytest.raises(UserError, match="give the config whose field it changes by --config"):
+        parser.parse_with_config(["--config.seed=1"])
+    assert parser.parse_with_config([])[1] is None
+
+
+@pytest.mark.parametrize("spelling", ["--data-dir", "--data_dir"])
+def test_options_are_spelt_with_dashes_or_underscores(parser, spelling, capsys):
+    args, _ = parser.parse_with_config([spelling, "here", "--config", "digits"])
+    assert args.data_dir == "here"
+    help = parser.format_help()
+    assert "--data-dir" in help and "--data_dir" not in help
+
+
+@pytest.mark.parametrize("words", [["--data"], ["--conf", "digits"], ["--config", "digits", "--epochs=3"]])
+def test_unknown_and_abbreviated_options_are_refused(parser, words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_with_config(words)
+    assert ended.value.code == 2
+    assert "unrecognized arguments" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", " digits", "configs", "nothing", "nothing.py:swin", "README.md", "setup.cfg:x"])
+def test_what_is_no_recipe_is_refused_with_those_that_are(parser, text, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match="expected the path of a Python file|expected a Python file") as refused:
+        parser.parse_with_config([f"--config={text}"])
+    assert refused.value.argument == "config"
+
+
+def test_packaged_recipes_are_found_by_name_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert sorted(recipes.packaged()) == ["digits", "finetune", "lra", "pola_pvt", "pola_swin"]
+    assert recipes.load("pola_swin:t").model.name == "pola_swin_t"
+    assert recipes.load(DIGITS) == recipes.load("digits")
+
+
+def test_a_recipe_of_ones_own(tmp_path):
+    own = tmp_path / "own.py"
+    own.write_text("from polaformer_jax.config import defaults\n\n\ndef get_config():\n    return defaults()\n")
+    assert recipes.load(str(own)).seed == 0
+    with pytest.raises(UserError, match="takes no argument, found 'swin'"):
+        recipes.load(f"{own}:swin")
+
+
+def raising(error):
+    def action():
+        raise error
+
+    return action
+
+
+def test_errors_become_one_message(capsys):
+    assert command.run(raising(UserError("no such folder", argument="data_dir"))) == 1
+    assert command.run(raising(UserError("no such file", argument="file")), options={"file": "FILE"}) == 1
+    assert command.run(raising(UserError("broken"))) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "error: --data-dir: no such folder",
+        "error: FILE: no such file",
+        "error: broken",
+    ]
+
+
+def test_an_interruption_has_its_own_status(capsys):
+    stop = Interrupted("stopped at step 3")
+    assert command.run(raising(stop)) == stop.status not in (0, 1)
+    assert capsys.readouterr().err == "interrupted: stopped at step 3\n"
+
+
+def test_a_missing_extra_is_named_and_any_other_missing_module_is_a_bug(capsys):
+    assert command.run(raising(ModuleNotFoundError("none", name="tensorflow_datasets"))) == 1
+    assert 'pip install "polaformer_jax[train]"' in capsys.readouterr().err
+    for name in ("polaformer_jax.nothing", "jax", None):
+        with pytest.raises(ModuleNotFoundError):
+            command.run(raising(ModuleNotFoundError("none", name=name)))
+
+
+def test_a_bug_is_raised():
+    with pytest.raises(ZeroDivisionError):
+        command.run(lambda: 1 // 0)
+
+
+def test_no_command_prints_the_list(capsys):
+    assert cli.main([]) == 2
+    listed = capsys.readouterr().out
+    assert all(f"\n  {name} " in listed for name in cli.COMMANDS)
+    assert cli.main(["--help"]) == 0
+
+
+def test_a_mistyped_command(capsys):
+    assert cli.main(["trian"]) == 2
+    assert "there is no command 'trian'. Did you mean train?" in capsys.readouterr().err
+
+
+def test_the_version_is_that_of_the_installed_package(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"polaformer_jax {importlib.metadata.version('polaformer_jax')}\n"
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_explains_itself(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(f"polaformer_jax.cli.{cli.COMMANDS[name][0]}").main(["--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: polaformer {name} ")
+    assert max(map(len, shown.splitlines())) <= 120
