@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from polaformer_jax.config import ATTENTION_IMPLEMENTATIONS, DTYPES
 from polaformer_jax.errors import UserError
@@ -109,8 +110,8 @@ class Checks:
     def number(self, name: str, value, *, least: float, below: float = math.inf) -> float:
         """A real number in [least, below)."""
         try:
-            fits = not isinstance(value, bool | str) and bool(least <= value < below)
-        except TypeError:
+            fits = not isinstance(value, bool | np.bool_ | str) and np.ndim(value) == 0 and bool(least <= value < below)
+        except (TypeError, ValueError):
             fits = False
         if not fits:
             limits = f"in [{least}, {below})" if below < math.inf else f">= {least}"
@@ -122,6 +123,12 @@ class Checks:
         """Four real numbers, one for each stage."""
         return tuple(self.number(f"{name}[{i}]", item, least=least) for i, item in enumerate(self._four(name, value)))
 
+    def boolean(self, name: str, value) -> bool:
+        if not isinstance(value, bool | np.bool_):
+            self.problems.append(f"{name}={value!r}: expected True or False")
+            return False
+        return bool(value)
+
     def letters(self, name: str, value, allowed: str, *, suffix: bool = False) -> str:
         """One letter for each of the four stages; with `suffix`, more characters may follow, which are not checked."""
         fits = isinstance(value, str) and (len(value) >= 4 if suffix else len(value) == 4)
@@ -131,13 +138,13 @@ class Checks:
                 "'LLSS'"
             )
             return allowed[0] * 4
-        return value
+        return str(value)
 
     def choice(self, name: str, value, choices: tuple[str, ...]) -> str:
-        if value not in choices:
+        if not isinstance(value, str) or value not in choices:
             self.problems.append(f"{name}={value!r}: expected one of {', '.join(choices)}")
             return choices[0]
-        return value
+        return str(value)
 
     def image_size(self, value) -> int:
         size = self.integer("img_size", value)
@@ -210,17 +217,17 @@ def resolve_config(kind: type[ModelConfig], config: ModelConfig | None, hyperpar
     """The config given to a constructor, or one built from the hyper-parameters given instead.
 
     Raises:
-        TypeError: both were given, the config is of another family, or a hyper-parameter is unknown.
-        UserError: the hyper-parameters do not fit.
+        TypeError: both were given, or `config` is not a config of the family.
+        UserError: a hyper-parameter is unknown, or does not fit.
     """
     if config is None:
         if unknown := sorted(hyperparameters.keys() - set(kind.names())):
-            raise TypeError(
+            raise UserError(
                 f"{kind.family} has no argument {', '.join(unknown)}; its arguments are {', '.join(kind.names())}"
             )
         return kind(**hyperparameters)
     if not isinstance(config, kind):
-        raise TypeError(f"config is a {type(config).__name__}, expected a {kind.__name__}, or arguments by name")
+        raise TypeError(f"config is a {type(config).__name__}, expected a {kind.__name__}; other arguments are given by name")
     if hyperparameters:
         raise TypeError(
             f"a config and {', '.join(hyperparameters)}: give one of them (dataclasses.replace changes a config)"

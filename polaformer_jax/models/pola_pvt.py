@@ -115,7 +115,7 @@ class PolaPVTConfig(ModelConfig):
             "embed_dims": checks.integers("embed_dims", self.embed_dims),
             "num_heads": checks.integers("num_heads", self.num_heads),
             "mlp_ratios": checks.numbers("mlp_ratios", self.mlp_ratios, least=0),
-            "qkv_bias": bool(self.qkv_bias),
+            "qkv_bias": checks.boolean("qkv_bias", self.qkv_bias),
             "depths": checks.integers("depths", self.depths),
             "sr_ratios": checks.integers("sr_ratios", self.sr_ratios),
             "la_sr_ratios": _digits(checks, self.la_sr_ratios),

@@ -117,9 +117,9 @@ class PolaSwinConfig(ModelConfig):
             "num_heads": checks.integers("num_heads", self.num_heads),
             "window_size": checks.integer("window_size", self.window_size),
             "mlp_ratio": checks.number("mlp_ratio", self.mlp_ratio, least=0),
-            "qkv_bias": bool(self.qkv_bias),
-            "ape": bool(self.ape),
-            "patch_norm": bool(self.patch_norm),
+            "qkv_bias": checks.boolean("qkv_bias", self.qkv_bias),
+            "ape": checks.boolean("ape", self.ape),
+            "patch_norm": checks.boolean("patch_norm", self.patch_norm),
             "drop_rate": checks.number("drop_rate", self.drop_rate, least=0, below=1),
             "drop_path_rate": checks.number("drop_path_rate", self.drop_path_rate, least=0, below=1),
             "alpha": checks.alpha(self.alpha),
@@ -250,14 +250,15 @@ class PolaSwin(Backbone):
 def _attention_types(checks: Checks, attn_type) -> str:
     """The four letters, and for mixed stages the number of their linear blocks."""
     letters = checks.letters("attn_type", attn_type, "LSM", suffix=True)
-    suffix = letters[4:]
-    if ("M" in letters[:4]) != suffix.isdecimal() or (suffix and not suffix.isdecimal()):
+    letters, suffix = letters[:4], letters[4:]
+    given = suffix.isdecimal() and len(suffix) <= 4
+    if ("M" in letters) != given or (suffix and not given):
         checks.problems.append(
             f"attn_type={attn_type!r}: a number after the four letters sets how many blocks of a stage of type M are "
             "linear, as in 'LMSL1'; it is required with M, and not allowed without"
         )
         return "LLLL"
-    return letters
+    return letters + (str(int(suffix)) if given else "")
 
 
 def _block_types(attn_type: str, depths: tuple[int, ...]) -> tuple[str, ...]:

@@ -4,10 +4,12 @@ import dataclasses
 import json
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
 import polaformer_jax as pf
+from polaformer_jax.errors import UserError
 from polaformer_jax.models import registry
 from tests.support.small_models import build
 
@@ -30,6 +32,13 @@ from tests.support.small_models import build
         ("pvt", {"la_sr_ratios": "01"}, ["la_sr_ratios='01': expected one digit"]),
         ("pvt", {"sr_ratios": (1, 3, 1, 1)}, ["sr_ratios[1]=3 does not divide"]),
         ("swin", {"alpha": -1}, ["alpha=-1: expected a number >= 0"]),
+        ("swin", {"alpha": np.array([1.0, 2.0])}, ["alpha=array([1., 2.]): expected a number >= 0"]),
+        ("swin", {"alpha": np.array([1.0])}, ["alpha=array([1.]): expected a number >= 0"]),
+        ("swin", {"qkv_bias": "False"}, ["qkv_bias='False': expected True or False"]),
+        ("swin", {"ape": None}, ["ape=None: expected True or False"]),
+        ("pvt", {"qkv_bias": 1}, ["qkv_bias=1: expected True or False"]),
+        ("swin", {"attn_type": "MMMM" + 5000 * "1"}, ["a number after the four letters"]),
+        ("pvt", {"depth": 2, "heads": 3}, ["PolaPVT has no argument depth, heads; its arguments are img_size,"]),
         ("swin", {"kernel_size": 4}, ["kernel_size=4: expected an odd number, such as 3 or 5"]),
         ("pvt", {"drop_path_rate": 1.0}, ["drop_path_rate=1.0: expected a number in [0, 1)"]),
         ("pvt", {"dtype": "float16"}, ["dtype='float16': expected one of bfloat16, float32, float64"]),
@@ -107,6 +116,19 @@ def test_a_config_survives_json_and_knows_its_name(name):
     assert registry.name_of(dataclasses.replace(again, num_classes=3, drop_rate=0.5)) == name
 
 
+def test_a_config_does_not_depend_on_how_its_values_are_written():
+    plain = pf.PolaSwinConfig(attn_type="LMSL1", depths=(2, 2, 6, 2), alpha=3.0, qkv_bias=False, window_size=7)
+    other = pf.PolaSwinConfig(
+        attn_type=np.str_("LMSL01"),
+        depths=np.array([2, 2, 6, 2]),
+        alpha=jnp.float32(3),
+        qkv_bias=np.bool_(False),
+        window_size=np.int64(7),
+    )
+    assert plain == other and hash(plain) == hash(other)
+    assert json.dumps(plain.to_dict()) == json.dumps(other.to_dict())
+
+
 def test_constructors_take_a_config_or_its_fields():
     config = dataclasses.replace(registry.model_config("pola_pvt_nano"), num_classes=3)
     model = nnx.eval_shape(lambda: pf.PolaPVT(config, rngs=nnx.Rngs(0)))
@@ -115,5 +137,7 @@ def test_constructors_take_a_config_or_its_fields():
         pf.PolaPVT(config, alpha=3, rngs=nnx.Rngs(0))
     with pytest.raises(TypeError, match="config is a PolaPVTConfig, expected a PolaSwinConfig"):
         pf.PolaSwin(config, rngs=nnx.Rngs(0))
-    with pytest.raises(TypeError, match="PolaSwin has no argument sr_ratios; its arguments are img_size"):
+    with pytest.raises(TypeError, match="config is a int, expected a PolaSequenceConfig; other arguments are given by n"):
+        pf.PolaSequence(4, rngs=nnx.Rngs(0))
+    with pytest.raises(UserError, match="PolaSwin has no argument sr_ratios; its arguments are img_size"):
         pf.PolaSwin(sr_ratios=(1, 1, 1, 1), rngs=nnx.Rngs(0))
