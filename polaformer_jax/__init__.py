@@ -9,6 +9,8 @@ otherwise each pay for Flax (a second and 150 MB a process).
 
 import importlib
 
+__version__ = "0.2.0"
+
 _EXPORTS = {
     "attention_maps": "analysis.attention_maps",
     "create_model": "weights.creation",

@@ -145,7 +145,7 @@ def defaults() -> "ml_collections.ConfigDict":
     checkpoint.best_after = 0.0  # checkpoints before this fraction of the steps cannot be the best
 
     config.mesh = mesh = ml_collections.ConfigDict()
-    mesh.data = -1  # replicas of the state; -1: all devices
+    mesh.data = -1  # replicas of the state; -1: as many as the devices allow, devices / fsdp
     mesh.fsdp = 1  # devices over which parameters, optimizer state and EMA of a replica are sharded
 
     config.log = log = ml_collections.ConfigDict()
@@ -172,6 +172,21 @@ def defaults() -> "ml_collections.ConfigDict":
     debug.transfer_guard = placeholder(str)  # "log" or "disallow" implicit transfers
 
     return config
+
+
+def may_be_none(field: str) -> bool:
+    """Whether a field may be None, e.g. `train.epochs`: those that `defaults` declares as placeholders, and no others.
+
+    True for a field that is not in the schema, such as one of a recipe of one's own.
+    """
+    from ml_collections.config_dict import FieldReference
+
+    node, *names = defaults(), *field.split(".")
+    for name in names:
+        if not hasattr(node, "keys") or name not in node:
+            return True
+        node = dict(node.items(preserve_field_references=True))[name]
+    return isinstance(node, FieldReference)
 
 
 _CHOICES = {

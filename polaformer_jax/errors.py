@@ -5,10 +5,12 @@ class UserError(ValueError):
     """Says what was found, what was expected, and how to fix it. Commands print the message without a traceback.
 
     Args:
-        message: names values and parameters as Python has them; commands add the option that sets `argument`.
-        argument: the name of the parameter whose value is at fault, where it is a single one.
+        message: names values and parameters as Python has them.
+        argument: the name of the parameter whose value is at fault, where it is a single one. The text of the error
+            begins with it; commands write the option that sets it instead.
 
     Attributes:
+        message, argument: as given.
         status: the exit status of commands that end by this error.
     """
 
@@ -16,7 +18,10 @@ class UserError(ValueError):
 
     def __init__(self, message: str, *, argument: str | None = None):
         super().__init__(message)
-        self.argument = argument
+        self.message, self.argument = message, argument
+
+    def __str__(self) -> str:
+        return self.message if self.argument is None else f"{self.argument}: {self.message}"
 
 
 class WeightsError(UserError):

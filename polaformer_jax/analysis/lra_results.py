@@ -160,7 +160,8 @@ def write(path: epath.PathLike, rows: Iterable[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(lines)
-    atomic.write(path, text.getvalue())
+    with atomic.reported("table", path):
+        atomic.write(path, text.getvalue())
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -7,6 +7,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+import polaformer_jax
+
 # Subcommands, and the modules that hold them: each has `main(argv) -> exit status`.
 COMMANDS = {
     "train": ("train", "train a model, or resume a training"),
@@ -36,9 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_help())
         return 0 if argv else 2
     if argv[0] == "--version":
-        from importlib import metadata
-
-        print(f"polaformer_jax {metadata.version('polaformer_jax')}")
+        print(f"polaformer_jax {polaformer_jax.__version__}")
         return 0
     if argv[0] not in COMMANDS:
         import difflib

@@ -4,7 +4,8 @@
     polaformer aot --config pola_swin:b --topology v5e:2x4 --config.mesh.fsdp=8 --csv b.csv
     polaformer aot --config pola_pvt:s --topology v5e:2x4 --largest-batch
 
-Needs libtpu (the extra `tpu`), but neither a TPU nor the data set. Times are estimates from published peaks.
+Needs libtpu (the extras `train` and `tpu`), but neither a TPU nor the data set. Times are
+estimates from published peaks.
 """
 
 import sys
@@ -21,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--num-examples", type=command.positive_integer, help="size of the training set [ImageNet's]")
     parser.add_argument("--largest-batch", action="store_true", help="find the largest batch that fits, by compiling")
     parser.add_argument("--csv", metavar="FILE", help="file for the same as a row of a table")
-    return command.run(lambda: _compile(parser, sys.argv[1:] if argv is None else argv), options={"path": "--csv"})
+    return command.run(lambda: _compile(parser, sys.argv[1:] if argv is None else argv))
 
 
 def _compile(parser: command.Parser, argv: Sequence[str]) -> None:

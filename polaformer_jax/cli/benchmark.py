@@ -37,4 +37,4 @@ def main(argv: Sequence[str] | None = None) -> int:
             module = importlib.import_module(f"polaformer_jax.benchmark.{subject}")
             module.add_arguments(options)
     args = parser.parse_args(argv)
-    return command.run(lambda: module.main(args), options={"path": "--csv"})
+    return command.run(lambda: module.main(args))

@@ -2,7 +2,8 @@
 
 import argparse
 import difflib
-import importlib.metadata
+import faulthandler
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
     import ml_collections
 
 _OVERRIDE = re.compile(r"--(no)?config\.")
-_EXTRAS_NEEDED = re.compile(r"""extra == ["']train["']""")
+# Modules of the packages of the extra `train`.
+TRAINING_MODULES = {"array_record", "clu", "grain", "importlib_resources", "ml_collections", "optax", "orbax"}
+TRAINING_MODULES |= {"sklearn", "tensorboard", "tensorflow", "tensorflow_datasets"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -71,11 +74,7 @@ class Parser(argparse.ArgumentParser):
             return args, None
         from polaformer_jax.training import recipes
 
-        try:
-            config = recipes.load(args.config)
-        except UserError as error:
-            raise UserError(str(error), argument="config") from error
-        return args, _overridden(config, rest)
+        return args, _overridden(recipes.load(args.config), rest)
 
 
 def _number(word: str) -> bool:
@@ -89,8 +88,8 @@ def _number(word: str) -> bool:
 def _overridden(config: "ml_collections.ConfigDict", words: Sequence[str]) -> "ml_collections.ConfigDict":
     """A config with fields changed as `--config.FIELD=VALUE` says.
 
-    `--config.FIELD=None` sets a field to None that is None in the schema; config_flags would convert the word to
-    the field's type.
+    `--config.FIELD=None` sets a field to None if it may be None; config_flags would convert the word to the field's
+    type.
     """
     from absl import flags
     from ml_collections import config_flags
@@ -127,35 +126,44 @@ def _check_field(config: "ml_collections.ConfigDict", word: str) -> None:
             hint = f"Did you mean {'.'.join([*names[:i], *similar])}? " if similar else ""
             raise UserError(f"{word}: there is no field {field}. {hint}polaformer_jax/config.py describes all fields")
         node = node[name]
+    if hasattr(node, "keys"):
+        raise UserError(f"{word}: {field} is a section of the config; set its fields: {', '.join(node)}")
 
 
 def _set_to_none(config: "ml_collections.ConfigDict", field: str) -> None:
-    from polaformer_jax.config import defaults
+    from polaformer_jax.config import may_be_none
 
     *parts, name = field.split(".")
-    schema = defaults()
     for part in parts:
-        config, schema = config[part], schema.get(part, {})
-    if schema.get(name) is not None:
-        raise UserError(f"--config.{field}=None: this field must have a value, such as {schema[name]!r}")
+        config = config[part]
+    if not may_be_none(field):
+        raise UserError(f"--config.{field}=None: this field must have a value, such as {config[name]!r}")
     config[name] = None
 
 
 def run(action: Callable[[], int | None], *, options: Mapping[str, str] | None = None) -> int:
     """Runs an action and returns the exit status; errors that the user can fix become one message.
 
-    Any other exception is a bug, and raised.
+    Any other exception is a bug, and raised. A process that is aborted, as JAX does when it loses another one, shows
+    where its threads are.
 
     Args:
         action: returns its exit status, or None for 0.
         options: the option that sets a parameter, where its name is another than the parameter's.
     """
+    if not faulthandler.is_enabled():
+        faulthandler.enable()
     try:
-        return action() or 0
+        status = action() or 0
+        sys.stdout.flush()  # here, where a closed pipe is noticed
+        return status
     except UserError as error:
         option = _option(error.argument, options or {})
-        print(f"error: {option}{error}", file=sys.stderr)
+        print(f"error: {option}{error.message}", file=sys.stderr)
         return error.status
+    except BrokenPipeError:  # as in `polaformer predict ... | head -1`: what is left to print goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except Interrupted as stop:
         print(f"interrupted: {stop}", file=sys.stderr)
         return stop.status
@@ -178,12 +186,7 @@ def _option(argument: str | None, options: Mapping[str, str]) -> str:
 
 def _belongs_to_training(module: str | None) -> bool:
     """Whether a module that is missing comes with the extra `train`."""
-    if module is None or module.startswith("polaformer_jax"):
-        return False
-    known = {"tensorflow_datasets", "tensorflow", "tensorboard", "sklearn", "array_record", "importlib_resources"}
-    requires = importlib.metadata.requires("polaformer_jax") or []
-    known |= {re.split(r"[^\w-]", text)[0].replace("-", "_") for text in requires if _EXTRAS_NEEDED.search(text)}
-    return module.split(".")[0] in known
+    return module is not None and module.split(".")[0] in TRAINING_MODULES
 
 
 def positive_integer(text: str) -> int:

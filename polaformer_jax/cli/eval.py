@@ -15,8 +15,7 @@ from collections.abc import Sequence
 from polaformer_jax.cli import command
 
 # Options whose names are not those of the parameters of `evaluation.evaluate`.
-OPTIONS = {"kind": "--weights", "json_path": "--json", "predictions_path": "--predictions"}
-OPTIONS |= {"weights_path": "--save-weights"}
+OPTIONS = {"json_path": "--json", "predictions_path": "--predictions", "weights_path": "--save-weights"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--layout", choices=("ours", "torch"), default="ours", help="torch: official names and layouts [ours]"
     )
     args = parser.parse_intermixed_args(argv)
-    return command.run(lambda: _export(args), options={"kind": "--weights", "path": "OUT"})
+    return command.run(lambda: _export(args))
 
 
 def _export(args) -> None:
@@ -33,8 +33,5 @@ def _export(args) -> None:
     progress.set_up_logging()
     if epath.Path(args.out).exists() and not args.overwrite:
         raise UserError(f"{args.out} exists: give another name, or --overwrite")
-    try:
-        step = export(args.workdir, args.out, checkpoint=args.checkpoint, kind=args.weights, layout=args.layout)
-    except OSError as error:
-        raise UserError(f"{args.out} cannot be written: {error}") from error
+    step = export(args.workdir, args.out, checkpoint=args.checkpoint, kind=args.weights, layout=args.layout)
     print(f"{args.out}: the weights of step {step}")

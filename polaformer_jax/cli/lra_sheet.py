@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--examples", type=command.positive_integer, default=24, help="how many [24]")
     parser.add_argument("--seed", type=int, default=0, help="as for prepare lra_pathfinder [0]")
     args = parser.parse_args(argv)
-    return command.run(lambda: _main(args), options={"path": "--output"})
+    return command.run(lambda: _main(args))
 
 
 def _main(args) -> None:

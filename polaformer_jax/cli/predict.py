@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from polaformer_jax.cli import command
 from polaformer_jax.errors import UserError
 
-OPTIONS = {"file": "--classes", "path": "--picture"}
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = command.Parser("predict", __doc__)
@@ -39,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="the query token whose weights are shown, as --token=-1,-1 for the last [the average over all]",
     )
     args = parser.parse_intermixed_args(argv)
-    return command.run(lambda: _predict(args), options=OPTIONS)
+    return command.run(lambda: _predict(args))
 
 
 def _predict(args) -> None:

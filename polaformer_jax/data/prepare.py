@@ -67,3 +67,7 @@ def _build(name: str, data_dir: epath.Path, manual_dir: epath.PathLike | None) -
         if tfds_source.find_prepared(name, data_dir):
             return  # another process was preparing it too, and was faster
         raise UserError(f"preparing {name!r} failed: {type(error).__name__}: {error}") from error
+
+
+if __name__ == "__main__":  # it was a command in version 0.1
+    raise SystemExit("error: this is no command any more; use: polaformer prepare NAME --data-dir DIR")

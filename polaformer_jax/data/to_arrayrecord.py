@@ -113,3 +113,7 @@ def _records(path: epath.Path) -> Iterator[bytes]:
             r"^.*}} | \[Op:.*$", "", error.message, flags=re.DOTALL
         )  # without the names of TensorFlow's nodes
         raise UserError(f"{path} cannot be read: {reason}. Restore it, or prepare the data set again") from error
+
+
+if __name__ == "__main__":  # it was a command in version 0.1
+    raise SystemExit("error: this is no command any more; use: polaformer prepare to-arrayrecord NAME --data-dir DIR")

@@ -8,6 +8,8 @@ from typing import BinaryIO
 
 from etils import epath
 
+from polaformer_jax.errors import UserError
+
 
 def write(path: epath.PathLike, content: bytes | str) -> None:
     """Writes to a temporary file, then renames it: a reader sees the old file or the new one, never a part.
@@ -32,6 +34,19 @@ def writing(path: epath.PathLike) -> Iterator[BinaryIO]:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def reported(kind: str, path: epath.PathLike) -> Iterator[None]:
+    """Context that writes a file which a user requested: a failure becomes a UserError that names it.
+
+    Args:
+        kind: what the file is, e.g. `table`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{kind} {os.fspath(path)!r} cannot be written: {error}") from error
 
 
 def make_folder(path: epath.Path) -> None:

@@ -46,7 +46,5 @@ def save(figure: Figure, path: epath.PathLike) -> None:
     """
     content = io.BytesIO()
     figure.savefig(content, format=epath.Path(path).suffix[1:], dpi=140, facecolor="white")
-    try:
+    with atomic.reported("picture", path):
         atomic.write(path, content.getvalue())
-    except OSError as error:
-        raise UserError(f"picture {os.fspath(path)!r} cannot be written: {error}") from error

@@ -2,12 +2,10 @@
 
 import csv
 import io
-import os
 from collections.abc import Iterable, Mapping, Sequence
 
 from etils import epath
 
-from polaformer_jax.errors import UserError
 from polaformer_jax.files import atomic
 
 
@@ -39,7 +37,5 @@ def write_csv(path: epath.PathLike, rows: Sequence[Mapping[str, object]]) -> Non
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    try:
+    with atomic.reported("table", path):
         atomic.write(path, text.getvalue())
-    except OSError as error:
-        raise UserError(f"table {os.fspath(path)!r} cannot be written: {error}") from error

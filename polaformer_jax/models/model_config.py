@@ -227,7 +227,9 @@ def resolve_config(kind: type[ModelConfig], config: ModelConfig | None, hyperpar
             )
         return kind(**hyperparameters)
     if not isinstance(config, kind):
-        raise TypeError(f"config is a {type(config).__name__}, expected a {kind.__name__}; other arguments are given by name")
+        raise TypeError(
+            f"config is a {type(config).__name__}, expected a {kind.__name__}; other arguments are given by name"
+        )
     if hyperparameters:
         raise TypeError(
             f"a config and {', '.join(hyperparameters)}: give one of them (dataclasses.replace changes a config)"

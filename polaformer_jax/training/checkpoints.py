@@ -324,7 +324,7 @@ def check_choice(workdir: epath.PathLike, which: str | None) -> None:
             f"{workdir} has no checkpoints: it is not the work directory of a training, or of one just begun"
         )
     if which is not None and which not in ("best", "latest") and not which.isdecimal():
-        raise UserError(f"checkpoint={which!r}: it is best, latest or a step", argument="checkpoint")
+        raise UserError(f"{which!r}: expected best, latest or a step", argument="checkpoint")
 
 
 def read_params(

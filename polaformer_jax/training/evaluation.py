@@ -136,7 +136,8 @@ def report(config: ml_collections.ConfigDict, evaluation: Evaluation, evaluated:
 
 
 def write_json(path: epath.PathLike, content: dict[str, Any]) -> None:
-    atomic.write(path, json.dumps(content, indent=2) + "\n")
+    with atomic.reported("result", path):
+        atomic.write(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_predictions(path: epath.PathLike, evaluation: Evaluation, source: Source) -> None:
@@ -159,7 +160,8 @@ def write_predictions(path: epath.PathLike, evaluation: Evaluation, source: Sour
     ):
         answer = [name(prediction), f"{probability:.6f}", int(prediction == label)] if mask else ["", "", ""]
         rows.writerow([source.describe(index), name(label), *answer])
-    atomic.write(path, text.getvalue())
+    with atomic.reported("predictions", path):
+        atomic.write(path, text.getvalue())
 
 
 def evaluate(
@@ -196,7 +198,8 @@ def evaluate(
     Raises:
         UserError: there is nothing to evaluate, or it does not fit the model or the data.
     """
-    _check_request(config, workdir, checkpoint, (json_path, predictions_path, weights_path))
+    outputs = {"json_path": json_path, "predictions_path": predictions_path, "weights_path": weights_path}
+    _check_request(config, workdir, checkpoint, outputs)
     if workdir is not None:
         stored = read_config(workdir)
         if config is None:
@@ -250,11 +253,12 @@ def _check_request(config, workdir, checkpoint, outputs) -> None:
         if config.init.weights is None:
             raise UserError("no weights: give init.weights in the config, or the work directory of a training")
         if checkpoint is not None:
-            raise UserError(f"checkpoint={checkpoint!r} needs the work directory of a training", argument="checkpoint")
+            raise UserError(f"{checkpoint!r} needs the work directory of a training", argument="checkpoint")
     else:
         checkpoints.check_choice(workdir, checkpoint)
-    for path in outputs:
+    for name, path in outputs.items():
         if path is not None and epath.Path(path).is_dir():
-            raise UserError(f"{os.fspath(path)} is a folder: name a file")
-    if outputs[-1] is not None and epath.Path(outputs[-1]).suffix != ".safetensors":
-        raise UserError(f"{os.fspath(outputs[-1])}: weights are written as .safetensors", argument="weights_path")
+            raise UserError(f"{os.fspath(path)} is a folder: name a file", argument=name)
+    weights_path = outputs["weights_path"]
+    if weights_path is not None and epath.Path(weights_path).suffix != ".safetensors":
+        raise UserError(f"{os.fspath(weights_path)}: weights are written as .safetensors", argument="weights_path")

@@ -168,7 +168,7 @@ class Experiment:
     def _flops(self) -> dict[tuple, float]:
         return {}
 
-    @property
+    @functools.cached_property
     def _plain(self) -> "Experiment":
         if not self.config.model.remat and self.config.model.attention_impl != "pallas":
             return self

@@ -6,6 +6,7 @@ The packaged recipes are the files of the folder `configs`: in a checkout next t
 import ast
 import importlib.util
 import inspect
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,20 +48,33 @@ def load(text: str) -> ml_collections.ConfigDict:
     """The config of a recipe, see `find`.
 
     Raises:
-        UserError: there is no such recipe, it has no `get_config`, or it does not accept its argument.
+        UserError: there is no such recipe, it has no `get_config`, this does not accept its argument, or returns no
+            config.
     """
     path, arg = find(text)
     spec = importlib.util.spec_from_file_location(f"polaformer_recipe_{path.stem}", path)
     if spec is None:
         raise UserError(f"config {str(path)!r}: expected a Python file, with the suffix .py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.modules[spec.name] = module  # dataclasses look for their module there
+    try:
+        spec.loader.exec_module(module)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != "configs":
+            raise
+        raise UserError(
+            f"config {str(path)!r} imports {error.name!r}; defaults() and use_official_augmentation() are in"
+            " polaformer_jax.config, parse_arg() and load() in polaformer_jax.training.recipes"
+        ) from error
     get_config = getattr(module, "get_config", None)
     if get_config is None:
         raise UserError(f"config {str(path)!r} is not a recipe: it has no get_config")
     if arg is not None and not inspect.signature(get_config).parameters:
         raise UserError(f"config {str(path)!r} takes no argument, found {arg!r}")
-    return get_config() if arg is None else get_config(arg)
+    config = get_config() if arg is None else get_config(arg)
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(f"config {str(path)!r}: get_config returns a {type(config).__name__}, expected a ConfigDict")
+    return config
 
 
 def parse_arg(arg: str | None, *, models: Sequence[str], **options) -> ml_collections.ConfigDict:

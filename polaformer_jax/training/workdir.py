@@ -17,6 +17,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+import polaformer_jax
 from polaformer_jax.config import NOT_IDENTITY, defaults
 from polaformer_jax.errors import UserError
 from polaformer_jax.files import atomic
@@ -182,15 +183,18 @@ def hardware(devices: int) -> str:
     return f"{devices} x {device.device_kind}"
 
 
-def commit() -> str:
-    """The commit of this code, with a plus if files were changed since; empty if it is not a git checkout."""
-    folder = Path(__file__).parent
+def commit(package: Path = Path(polaformer_jax.__file__).parent) -> str:
+    """The commit of this code, with a plus if files of the package or the recipes were changed since.
+
+    Empty if git does not track the code, as in an environment inside the checkout of another project.
+    """
     try:
-        found, changed = (
-            subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+        _, found, changed = (
+            subprocess.run(["git", *words], cwd=package, capture_output=True, text=True, check=True).stdout.strip()
             for words in (
+                ("ls-files", "--error-unmatch", "__init__.py"),
                 ("rev-parse", "--short=7", "HEAD"),
-                ("status", "--porcelain", "--untracked-files=no", "--", "*.py", ":(top)configs"),
+                ("status", "--porcelain", "--untracked-files=no", "--", ".", "../configs"),
             )
         )
     except (OSError, subprocess.CalledProcessError):

@@ -20,6 +20,7 @@ from flax import nnx
 from polaformer_jax import weights
 from polaformer_jax.errors import UserError, WeightsError
 from polaformer_jax.models.model_config import ModelConfig
+from polaformer_jax.models.pola_sequence import PolaSequenceConfig, Sequences
 from polaformer_jax.weights import creation
 
 TOLERANCE = 1e-5  # relative L2 error of float32 logits against a reference; PyTorch's own is at most 2.6e-6
@@ -50,7 +51,8 @@ class Conversion:
         ignored = collections.Counter(
             name if name in weights.UNUSED else name.rsplit(".", 1)[-1] for name in self.ignored
         )
-        model = f"{self.model}, {given.img_size} pixels, {given.num_classes} classes, alpha {given.alpha:g}"
+        size = f"{given.max_length} tokens" if isinstance(given, PolaSequenceConfig) else f"{given.img_size} pixels"
+        model = f"{self.model}, {size}, {given.num_classes} classes, alpha {given.alpha:g}"
         rows = [
             ("model", model),
             ("found", ", ".join([f"{self.found} tensors", *facts])),
@@ -164,13 +166,14 @@ def _run(path: epath.Path, source: str, reference: Mapping[str, np.ndarray] | No
     """One forward pass in float32: its seconds, and the relative error against a reference."""
     model = creation.create_model(weights=path)
     if reference is None:
-        size = model.config.img_size
-        images = np.random.default_rng(0).standard_normal((1, size, size, 3), np.float32)
+        inputs = _random_inputs(model.config)
+    elif isinstance(model.config, PolaSequenceConfig):
+        raise WeightsError(f"{source} holds a sequence model; a reference has images, so that it cannot be compared")
     else:
-        images = _reference_images(reference, model.config.img_size)
+        inputs = _reference_images(reference, model.config.img_size)
     graphdef, params = nnx.split(model)
     began = time.monotonic()
-    logits = np.asarray(jax.jit(lambda params, images: nnx.merge(graphdef, params)(images))(params, images))
+    logits = np.asarray(jax.jit(lambda params, inputs: nnx.merge(graphdef, params)(inputs))(params, inputs))
     seconds = time.monotonic() - began
     if not np.isfinite(logits).all():
         raise WeightsError(f"{source}: the model gives logits that are not finite; its weights are broken")
@@ -186,6 +189,16 @@ def _run(path: epath.Path, source: str, reference: Mapping[str, np.ndarray] | No
             "expected. Another alpha, other images, or not the same weights?"
         )
     return seconds, error
+
+
+def _random_inputs(config: ModelConfig) -> np.ndarray | Sequences:
+    """A batch of one image, or of one example of sequences of the greatest length."""
+    rng = np.random.default_rng(0)
+    if not isinstance(config, PolaSequenceConfig):
+        return rng.standard_normal((1, config.img_size, config.img_size, 3), np.float32)
+    shape = (1, config.max_length) if config.texts == 1 else (1, config.texts, config.max_length)
+    tokens = rng.integers(config.vocabulary, size=shape, dtype=np.int32)
+    return Sequences(tokens, np.full(shape[:-1], config.max_length, np.int32))
 
 
 def _reference_images(reference: Mapping[str, np.ndarray], size: int) -> np.ndarray:
@@ -246,9 +259,7 @@ def convert_all(files: Sequence[str], *, out: str | None, out_dir: str | None, o
     """
     pairs = _targets(files, out, out_dir)
     if not overwrite and (taken := [target for _, target in pairs if epath.Path(target).exists()]):
-        raise UserError(
-            f"{', '.join(taken)} exists: give another name or folder, or overwrite it", argument="overwrite"
-        )
+        raise UserError(f"{', '.join(taken)} exists: give another name or folder, or set overwrite to replace it")
     failed = []
     bar = tqdm.tqdm(pairs, unit="file", disable=len(pairs) == 1 or None, leave=False)
     for source, target in bar:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from flax import nnx
 
 from polaformer_jax.errors import WeightsError
+from polaformer_jax.files import atomic
 from polaformer_jax.models import registry
 from polaformer_jax.weights import safetensors_file
 from polaformer_jax.weights.files import Layout
@@ -47,9 +48,14 @@ def save_weights(
 def write_file(
     path: str | os.PathLike, arrays: Mapping[str, object], *, layout: Layout, metadata: Mapping[str, str]
 ) -> None:
-    """Writes arrays of either layout to `path` (`.safetensors`)."""
+    """Writes arrays of either layout to `path` (`.safetensors`), completely or not at all.
+
+    Raises:
+        UserError: the file cannot be written, or has another suffix.
+    """
     check_suffix(path)
-    safetensors_file.write(path, arrays, {**metadata, "layout": layout})
+    with atomic.reported("weights", path):
+        safetensors_file.write(path, arrays, {**metadata, "layout": layout})
 
 
 def check_suffix(path: str | os.PathLike) -> None:

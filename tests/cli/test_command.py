@@ -2,9 +2,16 @@
 
 import importlib
 import importlib.metadata
+import signal
+import subprocess
+import sys
+import tomllib
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
+import polaformer_jax
 from polaformer_jax import cli
 from polaformer_jax.cli import command
 from polaformer_jax.errors import Interrupted, UserError
@@ -36,6 +43,10 @@ def parsed(parser, *words):
         (["--config.model.remat", "--noconfig.model.remat"], "model.remat", False),
         (["--config.augment.crop_area=(0.5, 1.0)"], "augment.crop_area", (0.5, 1.0)),
         (["--config.train.epochs=None"], "train.epochs", None),
+        (["--config.model.num_classes=None"], "model.num_classes", None),
+        (["--config.checkpoint.every_minutes=None"], "checkpoint.every_minutes", None),
+        (["--config.watchdog.step_s=None"], "watchdog.step_s", None),
+        (["--config.watchdog.input_s=None"], "watchdog.input_s", None),
         (["--config.train.epochs=3", "--config.train.epochs=4"], "train.epochs", 4.0),
     ],
 )
@@ -58,7 +69,8 @@ def test_an_override_sets_a_field(parser, words, field, value):
         (["--config.augment.crop_area[0]=0.5"], "tuples are set whole"),
         (["--config.optimizer.lr=fast"], "could not convert string to float: 'fast'"),
         (["--config.optimizer.lr="], "could not convert string to float: ''"),
-        (["--config.optimizer=3"], "Failed to parse '3' as a ConfigDict"),
+        (["--config.optimizer=3"], "optimizer is a section of the config; set its fields: b1, b2"),
+        (["--config.model=None"], "model is a section of the config; set its fields: alpha"),
         (["--config.model.remat=perhaps"], "Non-boolean argument to boolean flag"),
         (["--config.seed=None"], "--config.seed=None: this field must have a value, such as 0"),
         (["--config.=3"], "expected --config.FIELD=VALUE with a field"),
@@ -97,9 +109,8 @@ def test_unknown_and_abbreviated_options_are_refused(parser, words, capsys):
 @pytest.mark.parametrize("text", ["", " digits", "configs", "nothing", "nothing.py:swin", "README.md", "setup.cfg:x"])
 def test_what_is_no_recipe_is_refused_with_those_that_are(parser, text, monkeypatch):
     monkeypatch.chdir(ROOT)
-    with pytest.raises(UserError, match="expected the path of a Python file|expected a Python file") as refused:
+    with pytest.raises(UserError, match="expected the path of a Python file|expected a Python file"):
         parser.parse_with_config([f"--config={text}"])
-    assert refused.value.argument == "config"
 
 
 def test_packaged_recipes_are_found_by_name_from_any_folder(tmp_path, monkeypatch):
@@ -109,12 +120,43 @@ def test_packaged_recipes_are_found_by_name_from_any_folder(tmp_path, monkeypatc
     assert recipes.load(DIGITS) == recipes.load("digits")
 
 
-def test_a_recipe_of_ones_own(tmp_path):
+OWN = """
+from __future__ import annotations
+import dataclasses
+from polaformer_jax.config import defaults
+
+@dataclasses.dataclass
+class Size:
+    pixels: int
+
+def get_config():
+    config = defaults()
+    config.model.img_size = Size(64).pixels
+    config.mine = None
+    return config
+"""
+
+
+def test_a_recipe_of_ones_own(tmp_path, parser):
     own = tmp_path / "own.py"
-    own.write_text("from polaformer_jax.config import defaults\n\n\ndef get_config():\n    return defaults()\n")
-    assert recipes.load(str(own)).seed == 0
+    own.write_text(OWN)
+    assert recipes.load(str(own)).model.img_size == 64
+    assert parser.parse_with_config([f"--config={own}", "--config.mine=None"])[1].mine is None
     with pytest.raises(UserError, match="takes no argument, found 'swin'"):
         recipes.load(f"{own}:swin")
+    own.write_text("def get_config():\n    return {'seed': 0}\n")
+    with pytest.raises(UserError, match="get_config returns a dict, expected a ConfigDict"):
+        recipes.load(str(own))
+
+
+def test_a_recipe_for_version_0_1_is_refused_with_what_changed(tmp_path):
+    own = tmp_path / "own.py"
+    own.write_text("from configs.defaults import defaults\n")
+    with pytest.raises(UserError, match="defaults.. and use_official_augmentation.. are in polaformer_jax.config"):
+        recipes.load(str(own))
+    own.write_text("import nothing_like_this\n")
+    with pytest.raises(ModuleNotFoundError):
+        recipes.load(str(own))
 
 
 def raising(error):
@@ -149,6 +191,44 @@ def test_a_missing_extra_is_named_and_any_other_missing_module_is_a_bug(capsys):
             command.run(raising(ModuleNotFoundError("none", name=name)))
 
 
+def test_the_modules_of_the_extra_are_those_of_its_packages():
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["train"]
+    names = {canonicalize_name(Requirement(text).name) for text in extra} - {"tensorflow", "tensorflow-cpu"}
+    providers = importlib.metadata.packages_distributions()
+    found = {canonicalize_name(providers[module][0]) for module in command.TRAINING_MODULES - {"tensorflow"}}
+    assert found == names
+
+
+def test_a_closed_pipe_ends_quietly():
+    program = "from polaformer_jax.cli import command; command.run(lambda: print(9 * chr(97)))"
+    ended = subprocess.run(
+        f"(sleep 0.3; {sys.executable} -c '{program}') | true", shell=True, cwd=ROOT, capture_output=True, text=True
+    )
+    assert ended.stderr == ""
+
+
+def test_an_aborted_process_shows_where_it_was():
+    program = "import os\nfrom polaformer_jax.cli import command\ndef lost():\n    os.abort()\ncommand.run(lost)"
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGABRT
+    assert "Fatal Python error: Aborted" in ended.stderr and "in lost" in ended.stderr
+
+
+def test_an_error_names_its_parameter_in_the_library_and_the_option_on_the_command_line(capsys):
+    error = UserError("'4x': expected a step", argument="checkpoint")
+    assert str(error) == "checkpoint: '4x': expected a step"
+    assert command.run(raising(error)) == 1
+    assert capsys.readouterr().err == "error: --checkpoint: '4x': expected a step\n"
+
+
+@pytest.mark.parametrize("module", ["data.prepare", "data.lra.prepare", "data.to_arrayrecord"])
+def test_commands_of_version_0_1_name_the_new_one(module):
+    ended = subprocess.run(
+        [sys.executable, "-m", f"polaformer_jax.{module}", "x"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert ended.returncode == 1 and "use: polaformer prepare" in ended.stderr
+
+
 def test_a_bug_is_raised():
     with pytest.raises(ZeroDivisionError):
         command.run(lambda: 1 // 0)
@@ -168,7 +248,8 @@ def test_a_mistyped_command(capsys):
 
 def test_the_version_is_that_of_the_installed_package(capsys):
     assert cli.main(["--version"]) == 0
-    assert capsys.readouterr().out == f"polaformer_jax {importlib.metadata.version('polaformer_jax')}\n"
+    assert capsys.readouterr().out == f"polaformer_jax {polaformer_jax.__version__}\n"
+    assert importlib.metadata.version("polaformer_jax") == polaformer_jax.__version__
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

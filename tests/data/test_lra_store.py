@@ -259,9 +259,9 @@ def test_preparing_again_does_nothing_and_other_settings_are_refused(data_dir, c
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["lra_listops", "--num-examples", "0"], "--num-examples: examples=0: expected at least 1"),
-        (["lra_listops", "--seed", "-1"], "--seed: seed=-1: expected at least 0"),
-        (["lra_listops", "--processes", "0"], "--processes: processes=0: expected at least 1"),
+        (["lra_listops", "--num-examples", "0"], "--num-examples: 0: expected at least 1"),
+        (["lra_listops", "--seed", "-1"], "--seed: -1: expected at least 0"),
+        (["lra_listops", "--processes", "0"], "--processes: 0: expected at least 1"),
         (["lra_listops", "--num-examples", "20", "--processes", "1"], "would have no examples in dev, test"),
         (["lra_pathfinder", "--source", "x"], "--source: lra_pathfinder is generated"),
         (["lra_text", "--seed", "3"], "--seed: lra_text is not generated"),

