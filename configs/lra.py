@@ -17,8 +17,7 @@ after the first 20 % of the steps chooses the checkpoint, whose test accuracy is
 
 from typing import NamedTuple
 
-from polaformer_jax.config import defaults
-from polaformer_jax.data.lra.facts import facts_of
+from polaformer_jax.config import SEQUENCE_TASKS, defaults
 from polaformer_jax.errors import UserError
 from polaformer_jax.training.recipes import parse_arg
 
@@ -52,7 +51,7 @@ def get_config(arg=None):
     task, recipe = arg.model, RECIPES[arg.model]
     if "alpha=" in text and arg.attention != "polarity":
         raise UserError(f"config option alpha={arg.alpha:g}: attention={arg.attention} has none")
-    tokenised = None if None in facts_of(task).tokenisations else arg.tokenisation
+    tokenised = None if None in SEQUENCE_TASKS[task] else arg.tokenisation
     if "tokenisation=" in text and tokenised is None:
         raise UserError(f"config option tokenisation={arg.tokenisation}: {task} has one only")
     config = defaults()

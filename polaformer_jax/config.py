@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 DTYPES = ("bfloat16", "float32", "float64")
 ATTENTIONS = ("polarity", "softmax", "relu")
 ATTENTION_IMPLEMENTATIONS = ("auto", "xla", "pallas")
-LISTOPS_TOKENISATIONS = ("brackets", "no_brackets")
+_LISTOPS_TOKENISATIONS = ("brackets", "no_brackets")
 # The tasks on sequences, with their tokenisations; (None,) where there is only one.
 SEQUENCE_TASKS: dict[str, tuple[str | None, ...]] = {
-    "listops": LISTOPS_TOKENISATIONS,
+    "listops": _LISTOPS_TOKENISATIONS,
     "text": (None,),
     "retrieval": (None,),
     "pathfinder": (None,),
     "image_lra": (None,),
-    "listops_short": LISTOPS_TOKENISATIONS,
+    "listops_short": _LISTOPS_TOKENISATIONS,
 }
 # Fields that say where, on what and how visibly a run runs. All others make its identity: they change its result.
 NOT_IDENTITY = (

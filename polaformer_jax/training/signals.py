@@ -1,8 +1,8 @@
 """Stop requests by signals: SIGTERM from a scheduler, or Ctrl-C.
 
 The first signal requests a stop: the run saves a checkpoint and ends with status `Interrupted.status`, on which a
-scheduler may queue it again. A second one ends the process at once. Where nothing could be lost, before there is a
-state and after the last checkpoint, the first one does so too, with status `Interrupted.status`.
+scheduler may queue it again. A second one ends the process at once. Before there is a state, and after the last
+checkpoint, nothing can be lost: there the first signal ends the process at once, with the same status.
 
 Signals are read from a pipe by a thread: Python's own handlers run only between two bytecode instructions, and an
 instruction that compiles a step can take minutes. (JAX has a preemption service for SIGTERM only; it excludes other

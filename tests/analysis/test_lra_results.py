@@ -20,7 +20,7 @@ def line_of(rows, *parts):
 
 
 def test_the_table_of_the_readme_is_that_of_the_file():
-    """`python -m polaformer_jax.analysis.lra_results readme` writes it."""
+    """`polaformer lra-table readme` writes it."""
     readme = (ROOT / "README.md").read_text()
     assert readme == lra_results.with_table(readme, lra_results.read(ROOT / "docs/results/lra.csv"))
 

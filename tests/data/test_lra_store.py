@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from polaformer_jax.cli import prepare as prepare_command
+from polaformer_jax.config import SEQUENCE_TASKS
 from polaformer_jax.data.lra import generated, listops, open_source, store
 from polaformer_jax.data.lra.facts import TASKS
 from polaformer_jax.data.lra.pathfinder_pictures import make_examples
@@ -29,7 +30,7 @@ def run(*arguments):
 
 
 def open_split(data_dir, task="listops", tokenisation=None, split="train"):
-    tokenisation = tokenisation or TASKS[task].tokenisations[0]
+    tokenisation = tokenisation or SEQUENCE_TASKS[task][0]
     return open_source(SimpleNamespace(data_dir=str(data_dir)), task, tokenisation, split)
 
 
@@ -185,7 +186,7 @@ def test_data_that_is_not_prepared_says_what_to_do(tmp_path, task):
         open_split(tmp_path, task)
     assert f"prepare {TASKS[task].data_set} --data-dir {tmp_path}" in str(caught.value)
     with pytest.raises(UserError, match="data.data_dir is None"):
-        open_source(SimpleNamespace(data_dir=None), task, TASKS[task].tokenisations[0], "train")
+        open_source(SimpleNamespace(data_dir=None), task, SEQUENCE_TASKS[task][0], "train")
 
 
 # --- damage

@@ -17,6 +17,7 @@ from polaformer_jax.errors import UserError
 from polaformer_jax.inference.prediction import evaluation_transform
 from polaformer_jax.models.plain_attention import relu_attention
 from polaformer_jax.models.pola_sequence import Sequences
+from polaformer_jax.weights.conversion import convert_all
 from tests.support.quick import QUICK
 from tests.support.recipes import recipe
 from tests.support.small_models import all_finite, split
@@ -262,6 +263,21 @@ def test_there_is_no_official_layout(saved, tmp_path):
     with pytest.raises(weights.WeightsError, match="a PolaSequence has no official layout"):
         pf.save_weights(saved[0], tmp_path / "b.safetensors", layout="torch")
     assert not (tmp_path / "b.safetensors").exists()
+
+
+@pytest.mark.parametrize("texts", [1, 2])
+def test_a_file_is_converted_and_run_as_those_of_images_are(tmp_path, texts, capsys):
+    source, target = str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")
+    model = build(texts=texts)
+    pf.save_weights(model, source)
+    options = {"out": target, "out_dir": None, "overwrite": False}
+    assert convert_all([source], **options) == []
+    assert f"model      PolaSequence, {model.config.max_length} tokens, " in capsys.readouterr().out
+    assert pf.create_model(weights=target).config == model.config
+    assert weights.read_file(target).tensors.keys() == weights.read_file(source).tensors.keys()
+    reference = {"images": np.zeros((1, 3, 32, 32), np.float32), "logits": np.zeros((1, 4), np.float32)}
+    assert convert_all([source], **{**options, "overwrite": True}, reference=reference) == [source]
+    assert "holds a sequence model; a reference has images" in capsys.readouterr().err
 
 
 def test_what_is_for_images_refuses_it(saved):

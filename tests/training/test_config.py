@@ -7,9 +7,11 @@ import pytest
 from flax import nnx
 
 from polaformer_jax import weights
-from polaformer_jax.config import check, defaults
+from polaformer_jax.config import SEQUENCE_TASKS, check, defaults
+from polaformer_jax.data.lra.facts import TASKS
 from polaformer_jax.errors import UserError
 from polaformer_jax.training import recipes
+from polaformer_jax.training.checkpoints import GREATER_IS_BETTER
 from polaformer_jax.training.experiment import create_abstract_model
 from polaformer_jax.training.recipes import parse_arg
 from polaformer_jax.training.workdir import as_json
@@ -37,6 +39,17 @@ def text_of(config):
 @pytest.mark.parametrize("file, model", ALL)
 def test_resolved_config(file, model):
     assert text_of(resolve(file, model)) == (GOLDEN / f"{file}_{model}.json").read_text()
+
+
+def test_the_schema_knows_every_task_and_every_metric():
+    assert tuple(SEQUENCE_TASKS) == tuple(TASKS)
+    for metric in GREATER_IS_BETTER:
+        config = recipes.load("digits")
+        config.checkpoint.best_metric = metric
+        check(config)
+    config.checkpoint.best_metric = "f1"
+    with pytest.raises(UserError, match=f"it is one of {', '.join(GREATER_IS_BETTER)}$"):
+        check(config)
 
 
 @pytest.mark.parametrize("file, model", ALL)

@@ -100,7 +100,7 @@ def test_the_data_may_be_elsewhere(trained, tmp_path, caplog, monkeypatch):
     [
         ("a.pth", [], 2, "weights are written as .safetensors, not as 'a.pth'"),
         ("a.safetensors", ["--checkpoint", "7"], 1, "has no checkpoint 7; it has the steps [1, 2]"),
-        ("a.safetensors", ["--checkpoint", "newest"], 1, "it is best, latest or a step"),
+        ("a.safetensors", ["--checkpoint", "newest"], 1, "--checkpoint: 'newest': expected best, latest or a step"),
     ],
 )
 def test_what_cannot_be_exported(trained, out, options, status, message, tmp_path, capsys):

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from polaformer_jax.errors import UserError
-from polaformer_jax.training.workdir import claim, read_config
+from polaformer_jax.training.workdir import claim, commit, read_config
 from tests.support.recipes import digits as get_config
 
 
@@ -86,6 +86,31 @@ def test_a_killed_training_leaves_no_lock(tmp_path):
     assert killed.returncode == -9
     with claim(tmp_path, get_config()):
         pass
+
+
+def test_the_commit_is_that_of_the_code(tmp_path):
+    def git(*words):
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false")
+        return subprocess.run(["git", *identity, *words], cwd=tmp_path, check=True, capture_output=True, text=True)
+
+    package, installed = tmp_path / "polaformer_jax", tmp_path / ".venv/polaformer_jax"
+    for folder in (package, installed):
+        (folder / "models").mkdir(parents=True)
+        (folder / "__init__.py").write_text("")
+        (folder / "models/layers.py").write_text("")
+    assert commit(package) == ""  # not a git checkout
+    (tmp_path / ".gitignore").write_text(".venv\n")
+    (tmp_path / "notes.txt").write_text("")
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "all")
+    head = git("rev-parse", "--short=7", "HEAD").stdout.strip()
+    assert commit(package) == head
+    (tmp_path / "notes.txt").write_text("not code")
+    assert commit(package) == head
+    (package / "models/layers.py").write_text("changed = True\n")
+    assert commit(package) == f"{head}+"
+    assert commit(installed) == ""  # in an environment inside the checkout of another project
 
 
 def test_a_folder_that_is_no_work_directory(tmp_path):

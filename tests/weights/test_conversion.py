@@ -210,7 +210,9 @@ def test_nothing_is_overwritten_unasked(tmp_path, capsys):
     source, target = small_pth(tmp_path / "a.pth"), tmp_path / "a.safetensors"
     target.write_text("precious")
     assert run(source) == 1
-    assert "a.safetensors exists: give another name or folder, or overwrite it" in capsys.readouterr().err
+    assert (
+        "a.safetensors exists: give another name or folder, or set overwrite to replace it" in capsys.readouterr().err
+    )
     assert target.read_text() == "precious"
     assert run(source, "--overwrite") == 0
     assert weights.read_file(target).layout == "ours"

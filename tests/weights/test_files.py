@@ -10,6 +10,7 @@ from flax import nnx
 
 import polaformer_jax as pf
 from polaformer_jax import weights
+from polaformer_jax.errors import UserError
 from tests.support import small_models
 from tests.support.tiny_weights import assert_same, official, pure, tiny
 from tests.support.torch_files import Config, write_pth
@@ -102,7 +103,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError("no space left")
 
     monkeypatch.setattr(type(epath.Path(path)), "replace", fail)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(UserError, match="a.safetensors' cannot be written: no space left"):
         weights.save_weights(tiny(seed=2), path)
     assert path.read_bytes() == before
     assert [found.name for found in tmp_path.iterdir()] == ["a.safetensors"]

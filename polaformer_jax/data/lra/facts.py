@@ -8,7 +8,6 @@ padding.
 
 from typing import NamedTuple
 
-from polaformer_jax.config import LISTOPS_TOKENISATIONS
 from polaformer_jax.errors import UserError
 
 SPLITS = ("train", "dev", "test")
@@ -24,7 +23,6 @@ class Facts(NamedTuple):
         max_length: the padded length of the longest sequence; see `cut`.
         cut: longer sequences are truncated to this length before they are stored.
         texts: the number of sequences per example.
-        tokenisations: the available ones; None where there is only one.
     """
 
     data_set: str
@@ -33,20 +31,19 @@ class Facts(NamedTuple):
     max_length: int
     cut: int
     texts: int = 1
-    tokenisations: tuple[str | None, ...] = (None,)
 
 
 # tfds has the classes of CIFAR-10 in this order.
 _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 TASKS = {
-    "listops": Facts("lra_listops", tuple("0123456789"), 32, 2048, 2000, tokenisations=LISTOPS_TOKENISATIONS),
+    "listops": Facts("lra_listops", tuple("0123456789"), 32, 2048, 2000),
     "text": Facts("lra_text", ("negative", "positive"), 512, 4096, 4000),
     "retrieval": Facts("lra_retrieval", ("unrelated", "related"), 512, 4096, 4000, texts=2),
     "pathfinder": Facts("lra_pathfinder", ("apart", "connected"), 512, 1024, 1024),
     "image_lra": Facts("lra_image", _CIFAR10, 257, 1024, 1024),
     # Not part of the Long Range Arena: small enough to be learned on a CPU, with softmax attention too.
-    "listops_short": Facts("lra_listops_short", tuple("0123456789"), 32, 256, 255, tokenisations=LISTOPS_TOKENISATIONS),
+    "listops_short": Facts("lra_listops_short", tuple("0123456789"), 32, 256, 255),
 }
 DATA_SETS = {facts.data_set: task for task, facts in TASKS.items()}
 

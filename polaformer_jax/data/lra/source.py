@@ -6,6 +6,7 @@ import io
 import numpy as np
 from etils import epath
 
+from polaformer_jax.config import SEQUENCE_TASKS
 from polaformer_jax.data.lra import store
 from polaformer_jax.data.lra.facts import SPLITS, facts_of, missing_message
 from polaformer_jax.data.lra.listops import without_brackets
@@ -40,8 +41,8 @@ class SequenceSource:
 
     def __init__(self, task: str, *, data_dir: epath.PathLike, tokenisation: str | None, split: str):
         facts = facts_of(task)
-        if tokenisation not in facts.tokenisations:
-            expected = " or ".join(map(repr, facts.tokenisations))
+        if tokenisation not in SEQUENCE_TASKS[task]:
+            expected = " or ".join(map(repr, SEQUENCE_TASKS[task]))
             raise UserError(f"task.tokenisation is {tokenisation!r}, expected {expected} for the task {task!r}")
         if split not in SPLITS:
             raise UserError(f"split {split!r} of {facts.data_set}, expected one of {', '.join(SPLITS)}")
@@ -78,7 +79,7 @@ class SequenceSource:
             raise UserError(self._damaged(f"{self._split}.lengths.npy is damaged"))
         lengths = np.load(io.BytesIO(content))
         if self._tokenisation:
-            lengths = np.ascontiguousarray(lengths[:, facts.tokenisations.index(self._tokenisation)])
+            lengths = np.ascontiguousarray(lengths[:, SEQUENCE_TASKS[self._task].index(self._tokenisation)])
         lengths.flags.writeable = False
         self.lengths = lengths
 
