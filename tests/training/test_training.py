@@ -175,7 +175,7 @@ def test_evaluation_does_not_need_the_devices_of_the_training(finished, tmp_path
     "arguments, message",
     [
         ({"checkpoint": "999"}, r"no checkpoint 999; it has the steps \[\d"),
-        ({"checkpoint": "newest"}, "it is best, latest or a step"),
+        ({"checkpoint": "newest"}, "checkpoint: 'newest': expected best, latest or a step"),
         ({"json_path": "."}, "is a folder: name a file"),
         ({"predictions_path": "."}, "is a folder: name a file"),
         ({"weights_path": "w.pth"}, "written as .safetensors"),
@@ -331,7 +331,7 @@ def test_nothing_to_evaluate(digits_dir, tmp_path):
         evaluation.evaluate(None, None)
     with pytest.raises(UserError, match="no weights"):
         evaluation.evaluate(config_of(digits_dir), None)
-    with pytest.raises(UserError, match="checkpoint='best' needs the work directory"):
+    with pytest.raises(UserError, match="checkpoint: 'best' needs the work directory"):
         evaluation.evaluate(config_of(digits_dir, **{"init.weights": "w"}), None, checkpoint="best")
     with pytest.raises(UserError, match="has no checkpoints"):
         evaluation.evaluate(None, tmp_path)
