@@ -20,21 +20,24 @@ between = jax.jit(lambda x: jnp.tanh(x @ jnp.ones((64, 8192))) @ jnp.ones((8192,
 program = between.lower(x).compile()
 for _ in range(20):  # until the heap has stopped growing, which on many cores takes several calls
     program(x).block_until_ready()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(4):
+counts = []
+for _ in range(9):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     program(x).block_until_ready()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(sorted(counts)[4])  # the median: now and then the heap grows once more
 """
 
 
 def faults(mode: str) -> int:
+    """Page faults of a call, in a new process."""
     done = subprocess.run([sys.executable, "-c", COUNT_FAULTS, mode], check=True, capture_output=True, text=True)
     return int(done.stdout)
 
 
 def test_calls_take_their_memory_from_what_the_process_has():
     without, kept = faults("not"), faults("keep")
-    assert without > 4 * 64 * 2**20 // 4096 / 2  # pages of 4 KiB, 64 MiB each call, and half of them to spare
+    assert without > 64 * 2**20 // 4096 / 2  # pages of 4 KiB, 64 MiB a call, and half of them to spare
     assert kept < without / 4
 
 
