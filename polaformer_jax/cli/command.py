@@ -5,6 +5,7 @@ import difflib
 import faulthandler
 import os
 import re
+import select
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -161,7 +162,10 @@ def run(action: Callable[[], int | None], *, options: Mapping[str, str] | None =
         option = _option(error.argument, options or {})
         print(f"error: {option}{error.message}", file=sys.stderr)
         return error.status
-    except BrokenPipeError:  # as in `polaformer predict ... | head -1`: what is left to print goes nowhere
+    except BrokenPipeError:
+        if not _stdout_is_closed():  # another pipe, such as one to a worker process
+            raise
+        # As in `polaformer predict ... | head -1`: what is left to print goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Interrupted as stop:
@@ -176,6 +180,13 @@ def run(action: Callable[[], int | None], *, options: Mapping[str, str] | None =
             file=sys.stderr,
         )
         return 1
+
+
+def _stdout_is_closed() -> bool:
+    """Whether stdout is a pipe that nothing reads any more."""
+    pipe = select.poll()
+    pipe.register(sys.stdout.fileno(), 0)  # errors are always reported
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in pipe.poll(0))
 
 
 def _option(argument: str | None, options: Mapping[str, str]) -> str:

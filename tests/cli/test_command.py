@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import os
 import signal
 import subprocess
 import sys
@@ -199,12 +200,21 @@ def test_the_modules_of_the_extra_are_those_of_its_packages():
     assert found == names
 
 
-def test_a_closed_pipe_ends_quietly():
-    program = "from polaformer_jax.cli import command; command.run(lambda: print(9 * chr(97)))"
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_closed_pipe_ends_quietly(unbuffered):
+    program = "from polaformer_jax.cli import command; exit(command.run(lambda: print(9 * chr(97))))"
     ended = subprocess.run(
-        f"(sleep 0.3; {sys.executable} -c '{program}') | true", shell=True, cwd=ROOT, capture_output=True, text=True
-    )
-    assert ended.stderr == ""
+        f"(sleep 0.3; {sys.executable} -c '{program}'; echo $? >&2) | true", shell=True, cwd=ROOT, capture_output=True,
+        text=True, env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+    )  # fmt: skip
+    assert ended.stderr == "1\n"
+
+
+def test_another_broken_pipe_is_a_bug():
+    program = "from polaformer_jax.cli import command\ndef worker_died():\n    raise BrokenPipeError\n"
+    program += "command.run(worker_died)"
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 1 and "in worker_died" in ended.stderr
 
 
 def test_an_aborted_process_shows_where_it_was():
