@@ -46,11 +46,8 @@ def compiled_once():
 
 
 def settings(digits_dir):
-    """On one device, and the classifier alone: it compiles in a third of the time.
-
-    (The whole model is interrupted in `test_training`, `test_processes` and `campaigns/faults`.)
-    """
-    return config_of(digits_dir, **{"log.pictures": False, "mesh.data": 1, "init.freeze_backbone": True})
+    """Two dense layers on one device; `test_processes` and `campaigns/faults` interrupt a PolaFormer."""
+    return config_of(digits_dir, **{"log.pictures": False, "mesh.data": 1})
 
 
 @pytest.fixture(scope="module")

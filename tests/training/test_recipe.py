@@ -14,7 +14,7 @@ from polaformer_jax.training import sharding
 from polaformer_jax.training.optimizer import head_only, layer_depths, make_optimizer
 from polaformer_jax.training.state import TrainState
 from polaformer_jax.training.step import make_train_step
-from tests.support import small_models
+from tests.support import dense_model, small_models
 from tests.support.quick import QUICK
 from tests.support.recipes import image_task
 
@@ -25,6 +25,11 @@ SGD = optax.sgd(0.1)
 
 @pytest.fixture(scope="module")
 def model():
+    return small_models.split(dense_model.Dense(num_classes=5, drop_path_rate=0.0, rngs=nnx.Rngs(0)))
+
+
+@pytest.fixture(scope="module")
+def deep_model():
     return small_models.split(small_models.build("pvt", kernel_size=1))
 
 
@@ -58,7 +63,7 @@ def whole(model):
 
 @pytest.mark.parametrize("parts", [pytest.param(2, marks=pytest.mark.slow), 8])
 def test_accumulated_parts_give_the_update_of_the_whole_batch(model, whole, parts):
-    """Mixup partners, erasing and the mask included; the model here has no stochastic depth."""
+    """Mixup partners, erasing and the mask included; the model here has no dropout."""
     state, sums = step_of(model, accumulate=parts)(state_of(model), batch_of())
     assert_close(state.params, whole[0].params)
     for name in ("loss", "accuracy", "grad_norm", "skipped"):
@@ -136,16 +141,16 @@ def test_layers_are_counted_from_below(family):
         assert of(depths["norm"]) == of(depths["head"]) == 7
 
 
-def test_lower_layers_learn_more_slowly(model):
+def test_lower_layers_learn_more_slowly(deep_model):
     config = defaults().optimizer
     config.layer_decay = 0.5
     decayed = make_optimizer(config, lambda step: jnp.asarray(0.1))
     config.layer_decay = None
     plain = make_optimizer(config, lambda step: jnp.asarray(0.1))
-    grads = jax.tree.map(lambda p: jnp.sin(jnp.arange(p.size, dtype=p.dtype)).reshape(p.shape), model[1])
-    first_update = jax.jit(lambda o: o.update(grads, o.init(model[1]), model[1])[0], static_argnums=0)
+    grads = jax.tree.map(lambda p: jnp.sin(jnp.arange(p.size, dtype=p.dtype)).reshape(p.shape), deep_model[1])
+    first_update = jax.jit(lambda o: o.update(grads, o.init(deep_model[1]), deep_model[1])[0], static_argnums=0)
     slow, fast = first_update(decayed), first_update(plain)
-    depths = layer_depths(model[1])
+    depths = layer_depths(deep_model[1])
     assert_close(slow, jax.tree.map(lambda u, depth: u * 0.5 ** (5 - depth), fast, depths))
 
 

@@ -10,6 +10,7 @@ from flax import nnx
 import polaformer_jax as pf
 from polaformer_jax.training.state import TrainState
 from polaformer_jax.training.step import make_eval_step, make_train_step, purpose_key
+from tests.support import dense_model, small_models
 from tests.support.quick import QUICK
 from tests.support.recipes import image_task
 
@@ -21,16 +22,9 @@ def rate(step):
     return jnp.asarray(1e-3)
 
 
-def small(**types):
-    return pf.create_model(
-        "pola_pvt_nano", num_classes=10, depths=(1, 1, 1, 1), kernel_size=1, drop_path=0.2, rngs=nnx.Rngs(0), **types
-    )
-
-
 @pytest.fixture(scope="module")
 def model():
-    graphdef, params = nnx.split(small())
-    return graphdef, nnx.to_pure_dict(params)
+    return small_models.split(dense_model.Dense(num_classes=10, drop_path_rate=0.2, rngs=nnx.Rngs(0)))
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +80,7 @@ def test_randomness_is_a_function_of_the_step(model, step):
         return float(step(state_of(model[1], step=number), batch_of())[1]["loss"][0])
 
     assert loss(3) == loss(3)
-    assert loss(3) != loss(4)  # stochastic depth draws anew
+    assert loss(3) != loss(4)  # dropout draws other numbers
 
 
 def test_keys_differ_by_seed_and_step():
@@ -95,10 +89,12 @@ def test_keys_differ_by_seed_and_step():
 
 
 @pytest.mark.slow
-def test_bfloat16_keeps_parameters_loss_and_gradients_in_float32(model):
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: small(dtype=jnp.bfloat16)))
+def test_bfloat16_keeps_parameters_loss_and_gradients_in_float32():
+    graphdef, params = small_models.split(
+        pf.create_model("pola_pvt_nano", num_classes=10, kernel_size=1, dtype="bfloat16", rngs=nnx.Rngs(0))
+    )
     step = jax.jit(make_train_step(graphdef, TASK, OPTIMIZER, rate=rate, seed=0), compiler_options=QUICK)
-    state, losses = state_of(model[1]), []
+    state, losses = state_of(params), []
     for _ in range(5):
         state, sums = step(state, batch_of())
         losses.append(float(sums["loss"][0] / sums["loss"][1]))
