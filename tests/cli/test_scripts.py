@@ -1,4 +1,4 @@
-"""The entry scripts as a user runs them: real processes, their output, their exit status."""
+"""The entry points as a user calls them: their output and exit status, and the scripts as real processes."""
 
 import json
 import os
@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import tensorstore as ts
 
+from polaformer_jax.cli import train
 from tests.support import ROOT
 
 TINY = (
@@ -117,31 +118,32 @@ def test_a_killed_training_goes_on_to_the_same_end_and_leaves_no_process(digits_
         ([], "--config"),
     ],
 )
-def test_bad_input_ends_with_one_message_and_a_status(arguments, message, tmp_path):
+def test_bad_input_ends_with_one_message_and_a_status(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
     if any(argument.startswith("--config=") for argument in arguments):
         arguments = [*arguments, f"--config.data.data_dir={tmp_path}/empty"]
-    ended = run("train.py", *arguments, "--workdir", tmp_path / "run")
-    assert ended.returncode == 1
-    assert message in ended.stderr + ended.stdout
-    assert "Traceback" not in ended.stderr
+    assert train.main([*arguments, "--workdir", str(tmp_path / "run")]) == 1
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert "Traceback" not in shown.err and not shown.out
     assert not (tmp_path / "run").exists()
 
 
-def test_workdir_is_needed():
+def test_the_script_ends_with_the_message_and_the_status_of_the_command():
     ended = run("train.py", "--config=configs/digits.py")
-    assert ended.returncode != 0
-    assert "--workdir is needed" in ended.stdout + ended.stderr
-
-
-def test_an_image_size_that_the_windows_cannot_take(digits_dir, tmp_path):
-    ended = run(
-        "train.py", "--config=configs/pola_swin.py:t", "--config.model.img_size=250", "--config.eval.resize=256",
-        "--config.eval.crop=250", f"--config.data.data_dir={digits_dir}", "--config.data.name=sklearn_digits",
-        "--config.data.eval_split=test", "--config.model.num_classes=10", "--workdir", tmp_path / "run",
-    )  # fmt: skip
     assert ended.returncode == 1
-    assert "250" in ended.stderr and "224" in ended.stderr
-    assert "Traceback" not in ended.stderr
+    assert ended.stderr.startswith("error: --workdir is needed") and not ended.stdout
+
+
+def test_an_image_size_that_the_windows_cannot_take(digits_dir, tmp_path, capsys):
+    ended = train.main([
+        "--config=pola_swin:t", "--config.model.img_size=250", "--config.eval.resize=256", "--config.eval.crop=250",
+        f"--config.data.data_dir={digits_dir}", "--config.data.name=sklearn_digits", "--config.data.eval_split=test",
+        "--config.model.num_classes=10", "--workdir", str(tmp_path / "run"),
+    ])  # fmt: skip
+    shown = capsys.readouterr().err
+    assert ended == 1
+    assert "250" in shown and "224" in shown and "Traceback" not in shown
 
 
 def test_evaluating_what_is_not_there(tmp_path):

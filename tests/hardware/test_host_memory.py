@@ -15,15 +15,14 @@ from polaformer_jax.hardware.host_memory import keep_freed_memory
 
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
-x = jnp.ones((2048, 64))
-between = jax.jit(lambda x: jnp.tanh(x @ jnp.ones((64, 8192))) @ jnp.ones((8192, 8)))  # 64 MiB of it
-program = between.lower(x).compile()
+arrays = jnp.ones((2048, 8)), jnp.ones((8, 8192)), jnp.ones((8192, 8))
+program = jax.jit(lambda x, y, z: (x @ y) @ z).lower(*arrays).compile()  # 64 MiB between the two products
 for _ in range(20):  # until the heap has stopped growing, which on many cores takes several calls
-    program(x).block_until_ready()
+    program(*arrays).block_until_ready()
 counts = []
 for _ in range(9):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    program(x).block_until_ready()
+    program(*arrays).block_until_ready()
     counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 print(sorted(counts)[4])  # the median: now and then the heap grows once more
 """
