@@ -9,7 +9,8 @@ ListOps of 51 to 255 symbols, for a CPU. Options: `alpha=` (3), `attention=` (po
 `tokenisation=` of ListOps (no_brackets, on which the published figures were measured, or brackets), `seed=`, `steps=`.
 
 Published accuracy of PolaFormer in % (the paper; alpha 3, 5, 7): listops 37.35, 38.76, 37.60; text 73.06, 72.33, 71.93;
-retrieval 80.50, 80.37, 81.47; pathfinder 70.53, 68.98, 69.09; image 42.15, 41.91, 42.77. Ours: README.md.
+retrieval 80.50, 80.37, 81.47; pathfinder 70.53, 68.98, 69.09; image 42.15, 41.91, 42.77.
+Ours: docs/long_range_arena.md.
 
 Batch, learning rate, warm-up, steps and evaluations are those of https://github.com/pkuzengqi/Skyformer; dev accuracy
 after the first 20 % of the steps chooses the checkpoint, whose test accuracy is reported once.

@@ -4,8 +4,8 @@
 
 Values and gradients of cores of the models, masked ones and lengths that blocks do not divide included. Errors are
 relative to the greatest element of each float64 array, which the CPU computes. The kernel may be up to four times as
-far from it as the operations are, or as a rounding of its type where these are closer; one that is further away fails the
-run. Each line is printed as soon as it is known: the first call of each program compiles it.
+far from it as the operations are, or as a rounding of its type where these are closer; one that is further away fails
+the run. Each line is printed as soon as it is known: the first call of each program compiles it.
 """
 
 import sys

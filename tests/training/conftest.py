@@ -1,4 +1,4 @@
-"""The tests of trainings may train two dense layers, `config.model.name = "dense"`: see `tests/support/dense_model.py`."""
+"""Trainings in these tests may have two dense layers, `config.model.name = "dense"`: `tests/support/dense_model.py`."""
 
 import pytest
 
