@@ -1,4 +1,4 @@
-"""The results on the Long Range Arena: one row for each run in a CSV file, and the README's table made from it."""
+"""The results on the Long Range Arena: a row for each run in a CSV file, and the documentation's table of them."""
 
 import csv
 import dataclasses
@@ -15,7 +15,7 @@ from polaformer_jax.files import atomic
 from polaformer_jax.training import recipes
 from polaformer_jax.training.workdir import changed_fields, read_config
 
-BEGIN = "<!-- begin of the table that `polaformer lra-table readme` writes -->"
+BEGIN = "<!-- begin of the table that `polaformer lra-table page` writes -->"
 END = "<!-- end of the table -->"
 
 TITLES = {
@@ -219,9 +219,9 @@ def _time(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"
 
 
-def with_table(readme: str, rows: Sequence[Row]) -> str:
-    """The README's text with its table regenerated; a UserError if it has no place for one."""
-    before, begin, rest = readme.partition(BEGIN)
+def with_table(page: str, rows: Sequence[Row]) -> str:
+    """The text of a page with its table regenerated; a UserError if it has no place for one."""
+    before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise UserError(f"no place for the table: expected the two lines that enclose it\n{BEGIN}\n{END}")

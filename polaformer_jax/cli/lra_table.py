@@ -1,7 +1,7 @@
-"""Collects results on the Long Range Arena: one row for each run in a CSV file, and the README's table made from it.
+"""Collects results on the Long Range Arena: a row for each run in a CSV file, and the documentation's table of them.
 
 polaformer lra-table add runs/listops_alpha3       # a finished training's result as a row
-polaformer lra-table readme                        # the table in README.md, written again
+polaformer lra-table page                          # the table in docs/long_range_arena.md, written again
 polaformer lra-table                               # only printed
 """
 
@@ -18,8 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", parser_class=argparse.ArgumentParser)
     add = commands.add_parser("add", help="add the results of finished trainings")
     add.add_argument("workdir", nargs="+", help="work directory of a training")
-    readme = commands.add_parser("readme", help="write the table into the README")
-    readme.add_argument("--file", default="README.md", help="[README.md]")
+    page = commands.add_parser("page", help="write the table into a page of the documentation")
+    page.add_argument("--file", default="docs/long_range_arena.md", help="[docs/long_range_arena.md]")
     args = parser.parse_args(argv)
     return command.run(lambda: _main(args))
 
@@ -36,7 +36,7 @@ def _main(args) -> None:
                 row = lra_results.row_of(workdir)
                 state = "added" if lra_results.append(args.csv, row) else "is there already"
                 print(f"{workdir}: {state}: {row}")
-        elif args.command == "readme":
+        elif args.command == "page":
             path = epath.Path(args.file)
             atomic.write(path, lra_results.with_table(path.read_text(), lra_results.read(args.csv)))
         else:

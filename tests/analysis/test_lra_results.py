@@ -1,4 +1,4 @@
-"""The results on the Long Range Arena: rows in a file, and the README's table, which says what the file says."""
+"""The results on the Long Range Arena: rows in a file, and the documentation's table made from it."""
 
 import dataclasses
 import json
@@ -19,10 +19,10 @@ def line_of(rows, *parts):
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_the_table_of_the_readme_is_that_of_the_file():
-    """`polaformer lra-table readme` writes it."""
-    readme = (ROOT / "README.md").read_text()
-    assert readme == lra_results.with_table(readme, lra_results.read(ROOT / "docs/results/lra.csv"))
+def test_the_documented_table_is_that_of_the_file():
+    """`polaformer lra-table page` writes it."""
+    page = (ROOT / "docs/long_range_arena.md").read_text()
+    assert page == lra_results.with_table(page, lra_results.read(ROOT / "docs/results/lra.csv"))
 
 
 def test_rows_come_back_as_they_were_written(tmp_path):
@@ -86,6 +86,6 @@ def test_a_folder_that_is_no_finished_training(tmp_path, capsys):
         lra_results.row_of(tmp_path)
 
 
-def test_a_readme_without_a_place_for_the_table():
+def test_a_page_without_a_place_for_the_table():
     with pytest.raises(UserError, match="no place for the table"):
         lra_results.with_table("# Nothing", [])
