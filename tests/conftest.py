@@ -7,6 +7,8 @@ import tempfile
 import jax
 import pytest
 
+from polaformer_jax.models import initializers
+
 # What one test has compiled the next one reads back, scripts that tests start included.
 _COMPILED = tempfile.TemporaryDirectory(prefix="compiled-")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name
@@ -16,6 +18,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # of processes that tests start: whatever e
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+initializers.BLOCKS = (1 << 8, 1 << 12, 1 << 16)  # the same values; without optimisations a large block takes long
 
 
 def pytest_collection_finish(session):

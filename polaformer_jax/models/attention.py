@@ -62,7 +62,7 @@ def polarity_attention(
 
     Both streams share [k+, k-] and its mean, so one product K^T [v1, v2] and one product Q M replace four: M is
     (2d, d + 2), the numerators of both streams and their two denominators, and swapping the two d-row halves of the
-    second stream's columns has the effect of exchanging q+ and q-. |x|^p is computed once and masked by sign.
+    second stream's columns has the effect of exchanging q+ and q-. `|x|^p` is computed once and masked by sign.
 
     Args:
         q, g: (B, N, C). Their dtype, and that of k and v, is that of the matrix products; power, normaliser and

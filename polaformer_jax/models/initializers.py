@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-_BLOCK = 1 << 16
+BLOCKS = (1 << 16,)  # how many values are drawn at once, ascending
 _fold_in = jax.jit(jax.random.fold_in)  # for hundreds of keys: a jitted call takes a twentieth of the time
 
 
@@ -84,20 +84,24 @@ def _draw(sample, scale: float, key: jax.Array, shape: tuple[int, ...], dtype, p
     """Draws random values in blocks of one size, since each further size would take a third of a second to compile.
 
     A model has about fifty shapes: the difference is ten seconds before the first step. Inside a traced function the
-    same blocks are drawn at once, and that saving is lost.
+    same blocks are drawn at once, and that saving is lost. More sizes in `BLOCKS` give the same values, since number i
+    of a draw depends on the key and i alone (`jax_threefry_partitionable`, the default of jax): then a small array
+    takes the beginning of a small block.
     """
     size = math.prod(shape)
-    blocks = -(-size // _BLOCK)
+    largest = BLOCKS[-1]
+    blocks = -(-size // largest)
     if isinstance(key, jax.core.Tracer):
-        drawn = jax.vmap(lambda i: _draw_block(sample, key, i))(jnp.arange(blocks))
+        drawn = jax.vmap(lambda i: _draw_block(sample, largest, key, i))(jnp.arange(blocks))
         return (scale * drawn.reshape(-1)[:size]).reshape(shape).astype(dtype)
     drawn = np.empty(size, dtype)
     for i in range(blocks):
-        part = drawn[i * _BLOCK : (i + 1) * _BLOCK]
-        part[:] = np.float32(scale) * np.asarray(_draw_block(sample, key, i))[: part.size]
+        part = drawn[i * largest : (i + 1) * largest]
+        block = next(count for count in BLOCKS if count >= part.size)
+        part[:] = np.float32(scale) * np.asarray(_draw_block(sample, block, key, i))[: part.size]
     return place(drawn.reshape(shape))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _draw_block(sample, key: jax.Array, index: int) -> jax.Array:
-    return sample(jax.random.fold_in(key, index), (_BLOCK,), jnp.float32)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _draw_block(sample, size: int, key: jax.Array, index: int) -> jax.Array:
+    return sample(jax.random.fold_in(key, index), (size,), jnp.float32)

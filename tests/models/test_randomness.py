@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import polaformer_jax as pf
-from polaformer_jax.models import layers
+from polaformer_jax.models import initializers, layers
 from tests.support.quick import QUICK
 from tests.support.small_models import FAMILIES, build, noise, split
 
@@ -115,3 +115,12 @@ def test_initial_weights_follow_from_the_seed():
     assert (np.asarray(one["head"]["kernel"]) != np.asarray(other["head"]["kernel"])).all()
     values = pf.weights.flatten(one)
     assert (values["block3.0.mlp.fc1.kernel"] != values["block3.1.mlp.fc1.kernel"]).all()
+
+
+@pytest.mark.parametrize("size", [3, 256, 5000, 70_000])
+def test_initial_values_do_not_depend_on_the_blocks_they_are_drawn_in(size, monkeypatch):
+    drawn = []
+    for blocks in ((1 << 16,), (1 << 8, 1 << 12, 1 << 16)):
+        monkeypatch.setattr(initializers, "BLOCKS", blocks)
+        drawn.append(initializers.normal_init(jax.random.key(3), (size,), jnp.float32))
+    np.testing.assert_array_equal(*drawn)
