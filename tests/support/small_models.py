@@ -1,6 +1,7 @@
 """Small models for tests, and what is needed around them."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -36,7 +37,23 @@ FAMILIES = {"pvt": (pf.PolaPVT, PVT), "swin": (pf.PolaSwin, SWIN)}
 
 def build(family: str, **changes):
     constructor, arguments = FAMILIES[family]
-    return constructor(**{**arguments, "drop_path_rate": 0.0, **changes}, rngs=nnx.Rngs(0))
+    return build_once(constructor, **{**arguments, "drop_path_rate": 0.0, **changes})
+
+
+_BUILT = {}
+
+
+def build_once(constructor, *, seed=0, **arguments):
+    """The model of these arguments, a new one each time, though its initial weights are drawn the first time only."""
+    key = constructor, seed, jax.config.jax_enable_x64, repr(sorted(arguments.items()))
+    if key not in _BUILT:
+        model = constructor(**arguments, rngs=nnx.Rngs(seed))
+        graphdef, state = nnx.split(model)
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(state)):
+            return model  # shapes are asked for, nothing is drawn
+        _BUILT[key] = graphdef, jax.tree.map(np.asarray, state)
+    graphdef, state = _BUILT[key]
+    return nnx.merge(graphdef, jax.tree.map(jnp.asarray, state))
 
 
 def split(model):

@@ -7,12 +7,13 @@ from flax import nnx
 import polaformer_jax as pf
 from polaformer_jax import weights
 from polaformer_jax.weights import rules
+from tests.support.small_models import build_once
 
 TINY = {"img_size": 32, "embed_dims": (4, 4, 8, 8), "num_heads": (1, 1, 2, 2), "depths": (1, 1, 1, 1), "num_classes": 3}
 
 
 def tiny(seed=0, **changes):
-    return pf.PolaPVT(**{**TINY, "la_sr_ratios": "2111", **changes}, rngs=nnx.Rngs(seed))
+    return build_once(pf.PolaPVT, seed=seed, **{**TINY, "la_sr_ratios": "2111", **changes})
 
 
 def pure(model):
