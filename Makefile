@@ -1,7 +1,8 @@
-# make train   set up .venv, prepare the digits, train, evaluate the best checkpoint
-# make docs    build docs/quickstart.ipynb from docs/quickstart.py, and run it
-# make test    set up what is missing and run the tests        make test-all   the slow ones too
-#              make test ROOM=weights runs those of one package
+# make train       set up .venv, prepare the digits, train, evaluate the best checkpoint
+# make test        set up what is missing and run the tests        make test-all   the slow ones too
+#                  make test ROOM=weights runs those of one package
+# make docs        build the documentation site in docs/_build, from the notebooks as they are committed; any warning fails
+# make notebooks   run the notebooks of docs/ anew, from their .py files; a few minutes
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +12,7 @@ CONFIG ?= digits
 ROOM ?=
 WORKDIR ?= runs/digits
 
-.PHONY: train test test-all docs lint clean
+.PHONY: train test test-all docs notebooks lint clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.runtime
@@ -25,12 +26,19 @@ PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile $(addprefix tests/,$(R
 test: lint
 	XLA_FLAGS="$$($(BIN)/python tests/support/quick.py)" $(PYTEST) -m "not slow"
 
-test-all: lint
+test-all: lint $(VENV)/.docs
 	$(PYTEST) -m slow
 
 docs: $(VENV)/.docs
-	PYTHONPATH=. $(BIN)/python -m jupytext --quiet --to ipynb --output docs/quickstart.ipynb --set-kernel python3 \
-	  --run-path . --execute docs/quickstart.py
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -d docs/_build/doctrees docs docs/_build/html
+	@echo "the site is docs/_build/html/index.html"
+
+notebooks: $(VENV)/.docs
+	for name in quickstart fine_tuning; do \
+	  $(BIN)/python -m jupytext --quiet --to ipynb --set-kernel python3 --output docs/$$name.ipynb docs/$$name.py && \
+	  PYTHONPATH="$(CURDIR)" $(BIN)/python -m nbconvert --log-level ERROR --to notebook --inplace --execute \
+	    --ExecutePreprocessor.record_timing=False docs/$$name.ipynb || exit 1; \
+	done
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -52,4 +60,4 @@ $(VENV)/.docs: $(VENV)/.runtime
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(DATA) runs *.egg-info
+	rm -rf $(VENV) $(DATA) runs docs/_build *.egg-info

@@ -1,8 +1,9 @@
 # %% [markdown]
-# # PolaFormer in JAX: a quick start
+# # A quick start
 #
 # Create a model, train and load weights, predict, look at what it attends to, fine-tune, save, load back. It runs on a
-# CPU in a few minutes, on the handwritten digits that scikit-learn ships. `make docs` builds it from `quickstart.py`.
+# CPU in a few minutes, on the handwritten digits that scikit-learn ships. `make notebooks` builds it from
+# `quickstart.py`.
 
 # %%
 import logging
@@ -106,7 +107,8 @@ for panel in panels.flat:
 # %% [markdown]
 # ## Fine-tune
 #
-# For images of another size the position tables are resized; everything that changes to fit is reported.
+# For images of another size the position tables are resized; everything that changes to fit is reported. (For other
+# images: [Fine-tuning on a folder of images](fine_tuning.ipynb).)
 
 # %%
 larger = pf.create_model(weights=folder / "digits.safetensors", img_size=64)
