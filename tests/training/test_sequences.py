@@ -27,7 +27,7 @@ def config_of(data_dir, arg="listops,steps=6", **changes):
     config = recipe("lra", arg)
     config.data.data_dir = str(data_dir)
     config.data.workers = 0
-    config.data.buckets = 2  # each is compiled
+    config.data.buckets = 8  # of which the data fill two, which are compiled
     config.mesh.data = 1
     config.model.kernel_size = 1  # compiles sooner
     config.train.batch_size = 8
