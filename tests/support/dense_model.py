@@ -22,6 +22,7 @@ from polaformer_jax.models.model_config import Checks, ModelConfig, resolve_conf
 
 NAME = "dense"
 _PATCH = 4  # pixels a side that are averaged
+_RATES = ("drop_rate", "drop_path_rate")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,9 +45,6 @@ class DenseConfig(ModelConfig):
 
     def architecture(self) -> dict[str, object]:
         return {"hidden": self.hidden, "alpha": self.alpha}
-
-
-_RATES = ("drop_rate", "drop_path_rate")
 
 
 class Dense(nnx.Module):
