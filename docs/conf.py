@@ -59,34 +59,6 @@ html_theme_options = {
 html_context = {"default_mode": "auto"}
 
 
-def as_restructured_text(app, what, name, obj, options, lines: list[str]) -> None:
-    """Docstrings are read in editors: they have Markdown's tables, and code and equations in blocks indented by four.
-
-    Before blocks, reStructuredText wants `::`; of tables it makes a list.
-    """
-    result, block, table = [], None, False
-    for number, line in enumerate(lines):
-        indent = len(line) - len(line.lstrip())
-        if line.strip() and block is not None and indent <= block:
-            block = None
-        if block is None and line.lstrip().startswith("|"):
-            if not table:
-                result += [" " * indent + ".. list-table::", " " * indent + "   :header-rows: 1", ""]
-            table, cells = True, [cell.strip() for cell in line.strip().strip("|").split("|")]
-            if not all(set(cell) <= {"-", ":"} for cell in cells):
-                result += [f"{' ' * indent}   {'  ' if i else '* '}- {cell}" for i, cell in enumerate(cells)]
-            continue
-        table = False
-        before = next((text for text in reversed(lines[:number]) if text.strip()), "")
-        outer = len(before) - len(before.lstrip())
-        starts = block is None and line.strip() and number and not lines[number - 1].strip()
-        if starts and indent == outer + 4:
-            result += [" " * outer + "::", ""]
-            block = outer
-        result.append(line)
-    lines[:] = result
-
-
 def module_signature(app, what, name, obj, options, signature, returns) -> tuple[str, None] | None:
     """Of a Flax module, the arguments of its own `__init__`: those of its metaclass are `*args, **kwargs`."""
     if what != "class" or not issubclass(obj, flax.nnx.Module):
@@ -112,6 +84,5 @@ def drop_false_backlinks(app, pagename, templatename, context, doctree) -> None:
 
 def setup(app) -> None:
     app.connect("html-page-context", drop_false_backlinks)
-    app.connect("autodoc-process-docstring", as_restructured_text, priority=100)  # before Napoleon
     app.connect("autodoc-process-signature", module_signature)
     app.connect("autodoc-skip-member", skip_member)

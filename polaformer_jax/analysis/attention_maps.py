@@ -70,7 +70,7 @@ def attention_maps(
     """Where a block of a model looks in each image.
 
     The weights are the model's own, formed from its queries and keys: for a linear block, with Q = [q+, q-],
-    Q' = [q-, q+], K = [k+, k-] as in `polarity_attention`,
+    Q' = [q-, q+], K = [k+, k-] as in `polarity_attention`::
 
         A_same[i, j]     = (Q_i  K_j / n) / (Q_i  mean_n(K) + 1e-6)        A_same v1 is the same-signed stream,
         A_opposite[i, j] = (Q'_i K_j / n) / (Q'_i mean_n(K) + 1e-6)        A_opposite v2 the opposite-signed one.

@@ -44,7 +44,7 @@ def polarity_attention(
 ) -> jax.Array:
     """Attention of N query tokens to n key tokens in time O(N + n), with signs kept apart.
 
-    With h heads of width d = C/h (channel c belongs to head c // d), per head and with s = softplus(scale):
+    With h heads of width d = C/h (channel c belongs to head c // d), per head and with s = softplus(scale)::
 
         p   = 1 + alpha * sigmoid(power)                            the learnable power, one per head and channel
         q± = relu(±q / s)^p        k± = relu(±(k + E) / s)^p        E = positional_encoding
@@ -52,13 +52,15 @@ def polarity_attention(
         opposite-signed stream:  o2 = [q-, q+] ([k+, k-]^T v2 / n) / ([q-, q+] mean_n([k+, k-])^T + 1e-6)
         y   = ([o1, o2] + conv(v)) * g                              v1, v2: first and last d/2 channels of v
 
-    | here                  | paper                                  | official name          | shape            |
-    |-----------------------|----------------------------------------|------------------------|------------------|
-    | p                     | the power p of the rescaling g(x; w, b)| `power`                | (1, h, 1, d)     |
-    | s                     | learnable scale of queries and keys    | `scale`                | (1, 1, C)        |
-    | E                     | position table of the keys             | `positional_encoding`  | (1, n, C)        |
-    | g                     | learnable polarity coefficients G      | part of `qg` / `qkvg`  | (B, N, C)        |
-    | conv                  | depth-wise convolution on the values   | `dwc`                  | kernel_size, d   |
+    ====  =======================================  =====================  ==============
+    here  paper                                    official name          shape
+    ====  =======================================  =====================  ==============
+    p     the power p of the rescaling g(x; w, b)  `power`                (1, h, 1, d)
+    s     learnable scale of queries and keys      `scale`                (1, 1, C)
+    E     position table of the keys               `positional_encoding`  (1, n, C)
+    g     learnable polarity coefficients G        part of `qg` / `qkvg`  (B, N, C)
+    conv  depth-wise convolution on the values     `dwc`                  kernel_size, d
+    ====  =======================================  =====================  ==============
 
     Both streams share [k+, k-] and its mean, so one product K^T [v1, v2] and one product Q M replace four: M is
     (2d, d + 2), the numerators of both streams and their two denominators, and swapping the two d-row halves of the

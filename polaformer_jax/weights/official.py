@@ -14,7 +14,7 @@ from polaformer_jax.weights.params import flatten
 
 
 def to_torch(model: nnx.Module) -> dict[str, np.ndarray]:
-    """Everything that the official model's `load_state_dict(strict=True)` needs.
+    """Everything that the official model's `load_state_dict(strict=True)` needs::
 
         tensors = {name: torch.from_numpy(array.copy()) for name, array in pf.weights.to_torch(model).items()}
         official_model.load_state_dict(tensors, strict=True)
