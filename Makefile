@@ -1,8 +1,8 @@
 # make train       set up .venv, prepare the digits, train, evaluate the best checkpoint
-# make test        set up what is missing and run the tests        make test-all   the slow ones too
+# make test        set up what is missing and run the tests        make test-all   the slow ones
 #                  make test ROOM=weights runs those of one package
 # make docs        build the documentation site in docs/_build, from the notebooks as they are committed; any warning fails
-# make notebooks   run the notebooks of docs/ anew, from their .py files; a few minutes
+# make notebooks   build the notebooks of docs/ from their .py files and execute them; a few minutes
 
 PYTHON ?= python3
 VENV := .venv
