@@ -13,7 +13,7 @@ from polaformer_jax.models import initializers
 _COMPILED = tempfile.TemporaryDirectory(prefix="compiled-")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name
 jax.config.update("jax_compilation_cache_dir", _COMPILED.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 os.environ["JAX_PLATFORMS"] = "cpu"  # of processes that tests start: whatever else is installed or plugged in
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -31,6 +31,15 @@ def pytest_collection_finish(session):
 def x64():
     """Double precision for the length of one test."""
     with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="module")
+def shallow():
+    """The models of this project's own sizes have one block a stage, in a module of tests that compile them."""
+    from tests.support import small_models
+
+    with small_models.shallow():
         yield
 
 

@@ -23,6 +23,8 @@ from polaformer_jax.hardware.chips import CHIPS, chip_of
 from polaformer_jax.hardware.costs import product_flops
 from tests.support.recipes import digits as get_config
 
+pytestmark = pytest.mark.usefixtures("shallow")
+
 # --- collectives, as XLA writes them for CPUs and TPUs
 
 PROGRAM = """\

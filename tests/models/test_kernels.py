@@ -74,10 +74,10 @@ def blocks_of(monkeypatch):
 
     def limit(tokens):
         monkeypatch.setattr(tpu, "BLOCK", tokens * tpu.LANES)
-        jax.clear_caches()  # `polarity_attention` has been traced with another limit
+        polarity_attention.clear_cache()  # `polarity_attention` has been traced with another limit
 
     yield limit
-    jax.clear_caches()
+    polarity_attention.clear_cache()
 
 
 @pytest.mark.parametrize(
@@ -105,9 +105,9 @@ def gpu_kernel(monkeypatch):
     """The kernel for GPUs is what is interpreted, in blocks of 16 tokens."""
     monkeypatch.setattr(kernels, "_interpreted", lambda: gpu)
     monkeypatch.setattr(gpu, "BLOCK", 16)
-    jax.clear_caches()
+    polarity_attention.clear_cache()
     yield
-    jax.clear_caches()
+    polarity_attention.clear_cache()
 
 
 @pytest.mark.parametrize(
@@ -165,8 +165,9 @@ def test_over_a_mesh_each_device_has_its_examples():
         for name, array in given.items()
     }
     with jax.set_mesh(mesh):
-        found = outcome(placed, shape, "pallas")
-        moved = collectives(compiled(placed, shape, "pallas").as_text())
+        program = compiled(placed, shape, "pallas")
+        gradients, y = program(placed)
+    found, moved = {**gradients, "y": y}, collectives(program.as_text())
     agree(found, alone, 1e-6)
     assert found["q"].sharding.is_equivalent_to(batch, 3)
     assert moved and {item.kind for item in moved} <= {"all-reduce"}  # gradients of the parameters, nothing else
@@ -196,7 +197,7 @@ def test_a_tpu_has_the_kernel_where_the_mesh_is_known_and_others_only_if_told(mo
     monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind="TPU v5 lite")])
     assert calls not in lowered("tpu", "auto")  # eight devices, and no mesh says how the batch lies on them
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    jax.clear_caches()
+    polarity_attention.clear_cache()
     assert calls in lowered("tpu", "auto")
 
 
@@ -222,7 +223,7 @@ def test_a_gpu_has_its_kernel_if_told():
 
 def test_groups_of_heads_that_need_too_much_memory_are_left_to_xla(monkeypatch):
     monkeypatch.setattr(tpu, "LARGEST_GROUP", 7)
-    jax.clear_caches()
+    polarity_attention.clear_cache()
     assert "tpu_custom_call" not in lowered("tpu", "auto", mesh=abstract_mesh("tpu", "TPU v5 lite"))
 
 

@@ -12,36 +12,28 @@ from tests.support.golden_models import GOLDEN_FOLDER, SMALL, build_small, float
 from tests.support.quick import QUICK
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_float64_logits_and_stages(name, x64):
-    golden = np.load(GOLDEN_FOLDER / f"small_{name}.npz")
-    graphdef, params = build_small(name, jnp.float64)
-    x = images(4, SMALL[name]["spec"]["img_size"], jnp.float64)
-
-    def both(params):
-        model = nnx.merge(graphdef, params)
-        return model(x), _official_stages(model, x)
-
-    logits, stages = jax.jit(both, compiler_options=QUICK)(params)
-    assert relative_error(logits, golden["logits"]) < 1e-9
-    for i, stage in enumerate(stages):
-        assert relative_error(stage, golden[f"stage{i}"]) < 1e-7, f"stage {i}"
-
-
 # The mixed ones have every kind of block between them; the others take as long again.
-@pytest.mark.parametrize(
+models = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if "mixed" in name else pytest.mark.slow) for name in SMALL]
 )
-def test_float64_loss_and_gradients(name, x64):
+
+
+@models
+def test_float64(name, x64):
     golden = np.load(GOLDEN_FOLDER / f"small_{name}.npz")
     graphdef, params = build_small(name, jnp.float64)
     x = images(4, SMALL[name]["spec"]["img_size"], jnp.float64)
 
     def loss(params):
-        logits = nnx.merge(graphdef, params)(x)
-        return -jnp.sum(golden["targets"] * jax.nn.log_softmax(logits), axis=-1).mean()
+        model = nnx.merge(graphdef, params)
+        logits = model(x)
+        return -jnp.sum(golden["targets"] * jax.nn.log_softmax(logits), axis=-1).mean(), (logits, _stages(model, x))
 
-    found, gradients = jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)(params)
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)
+    (found, (logits, stages)), gradients = run(params)
+    assert relative_error(logits, golden["logits"]) < 1e-9
+    for i, stage in enumerate(stages):
+        assert relative_error(stage, golden[f"stage{i}"]) < 1e-7, f"stage {i}"
     assert relative_error(found, golden["loss"]) < 1e-9
     official = {
         rules.official_name(path, gradient.ndim): rules.to_official(path, np.asarray(gradient))
@@ -54,9 +46,7 @@ def test_float64_loss_and_gradients(name, x64):
         assert np.linalg.norm(gradient - expected) <= 1e-7 * np.linalg.norm(expected) + 1e-12, path
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param("swin_llss", marks=pytest.mark.slow), "swin_mixed", "pvt_llll", "pvt_mixed_sr"]
-)
+@models
 def test_float32_logits(name):
     golden = np.load(GOLDEN_FOLDER / f"small_{name}.npz")
     graphdef, params = build_small(name, jnp.float32)
@@ -66,7 +56,7 @@ def test_float32_logits(name):
     assert relative_error(logits, golden["logits"]) < float32_tolerance(SMALL[name])
 
 
-def _official_stages(model, x):
+def _stages(model, x):
     """Stage outputs as the official code has them: in Pola-Swin after the patch merging."""
     stages = [tokens.reshape(tokens.shape[0], -1, tokens.shape[-1]) for tokens in model.features(x)]
     if not hasattr(model, "layers"):

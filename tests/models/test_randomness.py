@@ -59,7 +59,7 @@ def test_dropout_keeps_the_mean():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_is_random_by_the_given_key_alone(family):
-    graphdef, params = split(build(family, drop_rate=0.2, drop_path_rate=0.4))
+    graphdef, params = split(build(family, depths=(1, 1, 1, 1), drop_rate=0.2, drop_path_rate=0.4))
     images = noise(4, 32, 32, 3)
 
     def train(key):

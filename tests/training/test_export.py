@@ -20,6 +20,8 @@ from polaformer_jax.training.workdir import claim
 from tests.support.recipes import digits as get_config
 from tests.support.torch_files import write_pth
 
+pytestmark = pytest.mark.usefixtures("shallow")
+
 
 def config_of(digits_dir, **changes):
     config = get_config()

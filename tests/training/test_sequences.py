@@ -22,6 +22,8 @@ from polaformer_jax.training.metrics import read_scalars
 from tests.support import tiny_lra
 from tests.support.recipes import recipe
 
+pytestmark = pytest.mark.usefixtures("shallow")
+
 
 def config_of(data_dir, arg="listops,steps=6", **changes):
     config = recipe("lra", arg)
@@ -221,7 +223,7 @@ def test_the_entropies_of_a_run_become_a_table_and_a_picture(finished, tmp_path,
     rows = list(csv.DictReader((tmp_path / "e.csv").read_text().splitlines()))
     printed = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [line[-1] for line in printed[1:]] == [row["deviation"] for row in rows]
-    assert len(rows) == 2 * 4 * 2 and {row["run"] for row in rows} == {workdir.name}  # blocks, attentions, heads
+    assert len(rows) == 4 * 2 and {row["run"] for row in rows} == {workdir.name}  # attentions, heads
     assert all(0 < float(row["entropy"]) <= 1 and row["examples"] == "3" for row in rows)
     with Image.open(tmp_path / "e.png") as picture:
         assert len(picture.convert("L").getcolors()) > 20  # not blank

@@ -27,6 +27,8 @@ from tests.support.quick import QUICK
 from tests.support.recipes import digits as get_config
 from tests.support.recipes import image_task
 
+pytestmark = pytest.mark.usefixtures("shallow")
+
 
 def mesh_of(data, fsdp):
     return sharding.make_mesh(ml_collections.ConfigDict({"data": data, "fsdp": fsdp}))
