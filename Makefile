@@ -20,8 +20,9 @@ train: $(VENV)/.runtime
 	$(BIN)/python train.py --config $(CONFIG) --config.data.data_dir=$(DATA) --workdir $(WORKDIR)
 
 # Two processes; and the quick tests leave out most of XLA's optimisations, whose time they would spend on programs that
-# run once. The slow ones are compiled as users' programs are.
-PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile $(addprefix tests/,$(ROOM))
+# run once. The slow ones are compiled as users' programs are. Files go to the processes in order: by default the one with
+# the fewest tests comes last, which among the slow ones takes minutes.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(addprefix tests/,$(ROOM))
 
 test: lint
 	XLA_FLAGS="$$($(BIN)/python tests/support/quick.py)" $(PYTEST) -m "not slow"

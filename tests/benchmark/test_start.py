@@ -29,6 +29,7 @@ def test_processes_start_cold_warm_and_with_the_official_code(checkout, tmp_path
     assert f"{start.WARM}  " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_second_process_compiles_nothing(tmp_path):
     start.start(CASE, str(tmp_path))
     compiled = {entry.name for entry in os.scandir(tmp_path)}

@@ -17,6 +17,7 @@ from polaformer_jax.cli import train
 from tests.support import ROOT
 
 TINY = (
+    "--config.model.kernel_size=1",  # compiles sooner
     "--config.train.epochs=None",
     "--config.train.steps=40",
     "--config.train.batch_size=8",

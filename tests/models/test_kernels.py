@@ -83,11 +83,11 @@ def blocks_of(monkeypatch):
 @pytest.mark.parametrize(
     ("shape", "limit", "blocks"),
     [
-        ("one head", 512, (1, 1)),
+        pytest.param("one head", 512, (1, 1), marks=pytest.mark.slow),
         ("groups of heads", 512, (1, 1)),
         ("heads share a group", 16, (2, 2)),
         ("reduced keys", 16, (4, 1)),
-        ("a sequence", 16, (3, 3)),
+        pytest.param("a sequence", 16, (3, 3), marks=pytest.mark.slow),
     ],
 )
 def test_values_and_gradients_are_those_of_the_operations(shape, limit, blocks, x64, blocks_of):

@@ -11,7 +11,6 @@ from polaformer_jax.weights import rules
 from tests.support.golden_models import GOLDEN_FOLDER, SMALL, build_small, float32_tolerance, images, relative_error
 from tests.support.quick import QUICK
 
-
 # The mixed ones have every kind of block between them; the others take as long again.
 models = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if "mixed" in name else pytest.mark.slow) for name in SMALL]

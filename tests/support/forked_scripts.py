@@ -104,7 +104,10 @@ def _run(argv: list[str], log: str) -> None:
     sys.path.insert(0, str(ROOT))
     sys.argv = argv
     cache_all_programs()
-    runpy.run_path(str(ROOT / argv[0]), run_name="__main__")
+    from tests.support import dense_model, small_models
+
+    with dense_model.registered(), small_models.shallow():  # as in the tests of training
+        runpy.run_path(str(ROOT / argv[0]), run_name="__main__")
 
 
 def cache_all_programs() -> None:

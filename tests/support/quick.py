@@ -10,5 +10,7 @@ QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes
 if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 12):  # which has no such option
     QUICK["xla_cpu_use_fusion_emitters"] = False
 
+FLAGS = " ".join(f"--{name}={str(value).lower()}" for name, value in QUICK.items())
+
 if __name__ == "__main__":
-    print(*(f"--{name}={str(value).lower()}" for name, value in QUICK.items()))
+    print(FLAGS)

@@ -17,10 +17,9 @@ from polaformer_jax.training.workdir import read_config
 from tests.support.forked_scripts import Group
 from tests.training.test_interruption import TIMES, written
 
-pytestmark = pytest.mark.slow  # a minute for the first two processes
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shallow")]
 STEPS = 24
 SETTINGS = {
-    "model.kernel_size": 1,
     "data.workers": 0,
     "train.epochs": None,
     "train.steps": STEPS,
@@ -35,14 +34,16 @@ SETTINGS = {
     "ema.decay": 0.9,
     "augment.mixup": 0.8,
 }
-classifier_and_whole = pytest.mark.parametrize("trained", ["classifier", "whole"], indirect=True, scope="module")
-classifier = pytest.mark.parametrize("trained", ["classifier"], indirect=True, scope="module")
+dense_and_polaformer = pytest.mark.parametrize("trained", ["dense", "pola_pvt_nano"], indirect=True, scope="module")
+dense = pytest.mark.parametrize("trained", ["dense"], indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module")
 def trained(request, digits_dir):
-    """The config's flags, of a training of the whole model or of the classifier alone, which compiles sooner."""
-    changes = {**SETTINGS, "data.data_dir": digits_dir, "init.freeze_backbone": request.param == "classifier"}
+    """The config's flags, of a training of this model."""
+    changes = {**SETTINGS, "data.data_dir": digits_dir, "model.name": request.param}
+    if request.param != "dense":
+        changes["model.kernel_size"] = 1  # compiles sooner
     return ["--config=configs/digits.py", *(f"--config.{name}={value}" for name, value in changes.items())]
 
 
@@ -123,19 +124,19 @@ def assert_equal_to_rounding(found, wanted):
         assert np.linalg.norm(ours - theirs) < 1e-4 * np.linalg.norm(theirs), part
 
 
-@classifier_and_whole
+@dense_and_polaformer
 def test_two_processes_give_the_training_of_one(trained, straight, tmp_path):
     finish(trained, tmp_path / "run", 1)
     assert_equal_to_rounding(tmp_path / "run", straight)
 
 
-@classifier
+@dense
 def test_four_processes_give_the_training_of_two(trained, straight, tmp_path):
     finish(trained, tmp_path / "run", 4)
     assert_equal_to_rounding(tmp_path / "run", straight)
 
 
-@classifier
+@dense
 def test_each_image_is_counted_once_and_only_the_first_process_speaks(trained, straight, tmp_path):
     result = json.loads((straight / "eval.json").read_text())
     assert (result["images"], result["skipped"]) == (360, 0)
@@ -150,7 +151,7 @@ def test_each_image_is_counted_once_and_only_the_first_process_speaks(trained, s
     assert "test accuracy" in (logs / "0.out").read_text() and "accuracy" not in (logs / "1.out").read_text()
 
 
-@classifier
+@dense
 def test_a_signal_to_one_process_stops_both_at_the_same_step(trained, straight, tmp_path):
     workdir = tmp_path / "run"
     with group(trained, workdir, 2) as running:
@@ -169,7 +170,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(trained, straight, 
     assert_same_run(workdir, straight)
 
 
-@classifier
+@dense
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_other_and_the_same_command_goes_on(trained, straight, tmp_path, killed):
     workdir = tmp_path / "run"
@@ -186,7 +187,7 @@ def test_a_killed_process_ends_the_other_and_the_same_command_goes_on(trained, s
     assert_same_run(workdir, straight)
 
 
-@classifier
+@dense
 @pytest.mark.parametrize("processes", [1, 4])
 def test_a_run_goes_on_with_another_number_of_processes(trained, straight, tmp_path, processes):
     workdir = tmp_path / "run"
@@ -195,7 +196,7 @@ def test_a_run_goes_on_with_another_number_of_processes(trained, straight, tmp_p
     assert_equal_to_rounding(workdir, straight)
 
 
-@classifier
+@dense
 def test_processes_agree_on_a_damaged_checkpoint(trained, straight, tmp_path):
     workdir = tmp_path / "run"
     rewound(straight, workdir, STEPS - 4)
@@ -217,7 +218,7 @@ def evaluated(trained, workdir, folder, processes):
         return printed, list(csv.DictReader(table))
 
 
-@classifier
+@dense
 def test_two_processes_evaluate_as_one(trained, straight, tmp_path):
     (one,), rows_of_one = evaluated(trained, straight, tmp_path / "one", 1)
     (first, second), rows = evaluated(trained, straight, tmp_path / "two", 2)
