@@ -1,8 +1,8 @@
 """From a source to batches that are a pure function of (seed, step).
 
 Grain's random-access datasets are chained so that batch b can be computed without batches 0 to b-1; resuming is a slice
-from b on, with any number of processes and workers. With P processes that take L examples each, global batch b holds
-the stream positions b·P·L to (b+1)·P·L - 1, and process p computes the p-th run of L of them. Together with the seed, a
+from b on, with any number of processes and workers. Global batch b of B examples holds the stream positions b·B to
+(b+1)·B - 1, in this order, and a process computes those rows of it that it is asked for. Together with the seed, a
 position determines the record (a new permutation each epoch) and every random number of its transform.
 """
 
@@ -24,8 +24,7 @@ def train_batches(
     batch_size: int,
     seed: int,
     start: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
     workers: int = 0,
     prefetch: int = 2,
     timeout_s: float | None = None,
@@ -39,30 +38,26 @@ def train_batches(
         batch_size: examples in a global batch, over all processes.
         seed: a non-negative integer; for a given source, transform and batch_size, batch b depends only on (seed, b).
         start: the first global batch to compute; a large number costs nothing.
-        process_index, process_count: which part of every global batch this process computes.
+        rows: which rows of every global batch this process computes, (n,) int, in this order; None: all of them.
         workers: number of worker processes of this process; 0 computes in the calling thread.
         prefetch: batches each worker keeps ready (see `workers.Stream`).
         timeout_s: the longest wait for a batch from the workers; None sets no limit.
 
     Returns:
-        An iterator of dicts of arrays with leading dimension `batch_size // process_count`; to be closed with
-        `close()`.
+        An iterator of dicts of arrays with leading dimension `len(rows)`; to be closed with `close()`.
 
     Raises:
-        UserError: a batch size that the processes cannot share evenly, or a source without examples; from `next`, a
-            corrupt record or a label outside the classes, naming the record.
+        UserError: a batch without examples, or a source without any; from `next`, a corrupt record or a label outside
+            the classes, naming the record.
         RuntimeError: from `next`, any other failure with a record, naming it, or a worker that died.
     """
-    local = local_batch(source, batch_size, process_index, process_count)
+    rows = checked_rows(source, batch_size, rows)
     if start < 0:
         raise UserError(f"start is {start}, expected a batch number from 0 on")
     indices, transform_seed = _shuffled(len(source), seed)
-    dataset = (
-        # Before the slice: the generator then depends on the position in the global stream.
-        indices.random_map(_Load(source, transform), seed=transform_seed).batch(local, drop_remainder=True)[
-            start * process_count + process_index :: process_count
-        ]
-    )
+    # Before rows are chosen: the generator then depends on the position in the global stream.
+    examples = indices.random_map(_Load(source, transform), seed=transform_seed)
+    dataset = _batched(examples, batch_size, rows)[start:]
     return Stream(dataset, workers=workers, prefetch=prefetch, timeout_s=timeout_s)
 
 
@@ -132,7 +127,7 @@ class Passes:
 
 
 class EvalBatches(Passes):
-    """All examples of a source in order, each exactly once over all processes.
+    """All examples of a source in order, each exactly once, where the processes' rows are all those of a batch.
 
     The last batch is padded with blank examples (`mask` False), so that every process has the same number of batches of
     the same size. Arguments and errors as in `train_batches`.
@@ -144,17 +139,12 @@ class EvalBatches(Passes):
         transform: Transform,
         *,
         batch_size: int,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: np.ndarray | None = None,
         **options,
     ):
-        local = local_batch(source, batch_size, process_index, process_count)
-        dataset = (
-            grain.MapDataset.range(-(-len(source) // batch_size) * batch_size)
-            .map(LoadOrPad(source, transform))
-            .batch(local, drop_remainder=True)[process_index::process_count]
-        )
-        super().__init__(dataset, **options)
+        rows = checked_rows(source, batch_size, rows)
+        padded = grain.MapDataset.range(-(-len(source) // batch_size) * batch_size)
+        super().__init__(_batched(padded.map(LoadOrPad(source, transform)), batch_size, rows), **options)
 
 
 class _Load:
@@ -189,12 +179,36 @@ class LoadOrPad(_Load):
         return super().__call__(index, None) if index < len(self._source) else self._transform.blank()
 
 
-def local_batch(source: Source, batch_size: int, process_index: int, process_count: int) -> int:
-    """The number of examples per process in a batch; raises a UserError where the batch cannot be divided."""
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(f"batch size {batch_size} cannot be shared evenly by {process_count} processes")
-    if not 0 <= process_index < process_count:
-        raise UserError(f"process_index is {process_index}, expected 0 to {process_count - 1}")
+class _Rows:
+    """Random access to the examples of some rows of each batch, one batch after the other."""
+
+    def __init__(self, examples: grain.MapDataset, batch_size: int, rows: np.ndarray):
+        self._examples, self._batch_size, self._rows = examples, batch_size, rows
+
+    def __len__(self) -> int:
+        return len(self._examples) // self._batch_size * len(self._rows)
+
+    def __getitem__(self, place: int) -> Example:
+        batch, row = divmod(place, len(self._rows))
+        return self._examples[batch * self._batch_size + int(self._rows[row])]
+
+
+def _batched(examples: grain.MapDataset, batch_size: int, rows: np.ndarray) -> grain.MapDataset:
+    """These rows of each batch of `batch_size` examples."""
+    return grain.MapDataset.source(_Rows(examples, batch_size, rows)).batch(len(rows), drop_remainder=True)
+
+
+def checked_rows(source: Source, batch_size: int, rows: np.ndarray | None) -> np.ndarray:
+    """The rows of a batch that a process computes, all of them for None.
+
+    Raises:
+        UserError: no examples, or rows outside the batch.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch size {batch_size}, expected at least 1")
     if not len(source):
         raise UserError(f"{source.name} has no examples")
-    return batch_size // process_count
+    rows = np.arange(batch_size) if rows is None else np.asarray(rows)
+    if not rows.size or rows.min() < 0 or rows.max() >= batch_size:
+        raise UserError(f"rows {rows.tolist()} of a batch of {batch_size}: expected some of 0 to {batch_size - 1}")
+    return rows

@@ -52,7 +52,7 @@ class Experiment:
         self.config = config = config.copy_and_resolve_references()
         self.mesh: Mesh = sharding.make_mesh(config.mesh, devices)
         self.task = task_of(config)
-        self.inputs = Inputs(config, self.task, devices=self.mesh.size, num_examples=num_examples)
+        self.inputs = Inputs(config, self.task, mesh=self.mesh, num_examples=num_examples)
         if config.model.num_classes is None:
             if num_examples is not None:
                 raise UserError("model.num_classes=None: there is no data set here to take it from, give a number")

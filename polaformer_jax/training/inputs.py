@@ -1,14 +1,15 @@
-"""The data of an experiment: sources by split, and this process's part of each batch."""
+"""The data of an experiment: sources by split, and this process's rows of each batch."""
 
 import functools
 from typing import Any
 
-import jax
 import ml_collections
+from jax.sharding import Mesh
 
 from polaformer_jax.data.pipeline import Passes
 from polaformer_jax.data.records import Source
 from polaformer_jax.data.workers import Stream
+from polaformer_jax.training.sharding import local_rows
 from polaformer_jax.training.tasks import Task
 
 
@@ -18,12 +19,12 @@ class Inputs:
     Args:
         config: the whole config.
         task: opens sources and makes batches.
-        devices: over which a batch is split.
+        mesh: the devices over which a batch is split.
         num_examples: size of the training set, if the data is not available; None: that of the data.
     """
 
-    def __init__(self, config: ml_collections.ConfigDict, task: Task, *, devices: int, num_examples: int | None):
-        self._config, self._task, self._devices, self._num_examples = config, task, devices, num_examples
+    def __init__(self, config: ml_collections.ConfigDict, task: Task, *, mesh: Mesh, num_examples: int | None):
+        self._config, self._task, self._mesh, self._num_examples = config, task, mesh, num_examples
 
     @functools.cached_property
     def _sources(self) -> dict[str, Source]:
@@ -55,26 +56,26 @@ class Inputs:
     @property
     def eval_batch_size(self) -> int:
         """`eval.batch_size`, rounded up to a multiple of the devices."""
-        return self._config.eval.batch_size + -self._config.eval.batch_size % self._devices
+        return self._config.eval.batch_size + -self._config.eval.batch_size % self._mesh.size
 
     def train_batches(self, start: int) -> Stream:
-        """This process's part of each training batch from step `start` on, without end."""
-        return self._task.train_batches(self.train_source, start=start, **self._reading)
+        """This process's rows of each training batch from step `start` on, without end."""
+        reading = self._reading(self._config.train.batch_size)
+        return self._task.train_batches(self.train_source, start=start, **reading)
 
     def eval_batches(self, split: str) -> Passes:
         """Batches of a whole split, without augmentation."""
-        return self._task.eval_batches(self.source(split), batch_size=self.eval_batch_size, **self._reading)
+        reading = self._reading(self.eval_batch_size)
+        return self._task.eval_batches(self.source(split), batch_size=self.eval_batch_size, **reading)
 
     def describe_batch(self, step: int) -> list[str]:
         """Names of the records in the whole training batch of a step."""
         source = self.train_source
         return [source.describe(index) for index in self._task.batch_indices(source, step)]
 
-    @property
-    def _reading(self) -> dict[str, Any]:
+    def _reading(self, batch_size: int) -> dict[str, Any]:
         return {
-            "process_index": jax.process_index(),
-            "process_count": jax.process_count(),
+            "rows": local_rows(self._mesh, batch_size),
             "workers": self._config.data.workers,
             "prefetch": self._config.data.prefetch,
             "timeout_s": self._config.watchdog.input_s,

@@ -6,12 +6,14 @@ the step gathers the parameters that it uses, and each device updates its own sh
 """
 
 import contextlib
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from polaformer_jax.errors import UserError
@@ -43,9 +45,48 @@ def make_mesh(config, devices: Sequence[jax.Device] | None = None) -> Mesh:
             f"mesh.data={data}, mesh.fsdp={fsdp}, but there are {available} devices:"
             f" give mesh.data 1 to {available // fsdp}, or -1 for all"
         )
-    chosen = (jax.devices() if given is None else given)[: data * fsdp]
+    chosen = given[: data * fsdp] if given is not None else _of_all_processes(jax.devices(), data * fsdp)
     # Auto: the compiler places intermediate results. (The default, Explicit, refuses gathers along a sharded axis.)
-    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=chosen)
+    return Mesh(arranged(chosen, data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+
+def _of_all_processes(devices: Sequence[jax.Device], count: int) -> list[jax.Device]:
+    """So many of the devices: all of them, or as many of each process."""
+    if count == len(devices):
+        return list(devices)
+    owned = _grouped(devices, lambda device: device.process_index)
+    share, rest = divmod(count, len(owned))
+    if rest or share > min(map(len, owned)):
+        raise UserError(
+            f"mesh.data times mesh.fsdp is {count}, of {len(devices)} devices in {len(owned)} processes: give the"
+            f" number of all devices, or a multiple of {len(owned)} for as many in each process"
+        )
+    return [device for own in owned for device in own[:share]]
+
+
+def arranged(devices: Sequence[jax.Device], data: int, fsdp: int) -> np.ndarray:
+    """The devices as a (data, fsdp) array in which neighbours have the fastest links.
+
+    Devices whose `slice_index` is the same, a TPU slice or GPUs that share a network of their own (on most clusters
+    those of one host), are arranged by JAX for their topology. Several slices follow each other along `data`, so that a
+    row of `fsdp` devices stays inside a slice where its size is a multiple of `fsdp`; where it is not, rows go on from
+    one slice to the next.
+    """
+    slices = _grouped(devices, lambda device: getattr(device, "slice_index", device.process_index))
+    inside = all(len(one) % fsdp == 0 for one in slices)
+    shapes = [(len(one) // fsdp, fsdp) if inside else (len(one),) for one in slices]
+    return np.concatenate([_of_slice(*pair) for pair in zip(slices, shapes, strict=True)]).reshape(data, fsdp)
+
+
+def _of_slice(devices: Sequence[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
+    # An axis of the torus is split between both axes of the mesh where none has the size that is asked for.
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+
+
+def _grouped(devices: Sequence[jax.Device], key: Callable[[jax.Device], int]) -> list[list[jax.Device]]:
+    """The devices of each key, by ascending key, otherwise in the given order."""
+    ordered = sorted(devices, key=key)
+    return [list(group) for _, group in itertools.groupby(ordered, key=key)]
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -103,10 +144,39 @@ def check_batch(batch_size: int, mesh: Mesh, name: str) -> None:
         )
 
 
+def local_rows(mesh: Mesh, batch_size: int, devices: Collection[jax.Device] | None = None) -> np.ndarray:
+    """The rows of a batch that belong to a process, ascending: those of its devices.
+
+    A batch has the same order on any mesh, and a process may have several stretches of it: JAX arranges the devices of
+    a pod by its topology, not process by process.
+
+    Args:
+        devices: those of the process; None: of this process.
+
+    Returns:
+        (n,) int, where n is the process's share of `batch_size`, which the devices divide evenly.
+    """
+    own = set(mesh.local_devices if devices is None else devices)
+    placed = batch_sharding(mesh).devices_indices_map((batch_size,))
+    return np.sort(np.concatenate([np.arange(batch_size)[rows] for device, rows in placed.items() if device in own]))
+
+
 def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's part of a batch as global arrays, split over the mesh."""
+    """A batch as global arrays, split over the mesh, from this process's rows of it, `local_rows`."""
     sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+    share = len(next(iter(batch.values()))) // len(mesh.local_devices)  # rows of a device
+    size = share * mesh.size
+    own = sharding.addressable_devices_indices_map((size,)).values()
+    place = {start: share * n for n, start in enumerate(sorted(rows.indices(size)[0] for (rows,) in own))}
+
+    def placed(array: np.ndarray) -> jax.Array:
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            first = place[index[0].indices(size)[0]]
+            return array[first : first + share]
+
+        return jax.make_array_from_callback((size, *array.shape[1:]), sharding, shard)
+
+    return {name: placed(array) for name, array in batch.items()}
 
 
 class Constraints:

@@ -1,6 +1,6 @@
 """Entry scripts as processes that work together, forked from one in which everything is imported: they start at once.
 
-Each process has one CPU device. What it compiles it finds again in JAX's cache, when it is started anew.
+What a process compiles it finds again in JAX's cache, when it is started anew.
 """
 
 import multiprocessing
@@ -28,9 +28,20 @@ class Group:
       script: name of an entry script.
       arguments: its flags. The config's `distributed` part is added where there are several processes.
       logs: folder for what the processes print.
+      devices: of each process.
+      order: seed of a random order of all devices in the mesh; None: that of the processes.
     """
 
-    def __init__(self, script: str, arguments: list[str], *, processes: int, logs: Path):
+    def __init__(
+        self,
+        script: str,
+        arguments: list[str],
+        *,
+        processes: int,
+        logs: Path,
+        devices: int = 1,
+        order: int | None = None,
+    ):
         self._logs = logs
         logs.mkdir(exist_ok=True)
         together, port = [], _free_port()
@@ -44,7 +55,9 @@ class Group:
                     "--config.distributed.heartbeat_s=10",
                 ]
             argv = [script, *arguments, *together]
-            self.processes.append(_FORKS.Process(target=_run, args=(argv, self._log(index)), daemon=True))
+            self.processes.append(
+                _FORKS.Process(target=_run, args=(argv, self._log(index), devices, order), daemon=True)
+            )
 
     def _log(self, index: int) -> str:
         return str(self._logs / str(index))
@@ -92,7 +105,7 @@ def _free_port() -> int:
         return found.getsockname()[1]
 
 
-def _run(argv: list[str], log: str) -> None:
+def _run(argv: list[str], log: str, devices: int, order: int | None) -> None:
     """In the forked process."""
     for number, name in ((1, "out"), (2, "err")):
         file = os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -104,9 +117,16 @@ def _run(argv: list[str], log: str) -> None:
     sys.path.insert(0, str(ROOT))
     sys.argv = argv
     cache_all_programs()
-    from tests.support import dense_model, small_models
+    import jax
 
-    with dense_model.registered(), small_models.shallow():  # as in the tests of training
+    from polaformer_jax.training import sharding
+    from tests.support import dense_model, small_models
+    from tests.support.device_order import permuted
+
+    jax.config.update("jax_num_cpu_devices", devices)
+    arranged = sharding.arranged if order is None else permuted(order)
+    models = dense_model.registered(), small_models.shallow()  # as in the tests of training
+    with models[0], models[1], mock.patch.object(sharding, "arranged", arranged):
         runpy.run_path(str(ROOT / argv[0]), run_name="__main__")
 
 

@@ -47,15 +47,14 @@ def trained(request, digits_dir):
     return ["--config=configs/digits.py", *(f"--config.{name}={value}" for name, value in changes.items())]
 
 
-def group(trained, workdir, processes):
-    return Group(
-        "train.py", [*trained, f"--workdir={workdir}"], processes=processes, logs=workdir.with_name(f"{processes}.logs")
-    )
+def group(trained, workdir, processes, **options):
+    logs = workdir.with_name(f"{processes}.logs")
+    return Group("train.py", [*trained, f"--workdir={workdir}"], processes=processes, logs=logs, **options)
 
 
-def finish(trained, workdir, processes):
+def finish(trained, workdir, processes, **options):
     """Runs a training to its end; what process 0 has told."""
-    with group(trained, workdir, processes) as running:
+    with group(trained, workdir, processes, **options) as running:
         assert running.statuses() == [0] * processes, running.errors()
         return running.error(0)
 
@@ -207,15 +206,29 @@ def test_processes_agree_on_a_damaged_checkpoint(trained, straight, tmp_path):
     assert_same_run(workdir, straight)
 
 
-def evaluated(trained, workdir, folder, processes):
+def evaluated(trained, workdir, folder, processes, **options):
     """What eval.py prints, by process, and the rows of its table of predictions."""
     folder.mkdir()
     arguments = [*trained, f"--workdir={workdir}", f"--json={folder}/eval.json", f"--predictions={folder}/table.csv"]
-    with Group("eval.py", arguments, processes=processes, logs=folder) as running:
+    with Group("eval.py", arguments, processes=processes, logs=folder, **options) as running:
         assert running.statuses() == [0] * processes, running.errors()
         printed = [running.output(index) for index in range(processes)]
     with open(folder / "table.csv", newline="") as table:
         return printed, list(csv.DictReader(table))
+
+
+@dense
+def test_processes_whose_devices_are_mixed_train_and_evaluate_as_one(trained, straight, tmp_path):
+    """Rows of a batch are those of the devices: partners of mixing, losses, and the names in the table."""
+    mixed = {"devices": 2, "order": 5}
+    finish([*trained, "--config.mesh.fsdp=2"], tmp_path / "run", 4, **mixed)
+    assert_equal_to_rounding(tmp_path / "run", straight)
+    _, rows = evaluated(trained, straight, tmp_path / "mixed", 4, **mixed)
+    _, rows_of_one = evaluated(trained, straight, tmp_path / "one", 1)
+    assert [(row["record"], row["prediction"]) for row in rows] == [
+        (row["record"], row["prediction"]) for row in rows_of_one
+    ]
+    assert len(rows) == 360
 
 
 @dense

@@ -12,7 +12,7 @@ from polaformer_jax.benchmark.input import make_photographs
 from polaformer_jax.data.images.transforms import train_transform
 from polaformer_jax.data.pipeline import train_batches
 from polaformer_jax.data.sources import open_source
-from tests.data.test_pipeline import digest, union
+from tests.data.test_pipeline import digest, shares, union
 from tests.support.recipes import recipe
 
 pytestmark = pytest.mark.slow
@@ -40,7 +40,7 @@ def test_batches_are_the_same_for_any_number_of_workers_and_processes(source):
     for workers in (1, 2, 4):
         assert [*map(digest, take(source, 5, workers=workers))] == expected, workers
     for workers in (0, 2):
-        parts = [take(source, 5, workers=workers, process_index=p, process_count=2) for p in range(2)]
+        parts = [take(source, 5, workers=workers, rows=rows) for rows in shares(32, 2)]
         assert [digest(union(step)) for step in zip(*parts, strict=True)] == expected, workers
 
 

@@ -16,7 +16,7 @@ import grain
 import numpy as np
 
 from polaformer_jax.data.lra import SequenceSource
-from polaformer_jax.data.pipeline import LoadOrPad, Passes, local_batch
+from polaformer_jax.data.pipeline import LoadOrPad, Passes, checked_rows
 from polaformer_jax.data.records import Batch, Example, check_label
 from polaformer_jax.data.workers import Stream
 from polaformer_jax.errors import UserError
@@ -37,8 +37,7 @@ def train_batches(
     buckets: int = 8,
     on_error: str = "stop",
     start: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
     workers: int = 0,
     **options,
 ) -> Stream:
@@ -50,13 +49,13 @@ def train_batches(
 
     Returns:
         An iterator of dicts: tokens int32 (b, N), or (b, 2, N) for pairs, length int32 (b,) or (b, 2), label int32 (b,)
-        and mask bool (b,), where b is `batch_size // process_count` and N changes from batch to batch.
+        and mask bool (b,), where b is `len(rows)` and N changes from batch to batch.
     """
-    local = local_batch(source, batch_size, process_index, process_count)
+    rows = checked_rows(source, batch_size, rows)
     if start < 0:
         raise UserError(f"start is {start}, expected a batch number from 0 on")
     plan = _TrainPlan(source, batch_size=batch_size, seed=seed, buckets=buckets)
-    batches = _Batches(plan, LoadOrPad(source, _Sequence(source, on_error)), source, process_index * local, local)
+    batches = _Batches(plan, LoadOrPad(source, _Sequence(source, on_error)), source, rows)
     return Stream(grain.MapDataset.source(batches)[start:], workers=workers, **options)
 
 
@@ -72,14 +71,13 @@ def eval_batches(
     batch_size: int,
     buckets: int = 8,
     on_error: str = "stop",
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
     **options,
 ) -> Passes:
-    """All examples of a source, each exactly once over all processes, the longest first; see `pipeline.EvalBatches`."""
-    local = local_batch(source, batch_size, process_index, process_count)
+    """All examples of a source, each exactly once, the longest first; see `pipeline.EvalBatches`."""
+    rows = checked_rows(source, batch_size, rows)
     plan = _EvalPlan(source, batch_size=batch_size, buckets=buckets)
-    batches = _Batches(plan, LoadOrPad(source, _Sequence(source, on_error)), source, process_index * local, local)
+    batches = _Batches(plan, LoadOrPad(source, _Sequence(source, on_error)), source, rows)
     return Passes(grain.MapDataset.source(batches), order=plan.order, **options)
 
 
@@ -145,10 +143,10 @@ class _EvalPlan(_Plan):
 
 
 class _Batches:
-    """Random access to this process's part of each batch."""
+    """Random access to some rows of each batch."""
 
-    def __init__(self, plan: _Plan, load: LoadOrPad, source: SequenceSource, first: int, count: int):
-        self._plan, self._load, self._first, self._count = plan, load, first, count
+    def __init__(self, plan: _Plan, load: LoadOrPad, source: SequenceSource, rows: np.ndarray):
+        self._plan, self._load, self._rows = plan, load, rows
         self._texts = source.lengths.reshape(len(source), -1).shape[1]
 
     def __len__(self) -> int:
@@ -156,8 +154,7 @@ class _Batches:
 
     def __getitem__(self, number: int) -> Batch:
         indices = self._plan.indices(number)
-        mine = indices[self._first : self._first + self._count]
-        return self._padded([self._load(int(index)) for index in mine], self._plan.size(indices))
+        return self._padded([self._load(int(index)) for index in indices[self._rows]], self._plan.size(indices))
 
     def _padded(self, examples: list[Example], size: int) -> Batch:
         tokens = np.zeros((len(examples), self._texts, size), np.int32)

@@ -55,7 +55,7 @@ class ImageClassification:
     def open_source(self, split: str) -> Source:
         return sources.open_source(self._config.data, split)
 
-    def train_batches(self, source: Source, *, start: int, **reading: int) -> Stream:
+    def train_batches(self, source: Source, *, start: int, **reading: Any) -> Stream:
         return pipeline.train_batches(
             source,
             transforms.train_transform(self._config),
@@ -69,7 +69,7 @@ class ImageClassification:
         size, seed = self._config.train.batch_size, self._config.seed
         return pipeline.batch_indices(len(source), batch_size=size, seed=seed, batch=step)
 
-    def eval_batches(self, source: Source, *, batch_size: int, **reading: int) -> pipeline.EvalBatches:
+    def eval_batches(self, source: Source, *, batch_size: int, **reading: Any) -> pipeline.EvalBatches:
         return pipeline.EvalBatches(source, self._eval_transform, batch_size=batch_size, **reading)
 
     @functools.cached_property

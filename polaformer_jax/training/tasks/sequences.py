@@ -57,7 +57,7 @@ class SequenceClassification:
         task = self._config.task
         return open_source(self._config.data, task.name, task.tokenisation, split)
 
-    def train_batches(self, source: SequenceSource, *, start: int, **reading: int) -> Stream:
+    def train_batches(self, source: SequenceSource, *, start: int, **reading: Any) -> Stream:
         return buckets.train_batches(
             source,
             batch_size=self._config.train.batch_size,
@@ -71,7 +71,7 @@ class SequenceClassification:
         size, seed = self._config.train.batch_size, self._config.seed
         return buckets.batch_indices(source, batch_size=size, seed=seed, buckets=self._config.data.buckets, batch=step)
 
-    def eval_batches(self, source: SequenceSource, *, batch_size: int, **reading: int) -> Passes:
+    def eval_batches(self, source: SequenceSource, *, batch_size: int, **reading: Any) -> Passes:
         return buckets.eval_batches(source, batch_size=batch_size, **self._bucketing, **reading)
 
     @property

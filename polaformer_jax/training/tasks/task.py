@@ -33,18 +33,18 @@ class Task(Protocol):
     def create_model(self, rngs: nnx.Rngs | Keys) -> nnx.Module:
         """The model that the config describes, with initial weights. Raises a UserError if it cannot be built."""
 
-    # Data on the host. `reading`: the options of `pipeline.train_batches` for processes and workers.
+    # Data on the host. `reading`: the options of `pipeline.train_batches` for rows and workers.
 
     def open_source(self, split: str) -> Source:
         """The records of a split. Raises a UserError that names what is missing."""
 
-    def train_batches(self, source: Source, *, start: int, **reading: int) -> Stream:
-        """This process's part of each training batch from step `start` on, without end."""
+    def train_batches(self, source: Source, *, start: int, **reading: Any) -> Stream:
+        """This process's rows of each training batch from step `start` on, without end."""
 
     def batch_indices(self, source: Source, step: int) -> list[int]:
         """The indices of the records in the whole training batch of a step."""
 
-    def eval_batches(self, source: Source, *, batch_size: int, **reading: int) -> Passes:
+    def eval_batches(self, source: Source, *, batch_size: int, **reading: Any) -> Passes:
         """Batches of a whole split."""
 
     def batch_shapes(self) -> dict[str, tuple[tuple[int, ...], type[np.generic]]]:
