@@ -29,11 +29,23 @@ SEQUENCE_TASKS: dict[str, tuple[str | None, ...]] = {
     "image_lra": (None,),
     "listops_short": _LISTOPS_TOKENISATIONS,
 }
-# Fields that say where, on what and how visibly a run runs. All others make its identity: they change its result.
+# How a result is computed, which takes other memory and time and changes nothing but rounding. Where a training resumes
+# with other values, or an evaluation has other ones than the training, they are logged.
+HOW_COMPUTED = ("mesh", "model.remat", "model.attention_impl")
+# Fields that say how, where, on what and how visibly a run runs. All others make its identity: they change its result.
 NOT_IDENTITY = (
-    *("mesh", "distributed", "log", "checkpoint", "watchdog", "debug"),
+    *(*HOW_COMPUTED, "distributed", "log", "checkpoint", "watchdog", "debug"),
     *("data.workers", "data.prefetch", "data.data_dir", "eval.batch_size"),
 )
+# What function the weights of a run stand for, from the stored example to the logits: an evaluation must have the same.
+FUNCTION = ("task", "model", "eval.resize", "eval.crop")
+# Parts of FUNCTION that an evaluation may change: precision is logged too, and drop_path acts in training only.
+EVALUATION_MAY_CHANGE = (*HOW_COMPUTED, "model.dtype", "model.drop_path")
+
+
+def is_within(field: str, names: tuple[str, ...]) -> bool:
+    """Whether a field is one of these, or in one of these parts of the config."""
+    return any(field == name or field.startswith(f"{name}.") for name in names)
 
 
 def defaults() -> "ml_collections.ConfigDict":

@@ -15,6 +15,7 @@ import numpy as np
 from etils import epath
 
 from polaformer_jax import weights
+from polaformer_jax.config import EVALUATION_MAY_CHANGE, FUNCTION, HOW_COMPUTED
 from polaformer_jax.data.pipeline import Passes
 from polaformer_jax.data.records import Source
 from polaformer_jax.errors import UserError
@@ -23,7 +24,7 @@ from polaformer_jax.training import checkpoints
 from polaformer_jax.training.experiment import Experiment
 from polaformer_jax.training.export import weights_metadata
 from polaformer_jax.training.metrics import Mean
-from polaformer_jax.training.progress import bar
+from polaformer_jax.training.progress import bar, log
 from polaformer_jax.training.sharding import to_devices
 from polaformer_jax.training.workdir import differences, read_config
 
@@ -180,8 +181,8 @@ def evaluate(
 
     Args:
         config: what to evaluate on; None: the config of the run in `workdir`. Without `workdir`, its `init.weights` are
-            evaluated. With `workdir`, its model must be that of the run, and `init.weights`, from which a run starts,
-            is ignored.
+            evaluated. With `workdir`, its model, task and preprocessing (`config.FUNCTION`) must be those of the run,
+            and `init.weights`, from which a run starts, is ignored.
         workdir: work directory of a training, whose checkpoint is evaluated. It may be running; nothing but `eval.json`
             is written there. The number of devices need not be that of the training.
         checkpoint: "best" (the default), "latest" or a step.
@@ -205,10 +206,16 @@ def evaluate(
         if config is None:
             config = stored
             config.mesh.data, config.mesh.fsdp = -1, 1  # this machine may have other devices than the one that trained
-        changed = [line for line in differences(stored, config) if line.startswith("model.")]
+        changed = differences(stored, config, within=FUNCTION, but=EVALUATION_MAY_CHANGE)
         if changed:
             listed = "\n".join(f"  {line}" for line in changed)
-            raise UserError(f"the config's model is not the one that was trained in {workdir}:\n{listed}")
+            raise UserError(
+                f"with this config the weights trained in {workdir} would be another function:\n{listed}\nundo these"
+                " changes, or leave out the config; to evaluate them so all the same, export them, and give the file as"
+                " init.weights without a work directory"
+            )
+        for line in differences(stored, config, within=(*HOW_COMPUTED, "model.dtype"), but=("mesh",)):
+            log.info("evaluated in another way than trained: %s", line)
     if data_dir is not None:
         config = config.copy_and_resolve_references()
         config.data.data_dir = data_dir

@@ -18,10 +18,11 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 import polaformer_jax
-from polaformer_jax.config import NOT_IDENTITY, defaults
+from polaformer_jax.config import HOW_COMPUTED, NOT_IDENTITY, defaults, is_within
 from polaformer_jax.errors import UserError
 from polaformer_jax.files import atomic
 from polaformer_jax.training.metrics import read_scalars
+from polaformer_jax.training.progress import log
 from polaformer_jax.weights import flatten
 
 TRAINING_FILE = "training.json"
@@ -61,20 +62,32 @@ def _completed(stored: dict[str, Any]) -> dict[str, Any]:
     return over(as_json(defaults()), stored)
 
 
-def differences(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) -> list[str]:
-    """One line for each field of the identity (all but `NOT_IDENTITY`) whose value differs."""
-    return [f"{field}: {there!r} there, {now!r} now" for field, (there, now) in changed_fields(old, new).items()]
+def differences(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict, **which: Any) -> list[str]:
+    """One line for each of the `changed_fields`, whose arguments these are."""
+    changed = changed_fields(old, new, **which)
+    return [f"{field}: {there!r} there, {now!r} now" for field, (there, now) in changed.items()]
 
 
-def changed_fields(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) -> dict[str, tuple[Any, Any]]:
-    """The two values of each field of the identity whose value differs, sorted by field."""
+def changed_fields(
+    old: ml_collections.ConfigDict,
+    new: ml_collections.ConfigDict,
+    *,
+    within: tuple[str, ...] | None = None,
+    but: tuple[str, ...] = NOT_IDENTITY,
+) -> dict[str, tuple[Any, Any]]:
+    """The two values of each field that differs, sorted by field.
+
+    Args:
+        within: fields, and parts of the config, that are compared; None: all.
+        but: those that are not; by default what remains is the identity of a run.
+    """
     before, now = flatten(as_json(old)), flatten(as_json(new))
     missing = "(absent)"
     values = {field: (before.get(field, missing), now.get(field, missing)) for field in before.keys() | now.keys()}
     return {
         field: (there, here)
         for field, (there, here) in sorted(values.items())
-        if there != here and not any(field == name or field.startswith(f"{name}.") for name in NOT_IDENTITY)
+        if there != here and (within is None or is_within(field, within)) and not is_within(field, but)
     }
 
 
@@ -110,13 +123,16 @@ def _claimed(workdir: epath.Path, config: ml_collections.ConfigDict) -> Iterator
         # A run without a checkpoint has nothing to lose: its config may be fixed after a failed start.
         checkpoints = workdir / "checkpoints"
         if checkpoints.exists() and any(path.name.isdecimal() for path in checkpoints.iterdir()):
-            changed = differences(read_config(workdir), config)
+            stored = read_config(workdir)
+            changed = differences(stored, config)
             if changed:
                 raise UserError(
                     f"{workdir} belongs to a run with another config:\n"
                     + "\n".join(f"  {line}" for line in changed)
                     + "\ntake another work directory, or undo these changes to resume that run"
                 )
+            for line in differences(stored, config, within=HOW_COMPUTED, but=()):
+                log.info("the run is computed in another way from here on: %s", line)
         with writable(workdir):
             atomic.write(workdir / "config.json", json.dumps(as_json(config), indent=2) + "\n")
         yield

@@ -114,6 +114,20 @@ def test_evaluating_the_work_directory_gives_the_same_numbers(finished, tmp_path
     assert [row["record"] for row in table] == [source.describe(i) for i in range(20)]
 
 
+@pytest.mark.parametrize(
+    "changes", [{"task.attention": "relu", "model.alpha": None}, {"task.tokenisation": "brackets"}]
+)
+def test_another_attention_or_tokenisation_than_was_trained_is_refused(finished, changes):
+    config, workdir, _ = finished
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict(changes)
+    before = (workdir / "eval.json").read_bytes()
+    field = next(name for name in changes if name.startswith("task."))
+    with pytest.raises(UserError, match=f"(?s)another function:.*{field}: '.*' there, '{changes[field]}' now"):
+        evaluation.evaluate(config, workdir)
+    assert (workdir / "eval.json").read_bytes() == before
+
+
 def test_another_split_can_be_evaluated(finished, tmp_path):
     config, workdir, result = finished
     written = evaluation.evaluate(None, workdir, split="dev", json_path=workdir.parent / "dev.json")

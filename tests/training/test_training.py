@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import shutil
 
 import jax
@@ -188,12 +189,36 @@ def test_requests_that_cannot_be_met(finished, arguments, message):
         evaluation.evaluate(None, finished[1], **arguments)
 
 
-def test_another_model_than_the_one_trained_is_refused(finished):
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("model.alpha", 1.0, "model.alpha: None there, 1.0 now"),
+        ("model.param_dtype", "float64", "model.param_dtype: 'float32' there, 'float64' now"),
+        ("eval.resize", 40, "eval.resize: 32 there, 40 now"),
+    ],
+)
+def test_another_function_than_the_one_trained_is_refused(finished, field, value, message):
     config, workdir, _ = finished
     config = config.copy_and_resolve_references()
-    config.model.alpha = 1.0
-    with pytest.raises(UserError, match="model.alpha: None there, 1.0 now"):
+    config.update_from_flattened_dict({field: value})
+    before = (workdir / "eval.json").read_bytes()
+    with pytest.raises(UserError, match=f"another function:\\n  {message}\n.*init.weights without"):
         evaluation.evaluate(config, workdir)
+    assert (workdir / "eval.json").read_bytes() == before
+
+
+def test_the_function_that_was_trained_is_evaluated_with_other_memory_and_precision(
+    finished, tmp_path, caplog, monkeypatch
+):
+    config, workdir, result = finished
+    config = config.copy_and_resolve_references()
+    config.model.dtype, config.model.attention_impl, config.model.drop_path = "bfloat16", "xla", 0.3
+    monkeypatch.setattr(logging.getLogger("polaformer_jax"), "propagate", True)
+    with caplog.at_level("INFO", logger="polaformer_jax"):
+        written = evaluation.evaluate(config, workdir, json_path=tmp_path / "e.json")
+    assert written["loss"] == pytest.approx(result.evaluation.metrics["loss"], rel=0.02)
+    said = [message for message in caplog.messages if message.startswith("evaluated in another way than trained: ")]
+    assert [message.split(": ")[1] for message in said] == ["model.attention_impl", "model.dtype"]
 
 
 class Unreadable:

@@ -1,6 +1,7 @@
 """A work directory belongs to one run and is used by one training at a time."""
 
 import json
+import logging
 import subprocess
 import sys
 
@@ -29,6 +30,27 @@ def test_the_same_run_may_come_back_elsewhere_and_log_otherwise(tmp_path):
     config.checkpoint.keep_last = 5
     config.eval.batch_size = 3
     with claim(tmp_path, config):
+        pass
+
+
+def test_a_run_may_come_back_with_less_memory_which_is_logged(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("polaformer_jax"), "propagate", True)
+    caplog.set_level(logging.INFO)
+    config = get_config()
+    with claim(tmp_path, config):
+        (tmp_path / "checkpoints/10").mkdir(parents=True)
+    config.model.remat, config.model.attention_impl, config.mesh.fsdp = True, "xla", 2
+    with claim(tmp_path, config):
+        pass
+    said = [record.getMessage() for record in caplog.records]
+    assert [line.removeprefix("the run is computed in another way from here on: ") for line in said] == [
+        "mesh.fsdp: 1 there, 2 now",
+        "model.attention_impl: 'auto' there, 'xla' now",
+        "model.remat: False there, True now",
+    ]
+    assert read_config(tmp_path).model.remat
+    config.model.dtype = "bfloat16"
+    with pytest.raises(UserError, match="model.dtype: 'float32' there, 'bfloat16' now"), claim(tmp_path, config):
         pass
 
 
