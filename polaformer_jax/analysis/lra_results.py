@@ -112,6 +112,10 @@ def row_of(workdir: epath.PathLike) -> Row:
             f" from {result.get('origin')}, expected {config.eval.weights} on {wanted!r}, and where its data came"
             " from: run `polaformer eval` on this work directory"
         )
+    if training["seconds"] is None:
+        raise UserError(
+            f"{workdir}/training.json has no seconds, for the run's event files were removed before its end"
+        )
     return Row(
         task=task.name,
         tokenisation=task.tokenisation or "",

@@ -178,13 +178,15 @@ def write_training(workdir: epath.Path, *, steps: int, devices: int) -> None:
     """Writes `training.json` on process 0: steps, seconds, hardware and commit.
 
     `seconds` are those of the training steps: without evaluations, checkpoints and compilation, and counted once where
-    a run was interrupted and repeated some steps.
+    a run was interrupted and repeated some steps. They are read from the event files, and None without these.
     """
     if jax.process_index() == 0:
-        seconds = read_scalars(workdir)["seconds"][1].sum()
+        scalars = read_scalars(workdir)
+        if "seconds" not in scalars:
+            log.warning("%s has no event files any more: how long the training took is not known", workdir)
         content = {
             "steps": steps,
-            "seconds": round(float(seconds), 1),
+            "seconds": round(float(scalars["seconds"][1].sum()), 1) if "seconds" in scalars else None,
             "hardware": hardware(devices),
             "commit": commit(),
         }

@@ -110,7 +110,8 @@ def test_where_the_root_cannot_be_written_the_index_lies_in_the_cache(root, list
     source = FolderSource(root, "train")
     assert listings == ["train"] and not list(root.glob(".polaformer*"))
     assert len(list((cache_dir / "polaformer_jax").iterdir())) == 1
-    assert pickle.loads(pickle.dumps(source))[3] == source[3]
+    again = pickle.loads(pickle.dumps(source))
+    assert again[3] == source[3] and again.origin == source.origin == str(root)
 
 
 def test_an_index_that_can_be_kept_nowhere_travels_in_the_pickle(root, caplog, monkeypatch):

@@ -134,7 +134,7 @@ def test_a_source_travels_by_pickle_without_its_data(data_dir):
     again = pickle.loads(sent)
     np.testing.assert_array_equal(again[17]["tokens"], expected["tokens"])
     np.testing.assert_array_equal(again.lengths, source.lengths)
-    assert again.describe(2) == source.describe(2)
+    assert again.describe(2) == source.describe(2) and again.origin == source.origin
 
 
 def test_a_set_that_changed_on_the_way_is_told(copied):

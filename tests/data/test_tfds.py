@@ -256,6 +256,7 @@ def test_a_source_travels_by_pickle(digits_dir):
     source = open_split(digits_dir)
     again = pickle.loads(pickle.dumps(source))
     assert len(again) == 360 and again[17] == source[17] and again.class_names == source.class_names
+    assert again.origin == source.origin == "tfds sklearn_digits/1.0.0"
 
 
 # --- preparing

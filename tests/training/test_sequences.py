@@ -102,6 +102,15 @@ def test_the_result_becomes_a_row(finished, tmp_path, capsys):
     assert float(row["accuracy"]) == pytest.approx(100 * result.evaluation.metrics["accuracy"], abs=0.01)
 
 
+def test_a_result_whose_time_is_not_known_is_no_row(finished, tmp_path):
+    for name in ("config.json", "eval.json", "training.json"):
+        shutil.copy(finished[1] / name, tmp_path)
+    training = json.loads((tmp_path / "training.json").read_text())
+    (tmp_path / "training.json").write_text(json.dumps({**training, "seconds": None}))
+    with pytest.raises(UserError, match="training.json has no seconds"):
+        lra_results.row_of(tmp_path)
+
+
 def test_evaluating_the_work_directory_gives_the_same_numbers(finished, tmp_path):
     _, workdir, result = finished
     rows = tmp_path / "out.csv"

@@ -265,6 +265,15 @@ def test_nothing_that_can_be_decoded(digits_dir, monkeypatch):
         evaluator(experiment.params.initial())
 
 
+def test_without_event_files_a_run_does_not_know_how_long_it_took(finished, tmp_path):
+    config, workdir, result = finished
+    shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
+    for path in (*tmp_path.glob("events.*"), tmp_path / "training.json"):
+        path.unlink()
+    assert loop.train(config, tmp_path).evaluation.metrics == result.evaluation.metrics
+    assert json.loads((tmp_path / "training.json").read_text())["seconds"] is None
+
+
 def test_a_finished_run_evaluates_again_and_trains_no_more(finished):
     config, workdir, result = finished
     again = loop.train(config, workdir)
