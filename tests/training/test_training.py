@@ -2,7 +2,6 @@
 
 import csv
 import json
-import logging
 import shutil
 
 import jax
@@ -18,6 +17,7 @@ from polaformer_jax.training.checkpoints import Checkpoints
 from polaformer_jax.training.experiment import Experiment
 from polaformer_jax.training.metrics import read_scalars
 from tests.support import dense_model
+from tests.support.log_messages import logged
 from tests.support.recipes import digits as get_config
 
 
@@ -207,17 +207,14 @@ def test_another_function_than_the_one_trained_is_refused(finished, field, value
     assert (workdir / "eval.json").read_bytes() == before
 
 
-def test_the_function_that_was_trained_is_evaluated_with_other_memory_and_precision(
-    finished, tmp_path, caplog, monkeypatch
-):
+def test_the_function_that_was_trained_is_evaluated_with_other_memory_and_precision(finished, tmp_path):
     config, workdir, result = finished
     config = config.copy_and_resolve_references()
     config.model.dtype, config.model.attention_impl, config.model.drop_path = "bfloat16", "xla", 0.3
-    monkeypatch.setattr(logging.getLogger("polaformer_jax"), "propagate", True)
-    with caplog.at_level("INFO", logger="polaformer_jax"):
+    with logged() as messages:
         written = evaluation.evaluate(config, workdir, json_path=tmp_path / "e.json")
     assert written["loss"] == pytest.approx(result.evaluation.metrics["loss"], rel=0.02)
-    said = [message for message in caplog.messages if message.startswith("evaluated in another way than trained: ")]
+    said = [message for message in messages if message.startswith("evaluated in another way than trained: ")]
     assert [message.split(": ")[1] for message in said] == ["model.attention_impl", "model.dtype"]
 
 

@@ -1,7 +1,6 @@
 """What a training says of itself while it runs, and what it does about numbers that are not finite."""
 
 import contextlib
-import logging
 import types
 
 import jax
@@ -15,8 +14,8 @@ from polaformer_jax.training.checkpoints import Checkpoints
 from polaformer_jax.training.experiment import Experiment
 from polaformer_jax.training.inputs import Inputs
 from polaformer_jax.training.metrics import read_scalars
-from polaformer_jax.training.progress import log
 from polaformer_jax.training.tasks.images import ImageClassification
+from tests.support.log_messages import logged
 from tests.training.test_training import config_of
 
 CHIP = chips.Chip("a CPU", "cpu", 1e12, 8e9, 20e9, 1e9)
@@ -46,22 +45,13 @@ def poison(patch):
     patch.setattr(ImageClassification, "losses", poisoned_losses)
 
 
-class Messages(logging.Handler):
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def emit(self, record):
-        self.found.append(record.getMessage())
-
-
 @pytest.fixture(scope="module")
 def watched(digits_dir, tmp_path_factory):
     """A run on a device whose peak is known, with a trace of step 2, that skips what is not finite.
 
     Under a guard too: a transfer within a step that the loop did not ask for would end it.
     """
-    workdir, messages = tmp_path_factory.mktemp("watched"), Messages()
+    workdir = tmp_path_factory.mktemp("watched")
     config = settings(
         digits_dir,
         **{
@@ -72,15 +62,11 @@ def watched(digits_dir, tmp_path_factory):
             "checkpoint.keep_last": 9,
         },
     )
-    log.addHandler(messages)
-    log.setLevel(logging.INFO)
-    with pytest.MonkeyPatch.context() as patch:
+    with logged() as messages, pytest.MonkeyPatch.context() as patch:
         patch.setattr(chips, "CHIPS", (*chips.CHIPS, CHIP))
         poison(patch)
         loop.train(config, workdir)
-    log.removeHandler(messages)
-    log.setLevel(logging.NOTSET)
-    return config, workdir, read_scalars(workdir), messages.found
+    return config, workdir, read_scalars(workdir), messages
 
 
 # --- numbers that are not finite

@@ -1,7 +1,6 @@
 """A work directory belongs to one run and is used by one training at a time."""
 
 import json
-import logging
 import subprocess
 import sys
 
@@ -9,6 +8,7 @@ import pytest
 
 from polaformer_jax.errors import UserError
 from polaformer_jax.training.workdir import claim, commit, read_config
+from tests.support.log_messages import logged
 from tests.support.recipes import digits as get_config
 
 
@@ -33,16 +33,13 @@ def test_the_same_run_may_come_back_elsewhere_and_log_otherwise(tmp_path):
         pass
 
 
-def test_a_run_may_come_back_with_less_memory_which_is_logged(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("polaformer_jax"), "propagate", True)
-    caplog.set_level(logging.INFO)
+def test_a_run_may_come_back_with_less_memory_which_is_logged(tmp_path):
     config = get_config()
     with claim(tmp_path, config):
         (tmp_path / "checkpoints/10").mkdir(parents=True)
     config.model.remat, config.model.attention_impl, config.mesh.fsdp = True, "xla", 2
-    with claim(tmp_path, config):
+    with logged() as said, claim(tmp_path, config):
         pass
-    said = [record.getMessage() for record in caplog.records]
     assert [line.removeprefix("the run is computed in another way from here on: ") for line in said] == [
         "mesh.fsdp: 1 there, 2 now",
         "model.attention_impl: 'auto' there, 'xla' now",
