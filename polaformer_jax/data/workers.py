@@ -70,13 +70,18 @@ class Stream:
         # Grain's `next` may block forever; it is called in a thread, so that the main thread keeps its time limit and
         # its signals.
         feeder = threading.Thread(target=_feed, args=(batches, self._queue, stop), daemon=True)
+        # Started now, because at the exit of the interpreter Python 3.12 starts no thread any more.
+        closing = threading.Event()
+        closer = threading.Thread(target=_close, args=(batches, closing), daemon=True)
+        closer.start()
         resource_tracker.ensure_running()  # started later, it would undo the feeder's signal mask
         with _starting:
             others = set(multiprocessing.active_children())
             feeder.start()
             self._processes = _started_workers(others, workers, feeder)
         # Runs also when the stream is dropped without `close()`, and when the interpreter exits.
-        self._stop_workers = weakref.finalize(self, _shut_down, batches, feeder, self._queue, stop, self._processes)
+        threads = feeder, stop, closer, closing
+        self._stop_workers = weakref.finalize(self, _shut_down, *threads, self._queue, self._processes)
 
     def __iter__(self) -> "Stream":
         return self
@@ -155,8 +160,19 @@ def _started_workers(others: set[BaseProcess], count: int, feeder: threading.Thr
     return [process for process in new if process.name.startswith("grain-")]
 
 
+def _close(batches, closing: threading.Event) -> None:
+    """Closes Grain's iterator once `closing` is set, which waits for a batch from every worker."""
+    closing.wait()
+    batches.close()
+
+
 def _shut_down(
-    batches, feeder: threading.Thread, out: queue.Queue, stop: threading.Event, processes: list[BaseProcess]
+    feeder: threading.Thread,
+    stop: threading.Event,
+    closer: threading.Thread,
+    closing: threading.Event,
+    out: queue.Queue,
+    processes: list[BaseProcess],
 ) -> None:
     """Stops threads and workers; normally within the time of a batch, at most a few `_CLOSE_S`."""
     stop.set()
@@ -166,8 +182,7 @@ def _shut_down(
     if feeder.is_alive():  # a worker hangs; once it is killed, Grain raises
         _kill(processes)
         feeder.join(_CLOSE_S)
-    closer = threading.Thread(target=batches.close, daemon=True)  # waits for a batch from every worker
-    closer.start()
+    closing.set()
     closer.join(_CLOSE_S)
     _kill(processes)
 
