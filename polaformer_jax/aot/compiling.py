@@ -105,7 +105,9 @@ def topology_devices(topology: str) -> Sequence[jax.Device]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # a machine without a TPU has no metadata server to ask
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several processes may compile at once: no chip is in use
     try:
-        return topologies.get_topology_desc(topology, "tpu").devices
+        # On a v4, JAX sees both cores of a chip as one device, which a topology has to be told.
+        options = {"chip_config_name": "megacore"} if generation == "v4" else {}
+        return topologies.get_topology_desc(topology, "tpu", **options).devices
     except Exception as error:  # of several types, by version
         raise UserError(f"{topology}: {str(error).splitlines()[0]}", argument="topology") from error
 

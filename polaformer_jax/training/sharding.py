@@ -72,7 +72,7 @@ def arranged(devices: Sequence[jax.Device], data: int, fsdp: int) -> np.ndarray:
     row of `fsdp` devices stays inside a slice where its size is a multiple of `fsdp`; where it is not, rows go on from
     one slice to the next.
     """
-    slices = _grouped(devices, lambda device: getattr(device, "slice_index", device.process_index))
+    slices = _grouped(devices, lambda device: getattr(device, "slice_index", 0))
     inside = all(len(one) % fsdp == 0 for one in slices)
     shapes = [(len(one) // fsdp, fsdp) if inside else (len(one),) for one in slices]
     return np.concatenate([_of_slice(*pair) for pair in zip(slices, shapes, strict=True)]).reshape(data, fsdp)

@@ -1,6 +1,9 @@
 """Meshes of several hosts and slices, and batches whose order does not depend on them."""
 
 import dataclasses
+import json
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -84,6 +87,39 @@ def test_rows_of_fsdp_stay_inside_a_slice(devices, fsdp):
     slices = np.vectorize(lambda device: getattr(device, "slice_index", device.process_index))(found)
     assert (slices == slices[:, :1]).all()
     assert (np.diff(slices[:, 0]) >= 0).all()
+
+
+TOPOLOGIES = """
+import json
+import warnings
+
+warnings.simplefilter("ignore")
+from jax.experimental import topologies
+
+from polaformer_jax.aot.compiling import topology_devices
+from polaformer_jax.training.sharding import arranged
+
+found = []
+for name, fsdp in (("v5e:4x4", 1), ("v5e:4x4", 4), ("v5e:16x16", 8), ("v4:4x4x4", 2)):
+    found.append((topology_devices(name), fsdp))
+found.append((topologies.get_topology_desc("v5e:4x4", "tpu", num_slices=2).devices, 16))
+for devices, fsdp in found:
+    mesh = arranged(devices, len(devices) // fsdp, fsdp)
+    print(json.dumps([[[getattr(d, "slice_index", 0), d.process_index, *d.coords] for d in row] for row in mesh]))
+"""
+
+
+@pytest.mark.slow
+def test_topologies_of_the_tpu_compiler_are_arranged():
+    pytest.importorskip("libtpu")
+    done = subprocess.run([sys.executable, "-c", TOPOLOGIES], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    meshes = [np.array(json.loads(line)) for line in done.stdout.splitlines() if line.startswith("[[[")]
+    assert [mesh.shape[:2] for mesh in meshes] == [(16, 1), (4, 4), (32, 8), (32, 2), (2, 16)]
+    for mesh in meshes:
+        assert len({tuple(place) for place in mesh[..., [0, 2, 3, 4]].reshape(-1, 4)}) == mesh[..., 0].size
+        assert (mesh[..., 0] == mesh[:, :1, 0]).all()
+    assert meshes[0][:8, 0, 1].tolist() == [0, 0, 1, 1, 1, 1, 0, 2]  # by links, not process by process
 
 
 def test_rows_that_are_larger_than_a_slice_take_whole_ones():
