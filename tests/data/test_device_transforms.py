@@ -175,7 +175,8 @@ def test_targets_are_smoothed_and_mixed():
     np.testing.assert_allclose(targets.sum(1), 1, rtol=1e-6)
 
 
-@pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.slow), 8])
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [2, 8])
 def test_any_number_of_devices_gives_the_same(devices):
     """The mirrored partner lies on another device."""
     images = jax.random.normal(jax.random.key(1), (BATCH, SIZE, SIZE, 3))

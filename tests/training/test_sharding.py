@@ -22,7 +22,7 @@ from polaformer_jax.training.experiment import Experiment
 from polaformer_jax.training.programs import ProgramCache
 from polaformer_jax.training.state import TrainState
 from polaformer_jax.training.step import make_train_step
-from tests.support import dense_model, small_models
+from tests.support import small_models
 from tests.support.quick import QUICK
 from tests.support.recipes import digits as get_config
 from tests.support.recipes import image_task
@@ -120,12 +120,8 @@ OPTIMIZER = optax.adamw(1e-3)
 
 
 @pytest.fixture(scope="module")
-def model(request):
-    if request.param == "dense":
-        made = dense_model.Dense(num_classes=5, drop_path_rate=0.2, rngs=nnx.Rngs(0))
-    else:
-        made = small_models.build("pvt", kernel_size=1, drop_path_rate=0.2)
-    return small_models.split(made)
+def model():
+    return small_models.split(small_models.build("pvt", kernel_size=1, drop_path_rate=0.2))
 
 
 @pytest.fixture
@@ -164,15 +160,8 @@ def on_one_device(model):
     return losses(model, 1, 1)
 
 
-OTHERS = ((8, 1), (2, 1), (4, 1), (1, 2), (1, 4), (1, 8), (2, 2), (4, 2))
-
-
-@pytest.mark.parametrize(
-    "model, data, fsdp",
-    [("dense", 2, 4), *slow(*(("pvt", *mesh) for mesh in ((2, 4), *OTHERS)))],
-    indirect=["model"],
-    scope="module",
-)
+@pytest.mark.slow  # of two dense layers: test_mesh_order.py
+@pytest.mark.parametrize("data, fsdp", [(2, 4), (8, 1), (2, 1), (4, 1), (1, 2), (1, 4), (1, 8), (2, 2), (4, 2)])
 def test_any_mesh_gives_the_same_training(model, on_one_device, split_everything, data, fsdp):
     np.testing.assert_allclose(losses(model, data, fsdp), on_one_device, rtol=3e-5)
 

@@ -151,6 +151,7 @@ def test_a_chip_that_is_not_in_the_table_has_no_mfu(digits_dir):
     assert meter.reset(1.0) == {}
 
 
+@pytest.mark.slow
 def test_neither_recomputation_nor_a_kernel_s_zeros_are_progress(digits_dir, shallow):
     plain, remat, kernel = (
         Experiment(settings(digits_dir, **{"model.name": "pola_pvt_nano", "model.kernel_size": 1, **changes}))
