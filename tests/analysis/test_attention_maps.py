@@ -82,7 +82,7 @@ def test_weights_times_values_are_the_two_streams(case, x64):
 
 @pytest.mark.parametrize(
     "family, stage, block",
-    [("pvt", 0, 0), ("pvt", 2, 0), ("swin", 0, 1)],
+    [pytest.param("pvt", 0, 0, marks=pytest.mark.slow), ("pvt", 2, 0), ("swin", 0, 1)],
     ids=["reduced keys", "all keys", "shifted windows"],
 )
 def test_maps_of_all_tokens_give_the_streams_of_the_block(family, stage, block, x64):

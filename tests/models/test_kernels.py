@@ -227,7 +227,8 @@ def test_groups_of_heads_that_need_too_much_memory_are_left_to_xla(monkeypatch):
     assert "tpu_custom_call" not in lowered("tpu", "auto", mesh=abstract_mesh("tpu", "TPU v5 lite"))
 
 
-@pytest.mark.parametrize("family", ["pvt", pytest.param("swin", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["pvt", "swin"])
 def test_a_model_gives_the_same_logits(family, x64):
     types = {"dtype": "float64", "param_dtype": "float64"}
     images = np.random.default_rng(0).normal(size=(2, 32, 32, 3))

@@ -176,7 +176,7 @@ def test_a_run_on_any_order_of_devices_is_that_of_one(seed, on_one_device, digit
     np.testing.assert_allclose(evaluation.outputs["probability"], alone.outputs["probability"], rtol=1e-4)
     source = Experiment(config_of(digits_dir)).inputs.source("test")
     assert evaluation.outputs["label"].tolist() == [source[n]["label"] for n in range(360)]
-    if seed == 0:  # and bit for bit that of the order that JAX would have taken
+    if seed == 1:  # and bit for bit that of the order that JAX would have taken
         monkeypatch.undo()
         monkeypatch.setattr(sharding, "LEAST_SPLIT", 64)
         usual, ordered = trained(digits_dir, tmp_path / "usual", data=4, fsdp=2)

@@ -52,7 +52,8 @@ def golden_optimizer(golden):
     return make_optimizer(config, rate)
 
 
-@pytest.mark.parametrize("name", [pytest.param("swin_llss", marks=pytest.mark.slow), "pvt_llll"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["swin_llss", "pvt_llll"])
 def test_ten_steps_of_the_official_trainer(name, x64):
     golden = GOLDEN[name]
     graphdef, params = build_small(name, jnp.float64, drop_path_rate=0.0)

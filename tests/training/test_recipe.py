@@ -61,7 +61,8 @@ def whole(model):
     return step_of(model)(state_of(model), batch_of())
 
 
-@pytest.mark.parametrize("parts", [pytest.param(2, marks=pytest.mark.slow), 8])
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", [2, 8])
 def test_accumulated_parts_give_the_update_of_the_whole_batch(model, whole, parts):
     """Mixup partners, erasing and the mask included; the model here has no dropout."""
     state, sums = step_of(model, accumulate=parts)(state_of(model), batch_of())
