@@ -145,19 +145,13 @@ def _feed(batches, out: queue.Queue, stop: threading.Event) -> None:
 
 
 def _started_workers(others: set[BaseProcess], count: int, feeder: threading.Thread) -> list[BaseProcess]:
-    """Waits until `count` more child processes than `others` have been started, and returns them.
-
-    They are the children that are new. Only if the program has started others of its own at the same moment does the
-    name decide, which Grain may change.
-    """
+    """Waits until `count` more child processes than `others` have been started, and returns them."""
     deadline = time.monotonic() + _START_S
-    new: set[BaseProcess] = set()  # kept, because a worker that has ended is no longer an active child
-    while len(new) < count and feeder.is_alive() and time.monotonic() < deadline:
-        new |= {process for process in multiprocessing.active_children() if process not in others}
+    mine: set[BaseProcess] = set()  # kept, because a worker that has ended is no longer an active child
+    while len(mine) < count and feeder.is_alive() and time.monotonic() < deadline:
+        mine |= {p for p in multiprocessing.active_children() if p not in others and p.name.startswith("grain-")}
         time.sleep(0.005)
-    if len(new) <= count:
-        return list(new)
-    return [process for process in new if process.name.startswith("grain-")]
+    return list(mine)
 
 
 def _close(batches, closing: threading.Event) -> None:

@@ -118,7 +118,7 @@ class RequestConsensus:
 
     def _submit(self, request: int) -> jax.Array:
         local = np.full(len(self._mesh.local_devices), request, np.int32)
-        return self._largest(sharding.to_devices({"request": local}, self._mesh)["request"])
+        return self._largest(jax.make_array_from_process_local_data(sharding.batch_sharding(self._mesh), local))
 
 
 class Watchdog:

@@ -164,19 +164,7 @@ def local_rows(mesh: Mesh, batch_size: int, devices: Collection[jax.Device] | No
 def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """A batch as global arrays, split over the mesh, from this process's rows of it, `local_rows`."""
     sharding = batch_sharding(mesh)
-    share = len(next(iter(batch.values()))) // len(mesh.local_devices)  # rows of a device
-    size = share * mesh.size
-    own = sharding.addressable_devices_indices_map((size,)).values()
-    place = {start: share * n for n, start in enumerate(sorted(rows.indices(size)[0] for (rows,) in own))}
-
-    def placed(array: np.ndarray) -> jax.Array:
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
-            first = place[index[0].indices(size)[0]]
-            return array[first : first + share]
-
-        return jax.make_array_from_callback((size, *array.shape[1:]), sharding, shard)
-
-    return {name: placed(array) for name, array in batch.items()}
+    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
 
 
 class Constraints:

@@ -20,20 +20,7 @@ from tests.training.test_sharding import config_of
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What JAX's arrangement of devices looks at."""
-
-    id: int
-    process_index: int
-    platform: str = "gpu"
-    device_kind: str = "NVIDIA H100 80GB HBM3"
-    slice_index: int = 0
-    coords: tuple[int, int, int] | None = None
-    core_on_chip: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class CpuDevice:
-    """A device without slices."""
+    """What JAX's arrangement of devices looks at; this one knows no slices."""
 
     id: int
     process_index: int
@@ -41,9 +28,17 @@ class CpuDevice:
     device_kind: str = "cpu"
 
 
+@dataclasses.dataclass(frozen=True)
+class SliceDevice(Device):
+    slice_index: int = 0
+    coords: tuple[int, int, int] | None = None
+    core_on_chip: int = 0
+
+
 def gpus(hosts, each=8):
     """Those of one host share a slice, as NVLink does not leave it."""
-    return [Device(n, n // each, slice_index=n // each) for n in range(hosts * each)]
+    kind = "NVIDIA H100 80GB HBM3"
+    return [SliceDevice(n, n // each, "gpu", kind, slice_index=n // each) for n in range(hosts * each)]
 
 
 def tpus(kind, sides, *, host=(2, 2, 1), slices=1):
@@ -54,7 +49,7 @@ def tpus(kind, sides, *, host=(2, 2, 1), slices=1):
             corner = tuple(at // side for at, side in zip((x, y, z), host, strict=True))
             process = int(np.ravel_multi_index(corner, [s // h for s, h in zip(sides, host, strict=True)]))
             hosts = np.prod(sides) // np.prod(host)
-            found.append(Device(len(found), number * hosts + process, "tpu", kind, number, (x, y, z)))
+            found.append(SliceDevice(len(found), number * hosts + process, "tpu", kind, number, (x, y, z)))
     return found
 
 
@@ -68,7 +63,7 @@ V4, V5E, V5P = "TPU v4", "TPU v5 lite", "TPU v5"
         (gpus(2), 1),
         (gpus(2), 8),
         (gpus(4), 4),
-        ([CpuDevice(n, n // 2) for n in range(8)], 2),
+        ([Device(n, n // 2) for n in range(8)], 2),
         (tpus(V5E, (4, 4, 1)), 4),
         (tpus(V5E, (16, 16, 1)), 8),
         (tpus(V4, (4, 4, 4)), 1),
