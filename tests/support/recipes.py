@@ -3,6 +3,7 @@
 from polaformer_jax.config import defaults
 from polaformer_jax.training import recipes
 from polaformer_jax.training.tasks.images import ImageClassification
+from tests.support import dense_model
 
 
 def recipe(name: str, arg: str | None = None):
@@ -12,6 +13,26 @@ def recipe(name: str, arg: str | None = None):
 
 def digits(arg: str | None = None):
     return recipe("digits", arg)
+
+
+def dense_digits(digits_dir, **changes):
+    """Of two dense layers on the digits: eight steps of a batch of 16, evaluated every four."""
+    config = digits()
+    config.data.data_dir = str(digits_dir)
+    config.data.workers = 0
+    config.model.name = dense_model.NAME  # the loop is tested, not the attention
+    config.mesh.data = 2  # of eight fake devices, which take turns on few cores
+    config.train.epochs = None
+    config.train.steps = 8
+    config.train.batch_size = 16
+    config.schedule.warmup = 2.0
+    config.eval.every = 4.0
+    config.eval.batch_size = 100
+    config.log.every = 2
+    config.checkpoint.every_steps = 3
+    config.ema.decay = 0.9
+    config.update_from_flattened_dict(changes)
+    return config
 
 
 def image_task(num_classes: int, *, label_smoothing=0.0, dtype="float32", **augment) -> ImageClassification:

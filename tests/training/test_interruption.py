@@ -12,7 +12,7 @@ from polaformer_jax.training.checkpoints import Checkpoints
 from polaformer_jax.training.experiment import Experiment
 from polaformer_jax.training.programs import ProgramCache
 from polaformer_jax.training.signals import StopRequests
-from tests.training.test_training import config_of
+from tests.support.recipes import dense_digits
 
 TIMES = {"seconds", "images_per_second", "steps_per_second", "input_wait_share"}
 
@@ -47,7 +47,7 @@ def compiled_once():
 
 def settings(digits_dir):
     """Two dense layers on one device; `test_processes` and `campaigns/faults` interrupt a PolaFormer."""
-    return config_of(digits_dir, **{"log.pictures": False, "mesh.data": 1})
+    return dense_digits(digits_dir, **{"log.pictures": False, "mesh.data": 1})
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from polaformer_jax.training.inputs import Inputs
 from polaformer_jax.training.metrics import read_scalars
 from polaformer_jax.training.tasks.images import ImageClassification
 from tests.support.log_messages import logged
-from tests.training.test_training import config_of
+from tests.support.recipes import dense_digits
 
 CHIP = chips.Chip("a CPU", "cpu", 1e12, 8e9, 20e9, 1e9)
 POISONED = 1  # step whose loss is NaN
@@ -25,7 +25,7 @@ POISONED = 1  # step whose loss is NaN
 def settings(digits_dir, **changes):
     few = {"mesh.data": 1, "train.steps": 4, "schedule.warmup": 1.0, "eval.every": 4.0, "log.pictures": False}
     few |= {"log.every": 1, "checkpoint.every_steps": 1}
-    return config_of(digits_dir, **few | changes)
+    return dense_digits(digits_dir, **few | changes)
 
 
 def poison(patch):
