@@ -16,9 +16,18 @@ from polaformer_jax.config import ATTENTION_IMPLEMENTATIONS
 from polaformer_jax.models import kernels
 from polaformer_jax.models.depthwise import depthwise_conv, upsample_tokens
 from polaformer_jax.models.initializers import zeros
-from polaformer_jax.models.layers import ConvParams, PatchConv, accumulation_dtype, dropout, layer_norm, linear, product
+from polaformer_jax.models.layers import (
+    ConvParams,
+    PatchConv,
+    accumulation_dtype,
+    dropout,
+    keeping_arguments,
+    layer_norm,
+    linear,
+    product,
+)
 from polaformer_jax.models.model_config import Checks
-from polaformer_jax.models.powers import signed_powers, signed_powers_gradients
+from polaformer_jax.models.powers import signed_powers
 
 NORMALISER_EPS = 1e-6
 
@@ -80,7 +89,8 @@ def polarity_attention(
             ignored.)
         implementation: "xla", operations that XLA compiles; "pallas", one kernel (`models.kernels`), available on TPUs
             and on CUDA GPUs (there for heads of 16, 32, 64, ... channels), and interpreted, slowly, elsewhere;
-            "auto", the kernel on TPUs, otherwise XLA.
+            "auto", the kernel on TPUs, otherwise XLA. The kernel has gradients only; forward-mode differentiation
+            (`jax.jvp`, `jax.linearize`, `jax.hessian`) and gradients of gradients take "xla".
 
     Returns:
         (B, N, C) in the dtype of `q`.
@@ -174,14 +184,11 @@ def _split(x: jax.Array, heads: int) -> jax.Array:
     return x.reshape(*x.shape[:2], heads, -1)  # (B, N, C) -> (B, N, h, d)
 
 
-@jax.custom_vjp
+@keeping_arguments
 def _signed_powers(x: jax.Array, offset: jax.Array | None, s: jax.Array, p: jax.Array) -> jax.Array:
     """[relu(z)^p, relu(-z)^p] of z = (x + offset) / s, in the dtype of x.
 
     At z = 0 both are zero, and so are their gradients, as p >= 1.
-
-    The derivative is written out so that x is its only large residual: automatic differentiation would keep a power's
-    base, its logarithm and its value, each as large as x in float32.
 
     Args:
         x: (B, N, C).
@@ -201,25 +208,6 @@ def _rescaled(x: jax.Array, offset: jax.Array | None, s: jax.Array) -> jax.Array
     if offset is not None:
         x = x + offset.astype(s.dtype)
     return _split(x, s.shape[0]) / s[None, None]
-
-
-def _signed_powers_fwd(x, offset, s, p):
-    return _signed_powers(x, offset, s, p), (x, offset, s, p)
-
-
-def _signed_powers_bwd(residuals, gradient):
-    x, offset, s, p = residuals
-    z, width = _rescaled(x, offset, s), p.shape[1]
-    gradient = gradient.astype(s.dtype)
-    x_gradient, s_gradient, p_gradient = signed_powers_gradients(
-        z, s[None, None], p[None, None], gradient[..., :width], gradient[..., width:], axes=(0, 1)
-    )
-    x_gradient = x_gradient.reshape(x.shape)
-    offset_gradient = None if offset is None else jnp.sum(x_gradient, axis=0, keepdims=True).astype(offset.dtype)
-    return x_gradient.astype(x.dtype), offset_gradient, s_gradient[0, 0], p_gradient[0, 0]
-
-
-_signed_powers.defvjp(_signed_powers_fwd, _signed_powers_bwd)
 
 
 class PolarityAttention(nnx.Module):

@@ -1,13 +1,13 @@
 """The depthwise convolution of the attention's values, in the best form for each back end, and their upsampling."""
 
 import functools
-import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from polaformer_jax.models.layers import accumulation_dtype
+from polaformer_jax.models.layers import accumulation_dtype, keeping_arguments
 
 
 def upsample_tokens(v: jax.Array, tokens: int) -> jax.Array:
@@ -49,7 +49,7 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, grid: tu
     return _depthwise(x.reshape(batch, *grid, channels).astype(full), kernel).reshape(x.shape) + bias
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def _depthwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Convolves x (B, *grid, C) with kernel (*sizes, C).
 
@@ -59,17 +59,27 @@ def _depthwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(x, kernel, tpu=grouped_convolution, default=shifted_products)
 
 
-def _depthwise_bwd(residuals, gradient):
+@_depthwise.defjvp
+def _depthwise_jvp(primals, tangents):
+    return _depthwise(*primals), _depthwise_tangent(*primals, *tangents)
+
+
+@keeping_arguments
+def _depthwise_tangent(x, kernel, x_tangent, kernel_tangent):
+    """What the tangents add to the result, computed so that the transpose is the fastest form of the gradients."""
+
+    def by(of_x, of_kernel):
+        return lambda x, kernel, x_tangent, kernel_tangent: of_x(x_tangent, kernel) + of_kernel(x, kernel_tangent)
+
     return jax.lax.platform_dependent(
-        *residuals,
-        gradient,
-        tpu=grouped_convolution_gradients,
-        cuda=functools.partial(shifted_products_gradients, loop=False),
-        default=shifted_products_gradients,
+        x,
+        kernel,
+        x_tangent,
+        kernel_tangent,
+        tpu=by(grouped_convolution, grouped_convolution),
+        cuda=by(spread_products, shifted_products),
+        default=by(spread_products, looped_products),
     )
-
-
-_depthwise.defvjp(lambda x, kernel: (_depthwise(x, kernel), (x, kernel)), _depthwise_bwd)
 
 
 def grouped_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -86,53 +96,72 @@ def grouped_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
     )
 
 
-def grouped_convolution_gradients(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Gradients of x and kernel, without the convolution itself, which `jax.vjp` would compute too."""
-    (x_gradient,) = jax.linear_transpose(lambda x: grouped_convolution(x, kernel), x)(gradient)
-    (kernel_gradient,) = jax.linear_transpose(lambda kernel: grouped_convolution(x, kernel), kernel)(gradient)
-    return x_gradient, kernel_gradient
-
-
 def shifted_products(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """A sum of shifted products, which XLA fuses into one pass over x.
 
     On a CPU a grouped convolution of `lax` takes 4 to 39 times as long, and 6 to 7 times with its gradients (2 cores,
     5x5 kernel; 14x14 tokens of 320 channels, and 56x56 of 64: `docs/development.md`).
     """
-    padded, grid, sizes = _padded(x, kernel), x.shape[1:-1], kernel.shape[:-1]
-    total = 0
-    for leading in itertools.product(*(range(size) for size in sizes[:-1])):
-        row = 0  # summed row by row: this compiles to faster code than one chain
-        for tap in ((*leading, last) for last in range(sizes[-1])):
-            weight = kernel[tuple(slice(o, o + 1) for o in tap)].reshape(*(1 for _ in x.shape[:-1]), -1)
-            row = row + padded[:, *(slice(o, o + side) for o, side in zip(tap, grid, strict=True))] * weight
-        total = total + row
-    return total
+    padded = _padded(x, kernel.shape[:-1])
+    # Summed row by row: this compiles to faster code than one chain.
+    return sum(sum(_window(padded, tap, x.shape) * weight for tap, weight in row) for row in _rows(kernel))
 
 
-def shifted_products_gradients(
-    x: jax.Array, kernel: jax.Array, gradient: jax.Array, *, loop: bool = True
-) -> tuple[jax.Array, jax.Array]:
-    """Gradients of x and kernel.
+def spread_products(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The same sum, of what each element of x adds to its neighbours: its transpose in x is a sum of shifted products.
 
-    On a CPU that of the kernel is a loop over its taps, 2 to 3 times as fast as differentiating the sum, and takes half
-    the time to compile. Without the loop XLA's programs for GPUs compute several taps in one pass, directly from
-    bfloat16: for an H100 they move a quarter of the bytes.
+    The transpose of `shifted_products` in x pads and adds an array for each tap.
     """
-    padded, sizes, axes = _padded(x, kernel), kernel.shape[:-1], tuple(range(x.ndim - 1))
-    corners = [(0, *tap, 0) for tap in np.ndindex(*sizes)]  # where each tap's shifted x starts
+    sizes = kernel.shape[:-1]
 
-    def tap_gradient(shifted):
-        return jnp.sum(shifted * gradient, axis=axes)  # (C,)
+    def spread(row, x):
+        sides = [[(size - 1 - start, start) for start, size in zip(tap, sizes, strict=True)] for tap, _ in row]
+        return sum(_pad(x * weight, around) for (_, weight), around in zip(row, sides, strict=True))
 
-    if loop:
-        starts = jnp.asarray(np.array(corners, np.int32))
-        taps = jax.lax.map(lambda start: tap_gradient(jax.lax.dynamic_slice(padded, list(start), x.shape)), starts)
-    else:
-        ends = [tuple(np.add(corner, x.shape)) for corner in corners]
-        taps = jnp.stack([tap_gradient(jax.lax.slice(padded, *at)) for at in zip(corners, ends, strict=True)])
-    return shifted_products(gradient, jnp.flip(kernel, range(len(sizes)))), taps.reshape(kernel.shape)
+    # Each row is a function by itself, so that the transpose is summed row by row as well.
+    total = sum(jax.jit(functools.partial(spread, row))(x) for row in _rows(kernel))
+    return _window(total, [size - 1 - size // 2 for size in sizes], x.shape)
 
 
-def _padded(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return jnp.pad(x, [(0, 0), *((size // 2, size // 2) for size in kernel.shape[:-1]), (0, 0)])
+def looped_products(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The same sum in a loop over the taps: its transpose in the kernel is a loop as well.
+
+    On a CPU that takes a half to a third of the time of the sum's transpose, and half the time to compile. Without the
+    loop XLA's programs for GPUs compute several taps in one pass, directly from bfloat16: for an H100 they move a
+    quarter of the bytes.
+    """
+    sizes = kernel.shape[:-1]
+    padded = _padded(x, sizes)
+    starts = np.array([(0, *tap, 0) for tap in np.ndindex(*sizes)], np.int32)
+
+    @keeping_arguments  # and not a shifted x for each tap
+    def add(total, tap):
+        start, weight = tap
+        return total + jax.lax.dynamic_slice(padded, list(start), x.shape) * weight, None
+
+    weights = kernel.reshape(len(starts), *(1,) * (x.ndim - 1), -1)
+    return jax.lax.scan(add, jnp.zeros_like(x), (jnp.asarray(starts), weights))[0]
+
+
+def _rows(kernel: jax.Array) -> list[list[tuple[tuple[int, ...], jax.Array]]]:
+    """The taps of each row of the kernel: their indices, and their weights (1, ..., 1, C)."""
+    sizes = kernel.shape[:-1]
+    taps, row = list(np.ndindex(*sizes)), sizes[-1]
+    weights = jax.lax.split(kernel.reshape(len(taps), *(1 for _ in sizes), -1), [1] * len(taps))
+    weighted = list(zip(taps, weights, strict=True))
+    return [weighted[start : start + row] for start in range(0, len(taps), row)]
+
+
+def _pad(x: jax.Array, around: Sequence[tuple[int, int]]) -> jax.Array:
+    """Zeros before and after each axis of the grid."""
+    return jax.lax.pad(x, np.zeros((), x.dtype), [(0, 0, 0), *((*sides, 0) for sides in around), (0, 0, 0)])
+
+
+def _padded(x: jax.Array, sizes: Sequence[int]) -> jax.Array:
+    return _pad(x, [(size // 2, size // 2) for size in sizes])
+
+
+def _window(x: jax.Array, start: Sequence[int], shape: tuple[int, ...]) -> jax.Array:
+    """The part of x that has this shape and begins, along the axes of the grid, at `start`."""
+    corner = (0, *start, 0)
+    return jax.lax.slice(x, corner, np.add(corner, shape))

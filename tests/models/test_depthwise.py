@@ -1,7 +1,5 @@
 """Depthwise convolution: what each back end does is the same function."""
 
-import functools
-
 import jax
 import numpy as np
 import pytest
@@ -12,24 +10,36 @@ from polaformer_jax.models import depthwise
 @pytest.mark.parametrize(("grid", "sizes"), [((9,), (5,)), ((6, 7), (5, 3)), ((2, 2), (5, 5))])
 def test_the_ways_of_all_back_ends_agree(x64, grid, sizes):
     rng = np.random.default_rng(0)
-    x, gradient = rng.normal(size=(2, 3, *grid, 4))
-    kernel = rng.normal(size=(*sizes, 4))
-    expected, pull_back = jax.vjp(depthwise.grouped_convolution, x, kernel)
-    np.testing.assert_allclose(depthwise.shifted_products(x, kernel), expected, rtol=0, atol=1e-13)
-    for gradients in (
-        depthwise.shifted_products_gradients,
-        functools.partial(depthwise.shifted_products_gradients, loop=False),
-        depthwise.grouped_convolution_gradients,
+    x, x_tangent, gradient = rng.normal(size=(3, 3, *grid, 4))
+    kernel, kernel_tangent = rng.normal(size=(2, *sizes, 4))
+
+    def results(convolve):
+        result, pull_back = jax.vjp(convolve, x, kernel)
+        _, tangent = jax.jvp(convolve, (x, kernel), (x_tangent, kernel_tangent))
+        return result, tangent, *pull_back(gradient)
+
+    expected = results(depthwise.grouped_convolution)
+    ways = (depthwise.shifted_products, depthwise.spread_products, depthwise.looped_products)
+    for convolve in (
+        *ways,
+        lambda x, kernel: depthwise.depthwise_conv(
+            x.reshape(3, -1, 4), kernel[..., None, :], np.zeros(4), grid=grid
+        ).reshape(x.shape),
     ):
-        for ours, theirs in zip(gradients(x, kernel, gradient), pull_back(gradient), strict=True):
+        for ours, theirs in zip(results(convolve), expected, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-13)
 
 
 def test_a_tpu_program_has_a_grouped_convolution_and_a_cpu_program_has_none():
-    def lowered(platform):
+    def lowered(platform, function):
         x, kernel = np.ones((2, 16, 4), np.float32), np.ones((3, 3, 1, 2), np.float32)
-        program = jax.jit(lambda x, kernel: depthwise.depthwise_conv(x, kernel, np.zeros(2, np.float32), grid=(4, 4)))
-        return program.trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
+        return jax.jit(function).trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
 
-    assert "feature_group_count = 4" in lowered("tpu")
-    assert "convolution" not in lowered("cpu")
+    def convolve(x, kernel):
+        return depthwise.depthwise_conv(x, kernel, np.zeros(2, np.float32), grid=(4, 4))
+
+    for function in (convolve, jax.grad(lambda *given: (convolve(*given) ** 2).sum(), argnums=(0, 1))):
+        assert "feature_group_count = 4" in lowered("tpu", function)
+        assert "stablehlo.while" not in lowered("tpu", function)
+        assert "convolution" not in lowered("cpu", function)
+    assert "stablehlo.while" in lowered("cpu", function) and "stablehlo.while" not in lowered("cuda", function)

@@ -1,4 +1,4 @@
-"""Derivatives that are written out: those of differentiation, and nothing but the arguments is kept for them."""
+"""Derivatives of every mode and order, of functions that keep nothing but their arguments for them."""
 
 import functools
 
@@ -6,14 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from polaformer_jax.models.attention import signed_features
-from polaformer_jax.models.layers import gelu
+from polaformer_jax.models.attention import PolarityAttention, signed_features
+from polaformer_jax.models.depthwise import depthwise_conv
+from polaformer_jax.models.layers import Block, gelu, linear
 from tests.support.quick import QUICK
 
 
 def plain_features(q, k, *, power, scale, positional_encoding, alpha):
-    """`signed_features` by its definition, without a derivative of its own."""
+    """`signed_features` by its definition."""
     heads, width = power.shape[1], power.shape[3]
     s, p = jax.nn.softplus(scale), 1 + alpha * jax.nn.sigmoid(power.reshape(1, 1, heads, width))
 
@@ -93,8 +95,62 @@ def test_only_the_arguments_are_kept(dtype):
     def features(given):
         return signed_features(**given, alpha=4.0)
 
+    x, layer = jnp.ones((4, 32, 64), dtype), linear(64, 8, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(layer)
+    kept = kept_bytes(lambda params, x: nnx.merge(graphdef, params)(x), params, x)
+    assert kept == x.nbytes + params["kernel"][...].nbytes
+    x = jnp.ones((4, 64, 64))  # the dtype of sums, to which the convolution converts
+    kernel, bias = jnp.ones((5, 5, 1, 8)), jnp.ones(8)
+    kept = kept_bytes(lambda x, kernel: depthwise_conv(x, kernel, bias, grid=(8, 8)), x, kernel)
+    assert x.nbytes < kept < x.nbytes + 8192  # and a kernel
     inputs = given["q"].nbytes + given["k"].nbytes
     assert inputs <= kept_bytes(features, given) < inputs + 2048  # and parameters
     assert jax.tree.map(lambda a: a.dtype, jax.grad(lambda g: jnp.sum(features(g)[0]).astype(jnp.float32))(given)) == (
         jax.tree.map(lambda a: a.dtype, given)
     )
+
+
+@pytest.mark.parametrize("sr_ratio", [1, 2])
+def test_forward_mode_and_derivatives_of_gradients(x64, sr_ratio):
+    """`jvp` of a block's loss and of its gradients: the slope, and central differences of the gradients."""
+    rngs, dim, types = nnx.Rngs(0), 8, {"dtype": jnp.dtype("float64"), "param_dtype": jnp.dtype("float64")}
+    attention = PolarityAttention(
+        dim, 2, grid=(4, 4), projections="qg_kv", sr_ratio=sr_ratio, kernel_size=3, rngs=rngs, **types
+    )
+    block = Block(attention, dim, mlp_ratio=2, epsilon=1e-5, drop_rate=0.0, drop_path=0.0, rngs=rngs, **types)
+    graphdef, params = nnx.split(block)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 16, dim)))
+    point, direction = (
+        jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 4), params) for _ in range(2)
+    )
+
+    def loss(params):
+        return jnp.sum(jnp.sin(nnx.merge(graphdef, params)(x)))
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def derivatives(params):
+        (_, gradient), (slope, curvature) = jax.jvp(jax.value_and_grad(loss), (params,), (direction,))
+        return gradient, slope, curvature
+
+    def moved(by):
+        return jax.tree.map(lambda leaf, along: leaf + by * along, point, direction)
+
+    gradient, slope, curvature = derivatives(point)
+    assert slope == pytest.approx(float(sum(jax.tree.leaves(jax.tree.map(jnp.vdot, gradient, direction)))), rel=1e-12)
+    after, before = (derivatives(moved(by))[0] for by in (1e-6, -1e-6))
+    numeric = jax.tree.map(lambda after, before: (after - before) / 2e-6, after, before)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), curvature, numeric)
+
+
+def test_hessians_and_linearizations_of_linear_layers_and_gelu(x64):
+    layer, x = linear(3, 4, dtype="float64", param_dtype="float64", rngs=nnx.Rngs(0)), jnp.linspace(-1, 1, 3)
+
+    def ours(x):
+        return jnp.sum(gelu(layer(x[None, None])) ** 2)
+
+    def theirs(x):
+        return jnp.sum(jax.nn.gelu(x @ layer.kernel[...] + layer.bias[...], approximate=False) ** 2)
+
+    np.testing.assert_allclose(jax.hessian(ours)(x), jax.hessian(theirs)(x), rtol=1e-12)
+    np.testing.assert_allclose(jax.linearize(ours, x)[1](x), jax.jvp(theirs, (x,), (x,))[1], rtol=1e-12)
