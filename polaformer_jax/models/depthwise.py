@@ -108,9 +108,9 @@ def shifted_products(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def spread_products(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The same sum, of what each element of x adds to its neighbours: its transpose in x is a sum of shifted products.
+    """`shifted_products`, summed from what each element of x adds to its neighbours.
 
-    The transpose of `shifted_products` in x pads and adds an array for each tap.
+    Its transpose in x is a sum of shifted products; that of `shifted_products` pads and adds an array for each tap.
     """
     sizes = kernel.shape[:-1]
 
@@ -124,7 +124,7 @@ def spread_products(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def looped_products(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The same sum in a loop over the taps: its transpose in the kernel is a loop as well.
+    """`shifted_products` in a loop over the taps: its transpose in the kernel is a loop as well.
 
     On a CPU that takes a half to a third of the time of the sum's transpose, and half the time to compile. Without the
     loop XLA's programs for GPUs compute several taps in one pass, directly from bfloat16: for an H100 they move a

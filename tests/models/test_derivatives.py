@@ -1,6 +1,8 @@
 """Derivatives of every mode and order, of functions that keep nothing but their arguments for them."""
 
 import functools
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -154,3 +156,12 @@ def test_hessians_and_linearizations_of_linear_layers_and_gelu(x64):
 
     np.testing.assert_allclose(jax.hessian(ours)(x), jax.hessian(theirs)(x), rtol=1e-12)
     np.testing.assert_allclose(jax.linearize(ours, x)[1](x), jax.jvp(theirs, (x,), (x,))[1], rtol=1e-12)
+
+
+def test_the_kernel_refuses_forward_mode_with_the_message_that_the_documentation_explains():
+    x = jnp.ones((1, 16, 8))
+    attention = PolarityAttention(8, 2, grid=(4, 4), projections="qkvg", attention_impl="pallas", rngs=nnx.Rngs(0))
+    message = "can't apply forward-mode autodiff (jvp) to a custom_vjp function"
+    with pytest.raises(TypeError, match=re.escape(message)):
+        jax.jvp(attention, (x,), (x,))
+    assert message in (Path(__file__).parents[2] / "docs" / "troubleshooting.md").read_text()
