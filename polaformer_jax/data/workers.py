@@ -12,6 +12,7 @@ Problems of Grain (0.2) that are solved here:
 """
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import queue
@@ -19,7 +20,8 @@ import signal
 import threading
 import time
 import weakref
-from multiprocessing import resource_tracker
+from collections.abc import Callable
+from multiprocessing import resource_tracker, shared_memory
 from multiprocessing.process import BaseProcess
 
 import grain
@@ -29,10 +31,9 @@ from absl import flags
 from polaformer_jax.errors import UserError
 
 _POLL_S = 1.0  # how soon a dead parent, or a request to stop, is noticed
-_START_S = 60.0  # workers are spawned within seconds, however long the first batch takes
+_START_S = 60.0  # workers start within seconds, however long the first batch takes
 _CLOSE_S = 5.0  # a worker that has not finished its batch after this time is killed
-
-_starting = threading.Lock()  # two streams started at once could not tell their workers apart
+_PID_BYTES = 8
 
 
 class Stream:
@@ -63,7 +64,9 @@ class Stream:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain reads its debug flags, which raises in programs that parse no flags
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
-        batches = iter(batches.mp_prefetch(options, worker_init_fn=_guard_worker))
+        self._workers = _Workers(workers)
+        guard = functools.partial(_guard_worker, self._workers.name)
+        batches = iter(batches.mp_prefetch(options, worker_init_fn=guard))
         self._batches = None  # used only by the feeder
         self._queue = queue.Queue(maxsize=1)
         stop = threading.Event()
@@ -75,13 +78,10 @@ class Stream:
         closer = threading.Thread(target=_close, args=(batches, closing), daemon=True)
         closer.start()
         resource_tracker.ensure_running()  # started later, it would undo the feeder's signal mask
-        with _starting:
-            others = set(multiprocessing.active_children())
-            feeder.start()
-            self._processes = _started_workers(others, workers, feeder)
+        feeder.start()
         # Runs also when the stream is dropped without `close()`, and when the interpreter exits.
         threads = feeder, stop, closer, closing
-        self._stop_workers = weakref.finalize(self, _shut_down, *threads, self._queue, self._processes)
+        self._stop_workers = weakref.finalize(self, _shut_down, *threads, self._queue, self._workers)
 
     def __iter__(self) -> "Stream":
         return self
@@ -110,8 +110,7 @@ class Stream:
         try:
             batch, error = self._queue.get(timeout=self._timeout_s)
         except queue.Empty:
-            states = ", ".join(f"{p.pid} {'runs' if p.is_alive() else 'has ended'}" for p in self._processes)
-            raise RuntimeError(f"no batch in {self._timeout_s} s (data workers: {states})") from None
+            raise RuntimeError(f"no batch in {self._timeout_s} s (data workers: {self._workers.states()})") from None
         if error is not None:
             raise error
         return batch
@@ -144,14 +143,65 @@ def _feed(batches, out: queue.Queue, stop: threading.Event) -> None:
                 break
 
 
-def _started_workers(others: set[BaseProcess], count: int, feeder: threading.Thread) -> list[BaseProcess]:
-    """Waits until `count` more child processes than `others` have been started, and returns them."""
-    deadline = time.monotonic() + _START_S
-    mine: set[BaseProcess] = set()  # kept, because a worker that has ended is no longer an active child
-    while len(mine) < count and feeder.is_alive() and time.monotonic() < deadline:
-        mine |= {p for p in multiprocessing.active_children() if p not in others and p.name.startswith("grain-")}
-        time.sleep(0.005)
-    return list(mine)
+class _Workers:
+    """The worker processes of a stream. Each enters its process id in shared memory as it starts.
+
+    Only these are ever killed: other child processes of the program, and the workers of other streams, are not here.
+    """
+
+    def __init__(self, count: int):
+        self._count = count
+        self._memory = shared_memory.SharedMemory(create=True, size=count * _PID_BYTES)
+        self._memory.buf[:] = bytes(self._memory.size)
+        self._deadline = time.monotonic() + _START_S
+
+    @property
+    def name(self) -> str:
+        """Of the shared memory, for `enter`."""
+        return self._memory.name
+
+    @staticmethod
+    def enter(name: str, index: int) -> None:
+        """Makes the calling process known as the worker of this index.
+
+        Raises:
+            FileNotFoundError: the stream has been closed.
+        """
+        memory = shared_memory.SharedMemory(name)
+        memory.buf[index * _PID_BYTES : (index + 1) * _PID_BYTES] = os.getpid().to_bytes(_PID_BYTES, "little")
+        memory.close()
+
+    def pids(self) -> list[int]:
+        """Of the workers that have started so far."""
+        slots = bytes(self._memory.buf[: self._count * _PID_BYTES])
+        found = (int.from_bytes(slots[i : i + _PID_BYTES], "little") for i in range(0, len(slots), _PID_BYTES))
+        return [pid for pid in found if pid]
+
+    def states(self) -> str:
+        """For messages: which of them run."""
+        running = {process.pid for process in self._running()}
+        listed = [f"{pid} {'runs' if pid in running else 'has ended'}" for pid in self.pids()]
+        return ", ".join(listed + ["not started"] * (self._count - len(listed)))
+
+    def wait_for_start(self, needed: Callable[[], bool]) -> None:
+        """Returns when all have started, as long as `needed` is true, or when they should have started long ago."""
+        while len(self.pids()) < self._count and needed() and time.monotonic() < self._deadline:
+            time.sleep(0.01)
+
+    def kill(self) -> None:
+        """Kills those that run, and waits for them."""
+        for process in self._running():
+            process.kill()  # SIGTERM would be ignored
+            process.join()
+
+    def free(self) -> None:
+        """Gives the shared memory back; a worker that starts after this ends at once."""
+        self._memory.close()
+        self._memory.unlink()
+
+    def _running(self) -> list[BaseProcess]:
+        pids = set(self.pids())
+        return [process for process in multiprocessing.active_children() if process.pid in pids]
 
 
 def _close(batches, closing: threading.Event) -> None:
@@ -166,7 +216,7 @@ def _shut_down(
     closer: threading.Thread,
     closing: threading.Event,
     out: queue.Queue,
-    processes: list[BaseProcess],
+    workers: _Workers,
 ) -> None:
     """Stops threads and workers; normally within the time of a batch, at most a few `_CLOSE_S`."""
     stop.set()
@@ -174,23 +224,18 @@ def _shut_down(
         out.get_nowait()  # wakes the feeder
     feeder.join(_CLOSE_S)  # before Grain closes, which would leave a pending `next` waiting forever
     if feeder.is_alive():  # a worker hangs; once it is killed, Grain raises
-        _kill(processes)
+        workers.wait_for_start(feeder.is_alive)
+        workers.kill()
         feeder.join(_CLOSE_S)
     closing.set()
     closer.join(_CLOSE_S)
-    _kill(processes)
+    workers.kill()
+    workers.free()
 
 
-def _kill(processes: list[BaseProcess]) -> None:
-    for process in processes:
-        if process.is_alive():
-            process.kill()  # SIGTERM would be ignored
-        process.join()
-
-
-def _guard_worker(index: int, count: int) -> None:
-    """Runs first in every worker process."""
-    del index, count
+def _guard_worker(known_as: str, index: int, count: int) -> None:
+    """Runs first in every worker process; `known_as` is the name of its stream's `_Workers`."""
+    del count
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     leave = os._exit
@@ -198,6 +243,10 @@ def _guard_worker(index: int, count: int) -> None:
     os._exit = lambda status: leave(status or 1)
     parent = multiprocessing.parent_process().pid
     threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
+    try:
+        _Workers.enter(known_as, index)
+    except FileNotFoundError:  # closed meanwhile: nobody waits for this worker
+        leave(1)
 
 
 def _exit_with_parent(parent: int) -> None:

@@ -1,5 +1,6 @@
 """Worker processes: none can make the run hang, and none outlives it. Real processes, real signals."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -56,9 +57,10 @@ def wait_until(condition, seconds=15):
 
 
 def test_workers_are_deaf_to_signals_and_end_on_close():
+    others = set(multiprocessing.active_children())
     batches = stream()
-    pids = [process.pid for process in batches._processes]
-    assert len(pids) == 2
+    assert wait_until(lambda: len(set(multiprocessing.active_children()) - others) == 2)
+    pids = [process.pid for process in set(multiprocessing.active_children()) - others]
     for pid in pids:  # still starting: from their first moment
         os.kill(pid, signal.SIGINT)
         os.kill(pid, signal.SIGTERM)
@@ -74,11 +76,12 @@ def test_workers_are_deaf_to_signals_and_end_on_close():
 
 def test_a_killed_worker_is_an_error():
     batches = stream()
-    next(batches)
-    os.kill(batches._processes[0].pid, signal.SIGKILL)
+    drain(batches, 2)  # one of each worker
+    pids = batches._workers.pids()
+    os.kill(pids[0], signal.SIGKILL)
     with pytest.raises(RuntimeError, match="exit code -9"):
         drain(batches)
-    assert not any(is_running(process.pid) for process in batches._processes)
+    assert len(pids) == 2 and not any(map(is_running, pids))
 
 
 def test_a_worker_that_exits_quietly_is_an_error():
@@ -92,9 +95,41 @@ def test_a_worker_that_hangs_is_an_error_after_the_time_limit(monkeypatch):
     batches = stream(sleeper, workers=1, timeout_s=60)
     drain(batches, 5)
     batches._timeout_s = 1.5  # not before: a worker's start may take longer
-    with pytest.raises(RuntimeError, match="no batch in 1.5 s"):
+    (pid,) = batches._workers.pids()
+    with pytest.raises(RuntimeError, match=rf"no batch in 1.5 s \(data workers: {pid} runs\)"):
         next(batches)
-    assert not any(is_running(process.pid) for process in batches._processes)
+    assert not is_running(pid)
+
+
+def test_only_the_workers_of_a_stream_end_with_it(monkeypatch):
+    monkeypatch.setattr(workers, "_CLOSE_S", 0.2)
+    context = multiprocessing.get_context("spawn")
+    foreign = context.Process(target=time.sleep, args=(1000,), name="grain-process-prefetch-0", daemon=True)
+    hanging, working = stream(sleeper, workers=1), stream(workers=1)
+    foreign.start()  # among the others, under a name that Grain might give
+    try:
+        drain(hanging, 5)
+        drain(working, 5)
+        (pid,) = hanging._workers.pids()
+        hanging.close()
+        assert not is_running(pid)
+        assert foreign.is_alive()
+        drain(working, 5)
+        working.close()
+        assert foreign.is_alive()
+    finally:
+        foreign.kill()
+        foreign.join()
+
+
+def test_a_stream_may_be_closed_while_its_workers_start(monkeypatch):
+    monkeypatch.setattr(workers, "_CLOSE_S", 0.01)
+    others = set(multiprocessing.active_children())
+    batches = stream(sleeper)
+    assert wait_until(lambda: len(set(multiprocessing.active_children()) - others) == 2)
+    started = set(multiprocessing.active_children()) - others
+    batches.close()
+    assert wait_until(lambda: not any(is_running(process.pid) for process in started))
 
 
 SCRIPT = """
@@ -105,8 +140,9 @@ SCRIPT = """
 
     if __name__ == "__main__":  # workers import this file again
         batches = Stream(grain.MapDataset.range(1000).map(value), workers={workers})
-        next(batches)
-        print(*(process.pid for process in batches._processes), flush=True)
+        for _ in range({workers}):
+            next(batches)
+        print(*batches._workers.pids(), flush=True)
         {end}
 """
 
