@@ -172,7 +172,7 @@ def final(workdir):
     """All arrays of the last checkpoint, by name, and what TensorBoard shows without the times."""
     from polaformer_jax.training.checkpoints import Checkpoints
     from polaformer_jax.training.experiment import Experiment
-    from tests.training.test_interruption import TIMES, written
+    from tests.support.runs import TIMES, written
 
     experiment = Experiment(settings(ARGS.data_dir))
     with Checkpoints(workdir / "checkpoints", keep_last=2, best_metric="accuracy", read_only=True) as checkpoints:
@@ -280,7 +280,7 @@ def _import_everything():
     import tensorflow  # noqa: F401
 
     from polaformer_jax.training import loop, runtime  # noqa: F401
-    from tests.training import test_interruption  # noqa: F401
+    from tests.support import runs  # noqa: F401
 
 
 if __name__ == "__main__":

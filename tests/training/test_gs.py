@@ -24,14 +24,13 @@ from polaformer_jax.training.workdir import claim, read_config
 from tests.support import tiny_lra, tiny_weights
 from tests.support.fake_bucket import Bucket, serving
 from tests.support.recipes import digits as get_config
+from tests.support.runs import TIMES, written
 from tests.training.test_checkpoints import abstract, state_of
 from tests.training.test_interruption import (  # noqa: F401
-    TIMES,
     compiled_once,
     final_state,
     interrupted_until_done,
     settings,
-    written,
 )
 
 

@@ -3,8 +3,6 @@
 import jax
 import numpy as np
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.util import tensor_util
 
 from polaformer_jax.errors import Interrupted
 from polaformer_jax.training import loop
@@ -13,8 +11,7 @@ from polaformer_jax.training.experiment import Experiment
 from polaformer_jax.training.programs import ProgramCache
 from polaformer_jax.training.signals import StopRequests
 from tests.support.recipes import dense_digits
-
-TIMES = {"seconds", "images_per_second", "steps_per_second", "input_wait_share"}
+from tests.support.runs import TIMES, written
 
 
 class StopAtLook(StopRequests):
@@ -72,16 +69,6 @@ def interrupted_until_done(config, workdir, looks):
 def final_state(config, workdir):
     with Checkpoints(workdir / "checkpoints", keep_last=1, best_metric="accuracy", read_only=True) as checkpoints:
         return checkpoints.restore(Experiment(config).states.abstract), checkpoints.best()
-
-
-def written(workdir):
-    """What TensorBoard shows: name -> [(step, value), ...], as often as it was written."""
-    events = EventAccumulator(str(workdir), size_guidance={"tensors": 0}).Reload()
-    found = {}
-    for name in events.Tags()["tensors"]:
-        if not name.startswith("parameters"):
-            found[name] = [(e.step, tensor_util.make_ndarray(e.tensor_proto).item()) for e in events.Tensors(name)]
-    return found
 
 
 @pytest.mark.parametrize(

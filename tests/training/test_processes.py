@@ -6,16 +6,11 @@ import os
 import shutil
 import signal
 
-import jax
-import numpy as np
 import pytest
 
-from polaformer_jax.training.checkpoints import Checkpoints
 from polaformer_jax.training.evaluation import evaluate
-from polaformer_jax.training.experiment import Experiment
-from polaformer_jax.training.workdir import read_config
 from tests.support.forked_scripts import Group
-from tests.training.test_interruption import TIMES, written
+from tests.support.runs import assert_equal_to_rounding, assert_same_run, one_device, steps_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shallow")]
 STEPS = 24
@@ -74,53 +69,6 @@ def rewound(straight, workdir, step):
         if path.name.isdecimal() and int(path.name) > step:
             shutil.rmtree(path)
     assert steps_of(workdir)[-1] == step
-
-
-def steps_of(workdir):
-    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal())
-
-
-def one_device(workdir):
-    """The run's config, for this process."""
-    config = read_config(workdir)
-    config.mesh.data = 1
-    return config
-
-
-def final_arrays(workdir):
-    """Every array of the checkpoint of the last step, by name."""
-    with Checkpoints(workdir / "checkpoints", keep_last=1, best_metric="accuracy", read_only=True) as checkpoints:
-        state = checkpoints.restore(Experiment(one_device(workdir)).states.abstract).state
-    assert state.step == STEPS
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(state)}
-
-
-def assert_same_run(found, wanted):
-    """Bit for bit, in the checkpoint and in TensorBoard."""
-    one, other = final_arrays(found), final_arrays(wanted)
-    assert one.keys() == other.keys() and any("ema" in name for name in one) and any("opt" in name for name in one)
-    assert [name for name in one if one[name].tobytes() != other[name].tobytes()] == []
-    after, before = written(found), written(wanted)
-    assert after.keys() == before.keys() and before["loss"] and before["eval_ema_loss"]
-    for name in before.keys() - TIMES:
-        assert after[name] == before[name], name
-    for name in TIMES:
-        assert [step for step, _ in after[name]] == [step for step, _ in before[name]], name
-
-
-def assert_equal_to_rounding(found, wanted):
-    after, before = written(found), written(wanted)
-    for name in before.keys() - TIMES:
-        assert [step for step, _ in after[name]] == [step for step, _ in before[name]], name
-    for name in ("loss", "grad_norm", "eval_loss", "eval_ema_loss"):
-        np.testing.assert_allclose(*(np.array(of[name])[:, 1] for of in (after, before)), rtol=1e-5, err_msg=name)
-    one, other = final_arrays(found), final_arrays(wanted)
-    # By whole parts of the state: Adam brings any gradient to the size of a step, rounding errors around zero included.
-    for part in ("params", "ema", ".mu", ".nu"):
-        names = [name for name in one if part in name]
-        ours, theirs = (np.concatenate([state[name].ravel() for name in names]) for state in (one, other))
-        assert 0 < np.linalg.norm(theirs), part
-        assert np.linalg.norm(ours - theirs) < 1e-4 * np.linalg.norm(theirs), part
 
 
 @dense_and_polaformer
