@@ -17,19 +17,10 @@ from etils import epath
 from jax.sharding import Mesh
 
 from polaformer_jax.errors import Interrupted, UserError
-from polaformer_jax.training import sharding
+from polaformer_jax.training import cluster, sharding
 from polaformer_jax.training.progress import log
 
 WATCHDOG_STATUS = 70  # "internal software error" of sysexits.h
-
-# How the environments that JAX supports indicate several processes: a variable, and a test of its value.
-_MANY = {
-    "JAX_COORDINATOR_ADDRESS": bool,
-    "SLURM_STEP_NUM_TASKS": lambda value: int(value) > 1,  # within `srun`
-    "OMPI_COMM_WORLD_SIZE": lambda value: int(value) > 1,
-    "TPU_WORKER_HOSTNAMES": lambda value: "," in value,  # Cloud TPU, a slice of several hosts
-    "MEGASCALE_COORDINATOR_ADDRESS": bool,  # several slices
-}
 
 
 @contextlib.contextmanager
@@ -46,26 +37,9 @@ def session(config) -> Iterator[None]:
     Raises:
         UserError: the part is incomplete, or the other processes do not answer.
     """
-    given = {name: config[name] for name in ("coordinator", "num_processes", "process_id")}
-    explicit = [name for name, value in given.items() if value is not None]
-    if explicit and len(explicit) < 3 and not os.environ.get("JAX_COORDINATOR_ADDRESS"):
-        missing = ", ".join(f"distributed.{name}" for name in given if name not in explicit)
-        raise UserError(f"distributed.{explicit[0]} is given without {missing}: give all three, or none")
-    named = next((name for name, many in _MANY.items() if os.environ.get(name) and many(os.environ[name])), None)
-    if not explicit and named is None:
+    if not _joined(config):
         yield
         return
-    jax.config.update("jax_enable_preemption_service", False)  # see `signals`
-    try:
-        jax.distributed.initialize(
-            coordinator_address=given["coordinator"],
-            num_processes=given["num_processes"],
-            process_id=given["process_id"],
-            heartbeat_timeout_seconds=config.heartbeat_s,
-        )
-    except (RuntimeError, ValueError) as error:
-        source = "distributed.*" if explicit else f"the environment ({named})"
-        raise UserError(f"the processes that {source} names could not be joined: {error}") from error
     log.info("process %d of %d", jax.process_index(), jax.process_count())
     if jax.process_index():
         log.setLevel(logging.WARNING)  # process 0 reports what all do
@@ -90,6 +64,38 @@ def session(config) -> Iterator[None]:
         sys.stderr.flush()
         os._exit(getattr(error, "status", 1))  # a normal exit would wait for the others, which wait for this process
     jax.distributed.shutdown()
+
+
+def _joined(config) -> bool:
+    """Joins the other processes; false where there are none."""
+    given = {name: config[name] for name in ("coordinator", "num_processes", "process_id")}
+    explicit = [name for name, value in given.items() if value is not None]
+    if explicit and len(explicit) < 3 and not os.environ.get("JAX_COORDINATOR_ADDRESS"):
+        missing = ", ".join(f"distributed.{name}" for name in given if name not in explicit)
+        raise UserError(f"distributed.{explicit[0]} is given without {missing}: give all three, or none")
+    named = cluster.announced_by()
+    if not explicit and named is None and not cluster.may_be_tpu_vm():
+        return False
+    source = "distributed.*" if explicit else f"the environment ({named or 'TPU VM'})"
+    jax.config.update("jax_enable_preemption_service", False)  # see `signals`
+    try:
+        jax.distributed.initialize(
+            coordinator_address=given["coordinator"],
+            num_processes=given["num_processes"],
+            process_id=given["process_id"],
+            local_device_ids=cluster.local_gpus(),
+            heartbeat_timeout_seconds=config.heartbeat_s,
+        )
+    except (RuntimeError, ValueError) as error:
+        if not explicit and named is None and "coordinator_address" in str(error):
+            return False  # JAX, too, knows of no other process
+        raise UserError(f"the processes that {source} names could not be joined: {error}") from error
+    except OSError as error:  # of a request to the metadata server of a TPU VM
+        raise UserError(
+            f"this TPU VM's metadata server does not say which hosts belong together: {error}. If it is a single host,"
+            " set TPU_SKIP_MDS_QUERY=1"
+        ) from error
+    return jax.process_count() > 1
 
 
 class RequestConsensus:

@@ -9,10 +9,13 @@ import runpy
 import socket
 import sys
 import time
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 from tests.support import ROOT
+from tests.support.clusters import Environment
 
 LIMIT_S = 400  # for a group to end, and for what is waited for in its midst
 _FORKS = multiprocessing.get_context("forkserver")
@@ -21,15 +24,44 @@ _FORKS.set_forkserver_preload(
 )
 
 
+class SlowFiles(NamedTuple):
+    """Files below `folder` that are slow for some processes: each access takes so many seconds longer.
+
+    An access is what Python tells its audit hooks of: opening, listing, renaming, removing, and making folders. Array
+    files, which TensorStore opens, are not slower; their folders and all that surrounds them are.
+    """
+
+    folder: Path
+    seconds: float
+    processes: Collection[int]
+
+    def enter(self) -> None:
+        """Makes the files slow for the calling process."""
+        folder = str(self.folder)
+
+        def wait(event: str, arguments: tuple) -> None:
+            if event in _FILE_EVENTS and str(arguments[0]).startswith(folder):
+                time.sleep(self.seconds)
+
+        sys.addaudithook(wait)
+
+
+_FILE_EVENTS = {"open", "os.listdir", "os.scandir", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
+
+
 class Group:
     """`processes` times the same script, told of each other. Use as a context manager, which leaves none alive.
 
     Args:
       script: name of an entry script.
-      arguments: its flags. The config's `distributed` part is added where there are several processes.
+      arguments: its flags. The config's `distributed` part is added where there are several processes and no
+        environment.
       logs: folder for what the processes print.
       devices: of each process.
       order: seed of a random order of all devices in the mesh; None: that of the processes.
+      environment: that of a cluster, by which the processes find each other.
+      late: seconds by which processes start later, by their index.
+      slow_files: None: files take no longer than they do.
     """
 
     def __init__(
@@ -41,36 +73,43 @@ class Group:
         logs: Path,
         devices: int = 1,
         order: int | None = None,
+        environment: Environment | None = None,
+        late: Mapping[int, float] | None = None,
+        slow_files: SlowFiles | None = None,
     ):
-        self._logs = logs
+        self._logs, self._late = logs, late or {}
         logs.mkdir(exist_ok=True)
         together, port = [], _free_port()
         self.processes = []
         for index in range(processes):
             if processes > 1:
-                together = [
+                together = ["--config.distributed.heartbeat_s=10"]
+            if processes > 1 and environment is None:
+                together += [
                     f"--config.distributed.coordinator=localhost:{port}",
                     f"--config.distributed.num_processes={processes}",
                     f"--config.distributed.process_id={index}",
-                    "--config.distributed.heartbeat_s=10",
                 ]
             argv = [script, *arguments, *together]
-            self.processes.append(
-                _FORKS.Process(target=_run, args=(argv, self._log(index), devices, order), daemon=True)
-            )
+            files = slow_files if slow_files and index in slow_files.processes else None
+            options = (index, self._log(index), devices, order, environment, files)
+            self.processes.append(_FORKS.Process(target=_run, args=(argv, *options), daemon=True))
 
     def _log(self, index: int) -> str:
         return str(self._logs / str(index))
 
     def __enter__(self) -> "Group":
-        for process in self.processes:
-            process.start()
+        began = time.monotonic()
+        for index in sorted(range(len(self.processes)), key=lambda index: self._late.get(index, 0)):
+            time.sleep(max(0, began + self._late.get(index, 0) - time.monotonic()))
+            self.processes[index].start()
         return self
 
     def __exit__(self, *exception) -> None:
         for process in self.processes:
-            process.kill()
-            process.join()
+            if process.pid is not None:
+                process.kill()
+                process.join()
             process.close()
 
     def wait_for(self, path: Path) -> None:
@@ -105,7 +144,15 @@ def _free_port() -> int:
         return found.getsockname()[1]
 
 
-def _run(argv: list[str], log: str, devices: int, order: int | None) -> None:
+def _run(
+    argv: list[str],
+    index: int,
+    log: str,
+    devices: int,
+    order: int | None,
+    environment: Environment | None,
+    slow_files: SlowFiles | None,
+) -> None:
     """In the forked process."""
     for number, name in ((1, "out"), (2, "err")):
         file = os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -116,6 +163,10 @@ def _run(argv: list[str], log: str, devices: int, order: int | None) -> None:
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
     sys.argv = argv
+    if environment is not None:
+        environment.enter(index)
+    if slow_files is not None:
+        slow_files.enter()
     cache_all_programs()
     import jax
 

@@ -1,7 +1,11 @@
-"""Finished trainings compared: their checkpoints, and what TensorBoard shows of them."""
+"""Finished trainings compared: their checkpoints, what TensorBoard shows of them, and what evaluations predict."""
+
+import csv
+import json
 
 import jax
 import numpy as np
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
@@ -33,12 +37,18 @@ def one_device(workdir):
     return config
 
 
-def final_arrays(workdir):
-    """Every array of the checkpoint of the last step of a finished run, by name."""
+def final_state(workdir):
+    """That of the last step of a finished run, on one device."""
     config = one_device(workdir)
     with Checkpoints(workdir / "checkpoints", keep_last=1, best_metric="accuracy", read_only=True) as checkpoints:
         state = checkpoints.restore(Experiment(config).states.abstract).state
     assert state.step == config.train.steps
+    return state
+
+
+def final_arrays(workdir):
+    """Every array of it, by name."""
+    state = final_state(workdir)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(state)}
 
 
@@ -68,3 +78,22 @@ def assert_equal_to_rounding(found, wanted):
         ours, theirs = (np.concatenate([state[name].ravel() for name in names]) for state in (one, other))
         assert 0 < np.linalg.norm(theirs), part
         assert np.linalg.norm(ours - theirs) < 1e-4 * np.linalg.norm(theirs), part
+
+
+def evaluation(folder):
+    """The result of eval.py, eval.json, and the rows of its table.csv."""
+    with open(folder / "table.csv", newline="") as table:
+        return json.loads((folder / "eval.json").read_text()), list(csv.DictReader(table))
+
+
+def assert_same_evaluation(found, wanted):
+    """The same examples, each once, and predictions; probabilities and metrics agree to rounding."""
+    (ours, our_rows), (theirs, their_rows) = found, wanted
+    metrics = ("accuracy", "accuracy_top5", "loss")
+    assert [ours.pop(name) for name in metrics] == pytest.approx([theirs.pop(name) for name in metrics], rel=1e-5)
+    assert ours.pop("images_per_second") > 0 and theirs.pop("images_per_second") > 0
+    assert ours == theirs
+    assert len(our_rows) == len({row["record"] for row in our_rows}) == ours["images"]
+    for one, other in zip(our_rows, their_rows, strict=True):
+        assert float(one.pop("probability")) == pytest.approx(float(other.pop("probability")), abs=2e-6)
+        assert one == other

@@ -1,6 +1,5 @@
 """Several processes are one training: the same numbers, one end, and a way on from whatever happens to one of them."""
 
-import csv
 import json
 import os
 import shutil
@@ -10,7 +9,14 @@ import pytest
 
 from polaformer_jax.training.evaluation import evaluate
 from tests.support.forked_scripts import Group
-from tests.support.runs import assert_equal_to_rounding, assert_same_run, one_device, steps_of
+from tests.support.runs import (
+    assert_equal_to_rounding,
+    assert_same_evaluation,
+    assert_same_run,
+    evaluation,
+    one_device,
+    steps_of,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shallow")]
 STEPS = 24
@@ -155,14 +161,12 @@ def test_processes_agree_on_a_damaged_checkpoint(trained, straight, tmp_path):
 
 
 def evaluated(trained, workdir, folder, processes, **options):
-    """What eval.py prints, by process, and the rows of its table of predictions."""
+    """What eval.py prints, by process, and its evaluation."""
     folder.mkdir()
     arguments = [*trained, f"--workdir={workdir}", f"--json={folder}/eval.json", f"--predictions={folder}/table.csv"]
     with Group("eval.py", arguments, processes=processes, logs=folder, **options) as running:
         assert running.statuses() == [0] * processes, running.errors()
-        printed = [running.output(index) for index in range(processes)]
-    with open(folder / "table.csv", newline="") as table:
-        return printed, list(csv.DictReader(table))
+        return [running.output(index) for index in range(processes)], evaluation(folder)
 
 
 @dense
@@ -171,26 +175,15 @@ def test_processes_whose_devices_are_mixed_train_and_evaluate_as_one(trained, st
     mixed = {"devices": 2, "order": 5}
     finish([*trained, "--config.mesh.fsdp=2"], tmp_path / "run", 4, **mixed)
     assert_equal_to_rounding(tmp_path / "run", straight)
-    _, rows = evaluated(trained, straight, tmp_path / "mixed", 4, **mixed)
-    _, rows_of_one = evaluated(trained, straight, tmp_path / "one", 1)
-    assert [(row["record"], row["prediction"]) for row in rows] == [
-        (row["record"], row["prediction"]) for row in rows_of_one
-    ]
-    assert len(rows) == 360
+    _, together = evaluated(trained, straight, tmp_path / "mixed", 4, **mixed)
+    _, alone = evaluated(trained, straight, tmp_path / "one", 1)
+    assert_same_evaluation(together, alone)
 
 
 @dense
 def test_two_processes_evaluate_as_one(trained, straight, tmp_path):
-    (one,), rows_of_one = evaluated(trained, straight, tmp_path / "one", 1)
-    (first, second), rows = evaluated(trained, straight, tmp_path / "two", 2)
-    alone, together = json.loads(one), json.loads(first[first.index("{") :])
+    _, alone = evaluated(trained, straight, tmp_path / "one", 1)
+    (first, second), together = evaluated(trained, straight, tmp_path / "two", 2)
+    assert json.loads(first[first.index("{") :]) == together[0] and together[0]["images"] == 360
     assert "{" not in second
-    assert together == json.loads((tmp_path / "two/eval.json").read_text())
-    metrics = ("accuracy", "accuracy_top5", "loss")
-    assert [together.pop(name) for name in metrics] == pytest.approx([alone.pop(name) for name in metrics], rel=1e-5)
-    assert alone.pop("images_per_second") > 0 and together.pop("images_per_second") > 0
-    assert together == alone and together["images"] == 360
-    assert len(rows) == len({row["record"] for row in rows}) == 360
-    for ours, theirs in zip(rows, rows_of_one, strict=True):
-        assert float(ours.pop("probability")) == pytest.approx(float(theirs.pop("probability")), abs=2e-6)
-        assert ours == theirs
+    assert_same_evaluation(together, alone)
