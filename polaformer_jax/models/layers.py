@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from polaformer_jax.models.initializers import normal_init, ones_init, placed, uniform_init, zeros_init
 
@@ -197,13 +198,24 @@ class Block(nnx.Module):
 
 
 def rematerialised(block: Block, x: jax.Array, key: jax.Array | None, **context) -> jax.Array:
-    """`block(x, key, **context)`, whose activations are recomputed in the backward pass instead of stored."""
+    """`block(x, key, **context)`, whose activations are recomputed in the backward pass instead of stored.
+
+    Where a mesh is set (`jax.sharding.use_abstract_mesh`), the block's parameters may be sharded: they are gathered
+    here, in the forward pass and again in the backward pass, so that a device holds those of few blocks at a time.
+    """
     graphdef, params = nnx.split(block)
 
     def apply(params, x, key, context):
+        if not jax.sharding.get_abstract_mesh().empty:
+            params = jax.lax.with_sharding_constraint(params, PartitionSpec())
         return nnx.merge(graphdef, params)(x, key, **context)
 
     return jax.checkpoint(apply)(params, x, key, context)
+
+
+def gathering_blocks(model: nnx.Module) -> list[tuple]:
+    """The paths of the blocks that `rematerialised` runs, which gather their parameters: none unless `model.remat`."""
+    return [path for path, module in nnx.iter_modules(model) if isinstance(module, Block)] if model.remat else []
 
 
 def split_key(key: jax.Array | None, count: int) -> list:

@@ -180,9 +180,17 @@ class Constraints:
         """Sets the mesh, for code that is not an XLA operation and has to split its work by itself."""
         return contextlib.nullcontext() if self._mesh is None else use_abstract_mesh(self._mesh.abstract_mesh)
 
-    def whole(self, tree: Any) -> Any:
-        """Parameters as the model uses them: replicated."""
-        return tree if self._mesh is None else jax.lax.with_sharding_constraint(tree, replicated(self._mesh))
+    def whole(self, params: Any, besides: Collection[tuple] = ()) -> Any:
+        """Parameters as the model uses them: replicated, but for those below these paths, which it gathers itself."""
+        if self._mesh is None:
+            return params
+        return jax.tree.map_with_path(lambda path, param: self._gathered(path, param, besides), params)
+
+    def _gathered(self, path: tuple, param: jax.Array, besides: Collection[tuple]) -> jax.Array:
+        keys = tuple(entry.key for entry in path)
+        if any(keys[: len(parent)] == parent for parent in besides):
+            return param
+        return jax.lax.with_sharding_constraint(param, replicated(self._mesh))
 
     def split(self, tree: Any) -> Any:
         """Gradients as they are applied: sharded like the parameters."""

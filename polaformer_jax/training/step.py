@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from polaformer_jax.models.layers import gathering_blocks
 from polaformer_jax.training.metrics import Sums, masked
 from polaformer_jax.training.sharding import Constraints
 from polaformer_jax.training.state import TrainState
@@ -58,7 +59,7 @@ def make_train_step(
         def loss_fn(params, part: Batch, key: jax.Array):
             if trainable is not None:
                 params = jax.tree.map(lambda p, trains: p if trains else jax.lax.stop_gradient(p), params, trainable)
-            params, part = constrain.whole(params), constrain.batch(part)
+            params, part = _whole(params, graphdef, constrain), constrain.batch(part)
             logits = nnx.merge(graphdef, params)(part["inputs"], train=True, rngs=nnx.Rngs(dropout=key))
             # The loss is in at least float32, whatever the model's dtype.
             logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
@@ -105,6 +106,11 @@ def make_train_step(
     return train_step
 
 
+def _whole(params: Any, graphdef: nnx.GraphDef, constrain: Constraints) -> Any:
+    """The parameters, gathered once for a step, but for those of blocks that gather their own (`model.remat`)."""
+    return constrain.whole(params, besides=gathering_blocks(nnx.merge(graphdef, params)))
+
+
 def _parts(batch: Batch, count: int) -> Batch:
     """(B, ...) -> (count, B / count, ...). A micro-batch has every count-th example, so that each device has some."""
     return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
@@ -118,7 +124,7 @@ def make_eval_step(
     constrain = Constraints(mesh)
 
     def eval_step(params, batch: Batch) -> tuple[Sums, Batch]:
-        params, batch = constrain.whole(params), constrain.batch(batch)
+        params, batch = _whole(params, graphdef, constrain), constrain.batch(batch)
         with constrain.known():
             logits = nnx.merge(graphdef, params)(task.inputs(batch), train=False)
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))

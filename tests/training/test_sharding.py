@@ -256,9 +256,16 @@ def check_program(experiment, text):
     assert size <= sum(item.bytes for item in summed) < 1.01 * size
     assert max(item.group for item in summed) == experiment.mesh.size
 
-    # Parameters that are split, and nothing else, are gathered, once each, from a row of the mesh.
+    # Parameters that are split, and nothing else, are gathered, once each, from a row of the mesh; those of blocks that
+    # are computed again in the backward pass are gathered there again.
     gathered = [item for item in found if item.kind == "all-gather"]
-    assert sorted(shape for item in gathered for _, shape in item.shapes) == sorted(leaf.shape for leaf in split)
+    expected = [leaf.shape for leaf in split]
+    if experiment.config.model.remat:
+        by_path = jax.tree.leaves_with_path(experiment.params.abstract)
+        in_blocks = [leaf for path, leaf in by_path if "block" in jax.tree_util.keystr(path)]
+        expected += [leaf.shape for leaf in in_blocks if not leaf.sharding.is_fully_replicated]
+        assert len(expected) > len(split) or not split
+    assert sorted(shape for item in gathered for _, shape in item.shapes) == sorted(expected)
     assert {item.group for item in gathered} == ({fsdp} if split else set())
 
     # Mixup's partners come from the device at the mirrored place: images, targets and mask.
@@ -280,9 +287,9 @@ def test_the_compiled_step_sends_parameters_and_gradients_and_no_activations(tra
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("data, fsdp", [(8, 1), (1, 8)])
-def test_the_same_on_other_meshes(data, fsdp):
-    experiment = Experiment(config_of(data=data, fsdp=fsdp), num_examples=1437)
+@pytest.mark.parametrize("data, fsdp, remat", [(8, 1, False), (1, 8, False), (2, 4, True)])
+def test_the_same_on_other_meshes_and_with_recomputation(data, fsdp, remat):
+    experiment = Experiment(config_of(data=data, fsdp=fsdp, **{"model.remat": remat}), num_examples=1437)
     batch = experiment.abstract_batch(experiment.config.train.batch_size)
     check_program(experiment, experiment.train_step.trace(batch).lower().compile(QUICK).as_text())
 
