@@ -16,6 +16,7 @@ from unittest import mock
 
 from tests.support import ROOT
 from tests.support.clusters import Environment
+from tests.support.quick import FLAGS
 
 LIMIT_S = 400  # for a group to end, and for what is waited for in its midst
 _FORKS = multiprocessing.get_context("forkserver")
@@ -163,6 +164,7 @@ def _run(
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
     sys.argv = argv
+    os.environ["XLA_FLAGS"] = FLAGS  # each program runs a few times only
     if environment is not None:
         environment.enter(index)
     if slow_files is not None:

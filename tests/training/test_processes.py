@@ -1,14 +1,20 @@
-"""Several processes are one training: the same numbers, one end, and a way on from whatever happens to one of them."""
+"""Several processes are one training: the same numbers, one end, and a way on from whatever happens to one of them.
 
+Some find each other by what a cluster tells them; `python -m tests.campaigns.cluster` tries all of it on every cluster.
+"""
+
+import contextlib
 import json
 import os
 import shutil
 import signal
+from functools import partial
 
 import pytest
 
 from polaformer_jax.training.evaluation import evaluate
-from tests.support.forked_scripts import Group
+from tests.support import clusters
+from tests.support.forked_scripts import Group, SlowFiles
 from tests.support.runs import (
     assert_equal_to_rounding,
     assert_same_evaluation,
@@ -48,9 +54,14 @@ def trained(request, digits_dir):
     return ["--config=configs/digits.py", *(f"--config.{name}={value}" for name, value in changes.items())]
 
 
-def group(trained, workdir, processes, **options):
-    logs = workdir.with_name(f"{processes}.logs")
-    return Group("train.py", [*trained, f"--workdir={workdir}"], processes=processes, logs=logs, **options)
+@contextlib.contextmanager
+def group(trained, workdir, processes, *, cluster=None, **options):
+    """A training by so many processes, which a cluster (of `clusters`) tells of each other, or flags of the config."""
+    logs, arguments = workdir.with_name(f"{processes}.logs"), [*trained, f"--workdir={workdir}"]
+    with cluster(processes) if cluster else contextlib.nullcontext() as environment:
+        options |= {"processes": processes, "logs": logs, "environment": environment}
+        with Group("train.py", arguments, **options) as running:
+            yield running
 
 
 def finish(trained, workdir, processes, **options):
@@ -85,7 +96,10 @@ def test_two_processes_give_the_training_of_one(trained, straight, tmp_path):
 
 @dense
 def test_four_processes_give_the_training_of_two(trained, straight, tmp_path):
-    finish(trained, tmp_path / "run", 4)
+    """Under Slurm, one of them late, another with a slow file system."""
+    workdir = tmp_path / "run"
+    slow = SlowFiles(workdir, 0.05, [1])
+    finish(trained, workdir, 4, cluster=partial(clusters.slurm, on_a_node=2), late={2: 5.0}, slow_files=slow)
     assert_equal_to_rounding(tmp_path / "run", straight)
 
 
@@ -107,7 +121,7 @@ def test_each_image_is_counted_once_and_only_the_first_process_speaks(trained, s
 @dense
 def test_a_signal_to_one_process_stops_both_at_the_same_step(trained, straight, tmp_path):
     workdir = tmp_path / "run"
-    with group(trained, workdir, 2) as running:
+    with group(trained, workdir, 2, cluster=clusters.tpu_vms) as running:
         running.wait_for(workdir / "checkpoints" / "4")
         running.processes[1].terminate()
         assert running.statuses() == [75, 75], running.errors()
@@ -119,7 +133,9 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(trained, straight, 
         == [f"interrupted: the checkpoint of step {stopped_at} of {STEPS} is saved; the same command resumes from it"]
         * 2
     )
-    assert f"resuming from the checkpoint of step {stopped_at} of {STEPS}" in finish(trained, workdir, 2)
+    assert f"resuming from the checkpoint of step {stopped_at} of {STEPS}" in finish(
+        trained, workdir, 2, cluster=clusters.tpu_vms
+    )
     assert_same_run(workdir, straight)
 
 
@@ -127,7 +143,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(trained, straight, 
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_other_and_the_same_command_goes_on(trained, straight, tmp_path, killed):
     workdir = tmp_path / "run"
-    with group(trained, workdir, 2) as running:
+    with group(trained, workdir, 2, cluster=clusters.slurm) as running:
         running.wait_for(workdir / "checkpoints" / "4")
         os.kill(running.processes[killed].pid, signal.SIGKILL)
         statuses = running.statuses()
@@ -141,11 +157,11 @@ def test_a_killed_process_ends_the_other_and_the_same_command_goes_on(trained, s
 
 
 @dense
-@pytest.mark.parametrize("processes", [1, 4])
-def test_a_run_goes_on_with_another_number_of_processes(trained, straight, tmp_path, processes):
+@pytest.mark.parametrize("processes, cluster", [(1, None), (4, partial(clusters.tpu_vms, slices=2))])
+def test_a_run_goes_on_with_another_number_of_processes(trained, straight, tmp_path, processes, cluster):
     workdir = tmp_path / "run"
     rewound(straight, workdir, STEPS - 4)
-    assert f"resuming from the checkpoint of step {STEPS - 4}" in finish(trained, workdir, processes)
+    assert f"resuming from the checkpoint of step {STEPS - 4}" in finish(trained, workdir, processes, cluster=cluster)
     assert_equal_to_rounding(workdir, straight)
 
 
