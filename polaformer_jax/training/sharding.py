@@ -2,7 +2,9 @@
 
 A batch is split over both axes, `data` and `fsdp`. Parameters, and arrays of their shapes (the optimizer's moments,
 the moving average), are replicated along `data` and split along `fsdp` (Zhao et al., "PyTorch FSDP", arXiv 2304.11277):
-the step gathers the parameters that it uses, and each device updates its own shard.
+a step gathers all parameters once, in the dtype of the products, and each device updates its own shard. Blocks whose
+activations are recomputed in the backward pass (`model.remat`) gather their own, in both passes: no device holds those
+of all blocks then.
 """
 
 import contextlib
