@@ -64,8 +64,8 @@ def local_gpus(environ: Mapping[str, str] = os.environ) -> list[int] | None:
         rank, tasks = int(environ["OMPI_COMM_WORLD_LOCAL_RANK"]), int(environ["OMPI_COMM_WORLD_LOCAL_SIZE"])
     else:
         return None
-    visible = _visible_gpus(environ)
-    if tasks == 1 or visible < int(environ.get("SLURM_GPUS_ON_NODE", visible)):  # the task is bound to its own
+    visible, of_node = _visible_gpus(environ), environ.get("SLURM_GPUS_ON_NODE", "")
+    if tasks == 1 or (of_node.isdecimal() and visible < int(of_node)):  # the task is bound to its own
         return []
     if not visible or tasks is None:
         return None

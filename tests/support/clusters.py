@@ -105,6 +105,13 @@ def tpu_vms(processes: int, *, slices: int = 1) -> Iterator[Environment]:
 
 
 @contextlib.contextmanager
+def no_slice() -> Iterator[Environment]:
+    """A virtual machine with TPU chips whose metadata server does not know of a slice."""
+    with _metadata_server(lambda index: {}) as metadata:
+        yield Environment((metadata(0),), tpu_chips=True)
+
+
+@contextlib.contextmanager
 def _metadata_server(attributes: Callable[[int], dict[str, str]]) -> Iterator[Callable[[int], dict[str, str]]]:
     """Answers for the metadata servers of all hosts; yields the variables that lead a process to its own."""
 

@@ -50,6 +50,36 @@ def test_jax_says_that_there_is_no_tpu_chip():
     assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT).strip() == "1"
 
 
+@pytest.mark.slow
+def test_a_tpu_vm_whose_metadata_server_is_silent_or_knows_of_no_slice():
+    """JAX says so by an error of a connection and by a ValueError; the one ends a run, the other is a single host."""
+    code = """
+import os, sys
+import jax
+from polaformer_jax.config import defaults
+from polaformer_jax.errors import UserError
+from polaformer_jax.training import runtime
+from tests.support import clusters
+
+jax.config.update("jax_platforms", "cpu")
+clusters.Environment(({"GCE_METADATA_IP": "localhost:1"},), tpu_chips=True).enter(0)
+try:
+    with runtime.session(defaults().distributed):
+        print("joined")
+except UserError as error:
+    print(error)
+with clusters.no_slice() as environment:
+    environment.enter(0)
+    with runtime.session(defaults().distributed):
+        print(jax.distributed.is_initialized())
+"""
+    output = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT, timeout=60)
+    refused, single = output.splitlines()
+    assert refused.startswith("this TPU VM's metadata server does not say which hosts belong together: HTTPConnection")
+    assert refused.endswith("If it is a single host, set TPU_SKIP_MDS_QUERY=1")
+    assert single == "False"
+
+
 def slurm(rank, tasks, visible=None, on_node=None, node=0):
     environ = {"SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": rank, "SLURM_STEP_TASKS_PER_NODE": tasks}
     environ |= {"SLURM_NODEID": node, "CUDA_VISIBLE_DEVICES": visible, "SLURM_GPUS_ON_NODE": on_node}
