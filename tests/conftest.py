@@ -43,6 +43,15 @@ def shallow():
         yield
 
 
+@pytest.fixture
+def quickly_compiled(monkeypatch):
+    """Trainings leave out most of XLA's optimisations: a few steps of a large model take less time than these."""
+    from polaformer_jax.training import runtime
+    from tests.support.quick import QUICK
+
+    monkeypatch.setattr(runtime, "compiler_options", lambda config: QUICK)
+
+
 @pytest.fixture(scope="session")
 def digits_dir(tmp_path_factory) -> str:
     """A data directory with the prepared data set `sklearn_digits`."""

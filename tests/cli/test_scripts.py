@@ -15,17 +15,21 @@ import tensorstore as ts
 
 from polaformer_jax.cli import train
 from tests.support import ROOT
+from tests.support.quick import FLAGS
 
 TINY = (
     "--config.model.kernel_size=1",  # compiles sooner
     "--config.train.epochs=None",
-    "--config.train.steps=40",
+    "--config.train.steps=20",
     "--config.train.batch_size=8",
     "--config.schedule.warmup=2.0",
-    "--config.eval.every=20",
+    "--config.eval.every=10",
     "--config.checkpoint.every_steps=5",
     "--config.log.every=5",
 )
+
+
+QUICKLY = os.environ | {"XLA_FLAGS": FLAGS}  # the programs run for a few steps
 
 
 def command(script, *arguments):
@@ -66,15 +70,21 @@ def parameters(workdir, step):
 @pytest.mark.slow
 def test_a_killed_training_goes_on_to_the_same_end_and_leaves_no_process(digits_dir, tmp_path):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    done = subprocess.run(train_command(digits_dir, straight), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    options = {"env": QUICKLY, "cwd": ROOT, "capture_output": True, "text": True, "timeout": 300}
+    done = subprocess.run(train_command(digits_dir, straight), **options)
     assert done.returncode == 0, done.stderr
     assert "images         360" in done.stdout
 
     killed = subprocess.Popen(
-        train_command(digits_dir, broken), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+        train_command(digits_dir, broken),
+        env=QUICKLY,
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     deadline = time.monotonic() + 240
-    while not (broken / "checkpoints/10").exists() and time.monotonic() < deadline:
+    while not (broken / "checkpoints/5").exists() and time.monotonic() < deadline:
         assert killed.poll() is None, killed.stderr.read()
         time.sleep(0.05)
     os.kill(killed.pid, signal.SIGKILL)
@@ -84,10 +94,10 @@ def test_a_killed_training_goes_on_to_the_same_end_and_leaves_no_process(digits_
     assert processes_of_group(killed.pid) == []
     killed.stderr.close()
 
-    again = subprocess.run(train_command(digits_dir, broken), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    again = subprocess.run(train_command(digits_dir, broken), **options)
     assert again.returncode == 0, again.stderr
     assert "resuming from the checkpoint of step" in again.stderr
-    one, two = parameters(straight, 40), parameters(broken, 40)
+    one, two = parameters(straight, 20), parameters(broken, 20)
     assert one.keys() == two.keys() and len(one) > 50
     assert one == two
     assert (

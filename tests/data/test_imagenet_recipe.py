@@ -23,6 +23,7 @@ def test_a_few_steps_of_the_official_recipe(tmp_path):
     config.data.train_split = "train[:16]"  # so few that they are soon known
     config.data.workers = 1
     config.model.dtype = "float32"  # CPUs have no fast bfloat16
+    config.mesh.data = 1  # of eight fake devices, which take turns on few cores
     config.train.epochs, config.train.steps, config.train.batch_size = None, 10, 8
     config.optimizer.lr = 0.064  # scaled by 8 / 512
     config.schedule.warmup, config.schedule.cooldown = 1.0, 0.0

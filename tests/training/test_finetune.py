@@ -61,7 +61,7 @@ def test_the_model_and_where_the_data_lie_are_options():
 
 
 @pytest.mark.slow
-def test_a_few_steps_from_weights_of_other_classes(flowers, tmp_path):
+def test_a_few_steps_from_weights_of_other_classes(flowers, tmp_path, quickly_compiled):
     model = pf.create_model("pola_pvt_t", img_size=32, rngs=nnx.Rngs(0))
     path = tmp_path / "weights.safetensors"
     pf.save_weights(model, path)
