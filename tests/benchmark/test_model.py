@@ -65,6 +65,7 @@ def test_the_step_is_that_of_the_training():
     assert (augment.mixup, augment.cutmix, augment.erase_prob) == (0.8, 1.0, 0.25)
 
 
+@pytest.mark.slow
 def test_the_batch_lies_on_all_devices(tmp_path):
     path = tmp_path / "model.csv"
     assert main(["model", *TINY, "--modes=forward", f"--csv={path}"]) == 0

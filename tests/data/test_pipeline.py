@@ -102,7 +102,7 @@ def test_batches_are_the_same_for_any_number_of_processes(processes):
     assert [digest(union(step)) for step in zip(*parts, strict=True)] == [digest(batch) for batch in take(20)]
 
 
-@pytest.mark.parametrize(("workers", "start", "process"), [(1, 7, 1), (2, 5, 0)])
+@pytest.mark.parametrize(("workers", "start", "process"), [pytest.param(1, 7, 1, marks=pytest.mark.slow), (2, 5, 0)])
 def test_batches_are_the_same_for_any_number_of_workers(workers, start, process):
     place = {"start": start, "rows": shares(8, 2)[process]}
     assert [*map(digest, take(6, workers=workers, **place))] == [*map(digest, take(6, **place))]

@@ -160,6 +160,7 @@ def start_script(tmp_path, end, workers):
     return process, [int(pid) for pid in process.stdout.readline().split()]
 
 
+@pytest.mark.slow
 def test_no_worker_outlives_a_killed_main_process(tmp_path):
     process, pids = start_script(tmp_path, "time.sleep(1000)", workers=2)
     assert len(pids) == 2 and all(map(is_running, pids))
@@ -168,6 +169,7 @@ def test_no_worker_outlives_a_killed_main_process(tmp_path):
     process.communicate(timeout=15)  # nobody holds its output open any more
 
 
+@pytest.mark.slow
 def test_a_program_that_forgets_to_close_ends_cleanly(tmp_path):
     process, pids = start_script(tmp_path, "sys.exit(0)", workers=1)
     _, errors = process.communicate(timeout=30)

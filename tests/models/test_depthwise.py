@@ -7,7 +7,10 @@ import pytest
 from polaformer_jax.models import depthwise
 
 
-@pytest.mark.parametrize(("grid", "sizes"), [((9,), (5,)), ((6, 7), (5, 3)), ((2, 2), (5, 5))])
+@pytest.mark.parametrize(
+    ("grid", "sizes"),
+    [((9,), (5,)), ((6, 7), (5, 3)), pytest.param((2, 2), (5, 5), marks=pytest.mark.slow)],
+)
 def test_the_ways_of_all_back_ends_agree(x64, grid, sizes):
     rng = np.random.default_rng(0)
     x, x_tangent, gradient = rng.normal(size=(3, 3, *grid, 4))

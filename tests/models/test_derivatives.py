@@ -112,7 +112,7 @@ def test_only_the_arguments_are_kept(dtype):
     )
 
 
-@pytest.mark.parametrize("sr_ratio", [1, 2])
+@pytest.mark.parametrize("sr_ratio", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_forward_mode_and_derivatives_of_gradients(x64, sr_ratio):
     """`jvp` of a block's loss and of its gradients: the slope, and central differences of the gradients."""
     rngs, dim, types = nnx.Rngs(0), 8, {"dtype": jnp.dtype("float64"), "param_dtype": jnp.dtype("float64")}

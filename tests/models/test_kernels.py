@@ -85,7 +85,7 @@ def blocks_of(monkeypatch):
     [
         pytest.param("one head", 512, (1, 1), marks=pytest.mark.slow),
         ("groups of heads", 512, (1, 1)),
-        ("heads share a group", 16, (2, 2)),
+        pytest.param("heads share a group", 16, (2, 2), marks=pytest.mark.slow),
         ("reduced keys", 16, (4, 1)),
         pytest.param("a sequence", 16, (3, 3), marks=pytest.mark.slow),
     ],

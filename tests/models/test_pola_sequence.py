@@ -51,7 +51,9 @@ def padded(given, count):
     return Sequences(jnp.concatenate([given.tokens, more], axis=-1), given.length)
 
 
-@pytest.mark.parametrize("attention, texts", [("polarity", 1), ("softmax", 2), ("relu", 2)])
+@pytest.mark.parametrize(
+    "attention, texts", [("polarity", 1), ("softmax", 2), pytest.param("relu", 2, marks=pytest.mark.slow)]
+)
 def test_padding_to_any_length_changes_nothing(attention, texts, x64):
     model = build(attention, texts=texts, depth=2, dtype=jnp.float64, param_dtype=jnp.float64)
     for block in model.blocks:  # zeros at first, which would hide a mistake

@@ -9,7 +9,7 @@ from flax import nnx
 import polaformer_jax as pf
 from polaformer_jax.models import initializers, layers
 from tests.support.quick import QUICK
-from tests.support.small_models import FAMILIES, build, noise, split
+from tests.support.small_models import build, noise, split
 
 # --- randomness
 
@@ -57,7 +57,7 @@ def test_dropout_keeps_the_mean():
     assert layers.dropout(x, 0.25, None) is x
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["pvt", pytest.param("swin", marks=pytest.mark.slow)])
 def test_training_is_random_by_the_given_key_alone(family):
     graphdef, params = split(build(family, depths=(1, 1, 1, 1), drop_rate=0.2, drop_path_rate=0.4))
     images = noise(4, 32, 32, 3)

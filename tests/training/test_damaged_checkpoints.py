@@ -21,10 +21,10 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def collected():
     yield
-    gc.collect()
+    gc.collect()  # once, for it takes a second, and here, where the warnings are ignored
 
 
 @pytest.fixture(scope="module")
