@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import importlib.util
+import os
 import subprocess
 import sys
 
@@ -21,6 +22,7 @@ from polaformer_jax.errors import UserError
 from polaformer_jax.files import tables
 from polaformer_jax.hardware.chips import CHIPS, chip_of
 from polaformer_jax.hardware.costs import product_flops
+from tests.support.quick import FLAGS
 from tests.support.recipes import digits as get_config
 
 pytestmark = pytest.mark.usefixtures("shallow")
@@ -255,7 +257,8 @@ def test_a_batch_that_cannot_be_split_is_refused():
 def test_the_command(tmp_path):
     words = ["--config", "digits", "--topology", "cpu:4", "--config.mesh.fsdp=2", "--num_examples", "1437"]
     words += ["--config.model.kernel_size=1", "--csv", str(tmp_path / "a.csv")]
-    done = subprocess.run([sys.executable, "-m", "polaformer_jax.cli", "aot", *words], capture_output=True, text=True)
+    line = [sys.executable, "-m", "polaformer_jax.cli", "aot", *words]
+    done = subprocess.run(line, env=os.environ | {"XLA_FLAGS": FLAGS}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "batch 64 on 4 chips: mesh.data=2, mesh.fsdp=2" in done.stdout
     lines = (tmp_path / "a.csv").read_text().splitlines()
