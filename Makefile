@@ -19,16 +19,17 @@ train: $(VENV)/.runtime
 	$(BIN)/polaformer prepare sklearn_digits --data-dir $(DATA)
 	$(BIN)/python train.py --config $(CONFIG) --config.data.data_dir=$(DATA) --workdir $(WORKDIR)
 
-# Two processes; and the quick tests leave out most of XLA's optimisations, whose time they would spend on programs that
-# run once. The slow ones are compiled as users' programs are. Files go to the processes in order: by default the one with
-# the fewest tests comes last, which among the slow ones takes minutes.
-PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(addprefix tests/,$(ROOM))
+# The quick tests leave out most of XLA's optimisations, whose time they would spend on programs that run once; the slow
+# ones are compiled as users' programs are. A third process has what two leave of two cores: slow tests often wait for
+# processes that they start. Files go to the processes in order: by default the one with the fewest tests comes last,
+# which among the slow ones takes minutes.
+PYTEST := $(BIN)/python -m pytest -q --dist loadfile --no-loadscope-reorder $(addprefix tests/,$(ROOM))
 
 test: lint
-	XLA_FLAGS="$$($(BIN)/python tests/support/quick.py)" $(PYTEST) -m "not slow"
+	XLA_FLAGS="$$($(BIN)/python tests/support/quick.py)" $(PYTEST) -n 2 -m "not slow"
 
 test-all: lint $(VENV)/.docs
-	$(PYTEST) -m slow
+	$(PYTEST) -n 3 -m slow
 
 docs: $(VENV)/.docs
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -d docs/_build/doctrees docs docs/_build/html
