@@ -70,6 +70,7 @@ def test_a_few_steps_from_weights_of_other_classes(flowers, tmp_path, quickly_co
         **{
             "init.weights": str(path),
             "model.dtype": "float32",
+            "mesh.data": 1,  # of eight fake devices, which take turns on few cores
             "train.epochs": None,
             "train.steps": 6,
             "train.batch_size": 8,
