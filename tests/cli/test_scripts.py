@@ -20,10 +20,10 @@ from tests.support.quick import FLAGS
 TINY = (
     "--config.model.kernel_size=1",  # compiles sooner
     "--config.train.epochs=None",
-    "--config.train.steps=20",
+    "--config.train.steps=40",
     "--config.train.batch_size=8",
     "--config.schedule.warmup=2.0",
-    "--config.eval.every=10",
+    "--config.eval.every=20",
     "--config.checkpoint.every_steps=5",
     "--config.log.every=5",
 )
@@ -84,7 +84,7 @@ def test_a_killed_training_goes_on_to_the_same_end_and_leaves_no_process(digits_
         start_new_session=True,
     )
     deadline = time.monotonic() + 240
-    while not (broken / "checkpoints/5").exists() and time.monotonic() < deadline:
+    while not (broken / "checkpoints/10").exists() and time.monotonic() < deadline:
         assert killed.poll() is None, killed.stderr.read()
         time.sleep(0.05)
     os.kill(killed.pid, signal.SIGKILL)
@@ -97,7 +97,7 @@ def test_a_killed_training_goes_on_to_the_same_end_and_leaves_no_process(digits_
     again = subprocess.run(train_command(digits_dir, broken), **options)
     assert again.returncode == 0, again.stderr
     assert "resuming from the checkpoint of step" in again.stderr
-    one, two = parameters(straight, 20), parameters(broken, 20)
+    one, two = parameters(straight, 40), parameters(broken, 40)
     assert one.keys() == two.keys() and len(one) > 50
     assert one == two
     assert (
