@@ -86,15 +86,16 @@ def _joined(config) -> bool:
             local_device_ids=cluster.local_gpus(),
             heartbeat_timeout_seconds=config.heartbeat_s,
         )
-    except (RuntimeError, ValueError) as error:
-        if not explicit and named is None and "coordinator_address" in str(error):
+    except (RuntimeError, ValueError, OSError) as error:
+        on_tpu_vm = not explicit and named is None
+        if on_tpu_vm and "coordinator_address" in str(error):
             return False  # JAX, too, knows of no other process
+        if on_tpu_vm and isinstance(error, OSError):  # of a request to the metadata server
+            raise UserError(
+                f"this TPU VM's metadata server does not say which hosts belong together: {error}. If it is a single"
+                " host, set TPU_SKIP_MDS_QUERY=1"
+            ) from error
         raise UserError(f"the processes that {source} names could not be joined: {error}") from error
-    except OSError as error:  # of a request to the metadata server of a TPU VM
-        raise UserError(
-            f"this TPU VM's metadata server does not say which hosts belong together: {error}. If it is a single host,"
-            " set TPU_SKIP_MDS_QUERY=1"
-        ) from error
     return jax.process_count() > 1
 
 

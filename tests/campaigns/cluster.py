@@ -35,6 +35,7 @@ from polaformer_jax.training import progress
 from tests.support import clusters, dense_model, small_models
 from tests.support.forked_scripts import Group, SlowFiles
 from tests.support.runs import (
+    RUN,
     assert_equal_to_rounding,
     assert_same_evaluation,
     assert_same_run,
@@ -50,22 +51,8 @@ CLUSTERS = {
     "tpu-vms": clusters.tpu_vms,
     "tpu-vms-two-slices": functools.partial(clusters.tpu_vms, slices=2),
 }
-STEPS = 24
-SETTINGS = {
-    "data.workers": 0,
-    "train.epochs": None,
-    "train.steps": STEPS,
-    "train.batch_size": 16,
-    "schedule.warmup": 2.0,
-    "eval.every": 12.0,
-    "eval.batch_size": 104,  # of 360: the last batch is padded
-    "log.every": 2,
-    "log.pictures": False,
-    "checkpoint.every_steps": 4,
-    "checkpoint.keep_last": 3,
-    "ema.decay": 0.9,
-    "augment.mixup": 0.8,
-}
+STEPS = RUN["train.steps"]
+SETTINGS = RUN | {"train.batch_size": 16, "eval.batch_size": 104}  # of 360: the last batch is padded
 STOPPED = 75
 LOST_A_PEER = {1, -signal.SIGABRT}
 

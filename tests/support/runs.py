@@ -13,6 +13,20 @@ from polaformer_jax.training.checkpoints import Checkpoints
 from polaformer_jax.training.experiment import Experiment
 from polaformer_jax.training.workdir import read_config
 
+# A training that several processes share: fields of a config of the digits.
+RUN = {
+    "data.workers": 0,
+    "train.epochs": None,
+    "train.steps": 24,
+    "schedule.warmup": 2.0,
+    "eval.every": 12.0,
+    "log.every": 2,
+    "log.pictures": False,
+    "checkpoint.every_steps": 4,
+    "checkpoint.keep_last": 3,
+    "ema.decay": 0.9,
+    "augment.mixup": 0.8,
+}
 TIMES = {"seconds", "images_per_second", "steps_per_second", "input_wait_share"}
 
 

@@ -16,6 +16,7 @@ from polaformer_jax.training.evaluation import evaluate
 from tests.support import clusters
 from tests.support.forked_scripts import Group, SlowFiles
 from tests.support.runs import (
+    RUN,
     assert_equal_to_rounding,
     assert_same_evaluation,
     assert_same_run,
@@ -25,22 +26,8 @@ from tests.support.runs import (
 )
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shallow")]
-STEPS = 24
-SETTINGS = {
-    "data.workers": 0,
-    "train.epochs": None,
-    "train.steps": STEPS,
-    "train.batch_size": 8,
-    "schedule.warmup": 2.0,
-    "eval.every": 12.0,
-    "eval.batch_size": 100,  # of 360: the last batch is padded
-    "log.every": 2,
-    "log.pictures": False,
-    "checkpoint.every_steps": 4,
-    "checkpoint.keep_last": 3,
-    "ema.decay": 0.9,
-    "augment.mixup": 0.8,
-}
+STEPS = RUN["train.steps"]
+SETTINGS = RUN | {"train.batch_size": 8, "eval.batch_size": 100}  # of 360: the last batch is padded
 dense_and_polaformer = pytest.mark.parametrize("trained", ["dense", "pola_pvt_nano"], indirect=True, scope="module")
 dense = pytest.mark.parametrize("trained", ["dense"], indirect=True, scope="module")
 
