@@ -112,6 +112,28 @@ def test_gradients_are_finite_at_exact_zeros(alpha, dtype):
     assert all(np.isfinite(np.asarray(leaf, np.float32)).all() for leaf in jax.tree.leaves((value, gradients)))
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_nan_goes_through_as_by_definition(dtype):
+    """One NaN in any argument is NaN in the results that depend on it, and in its own gradient."""
+    shape = (2, 4, (4, 4), 2, 3)
+    given = draw(*shape)
+
+    def total(arguments):
+        y = polarity_attention(**arguments, grid=(4, 4))
+        return jnp.sum(y.astype(jnp.float32)), y
+
+    program = jax.jit(jax.grad(total, has_aux=True), compiler_options=QUICK)
+    for name in given:
+        broken = {**given, name: given[name].copy()}
+        broken[name].flat[1] = np.nan
+        arguments = {k: jnp.asarray(a, dtype if k in "qkvg" else jnp.float32) for k, a in broken.items()}
+        gradients, y = program(arguments)
+        expected = by_definition(**broken, grid=(4, 4), alpha=4.0)
+        np.testing.assert_array_equal(np.isnan(np.asarray(y, np.float32)), np.isnan(expected), err_msg=name)
+        if name in ("q", "k", "power", "scale", "positional_encoding"):  # y is linear in the others
+            assert np.isnan(np.asarray(gradients[name], np.float32).flat[1]), name
+
+
 def test_bfloat16_is_close_to_float32():
     shape = (2, 8, (6, 6), 1, 5)
     exact = {k: jnp.asarray(a, jnp.float32) for k, a in draw(*shape).items()}

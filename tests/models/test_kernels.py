@@ -100,6 +100,27 @@ def test_values_and_gradients_are_those_of_the_operations(shape, limit, blocks, 
     agree(outcome(given, shape, "pallas"), outcome(given, shape, "xla"), 1e-12)
 
 
+def assert_nan_goes_through():
+    """NaN wherever the operations give NaN, in values and gradients."""
+    given = arguments("one head", np.float32)
+    by_operations, by_kernel = (compiled(given, "one head", how) for how in ("xla", "pallas"))
+    for name in ("q", "k", "v", "g", "power", "scale", "positional_encoding"):
+        broken = {**given, name: given[name].at[(0,) * (given[name].ndim - 1) + (1,)].set(np.nan)}
+        for expected, found in zip(
+            jax.tree.leaves(by_operations(broken)), jax.tree.leaves(by_kernel(broken)), strict=True
+        ):
+            assert np.isnan(found)[np.isnan(expected)].all(), name
+
+
+def test_nan_goes_through_the_kernel(blocks_of):
+    blocks_of(16)
+    assert_nan_goes_through()
+
+
+def test_nan_goes_through_the_gpu_kernel(gpu_kernel):
+    assert_nan_goes_through()
+
+
 @pytest.fixture
 def gpu_kernel(monkeypatch):
     """The kernel for GPUs is what is interpreted, in blocks of 16 tokens."""
