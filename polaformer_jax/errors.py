@@ -24,6 +24,18 @@ class UserError(ValueError):
         return self.message if self.argument is None else f"{self.argument}: {self.message}"
 
 
+class NotWrittenError(UserError):
+    """A result that is there could not be written to its files. Commands print it all the same.
+
+    Attributes:
+        result: what the function that raised this would have returned.
+    """
+
+    def __init__(self, message: str, result: object):
+        super().__init__(message)
+        self.result = result
+
+
 class WeightsError(UserError):
     """A file that holds no weights, or weights that do not fit the model."""
 

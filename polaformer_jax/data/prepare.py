@@ -8,7 +8,7 @@ from etils import epath
 
 from polaformer_jax.data import tfds_source
 from polaformer_jax.errors import UserError
-from polaformer_jax.files.paths import check_local
+from polaformer_jax.files import paths
 
 
 def prepare(name: str, data_dir: epath.PathLike, *, manual_dir: epath.PathLike | None = None) -> tfds_source.Prepared:
@@ -23,10 +23,12 @@ def prepare(name: str, data_dir: epath.PathLike, *, manual_dir: epath.PathLike |
         UserError: malformed name, unknown data set, not image classification, already prepared in another format, a
             bucket as the target, or a failure during preparation (download, disk, missing manual files).
     """
+    data_dir = paths.given(data_dir, "data_dir")
+    manual_dir = None if manual_dir is None else paths.given(manual_dir, "manual_dir")
     found = tfds_source.find_prepared(name, data_dir)
     if found is None:
-        check_local(data_dir, name)
-        _build(name, epath.Path(data_dir).expanduser(), manual_dir)
+        paths.check_local(data_dir, name)
+        _build(name, data_dir, manual_dir)
         found = tfds_source.find_prepared(name, data_dir)
         if found is None:
             raise UserError(f"tfds reported success but {name!r} is not found below {data_dir}")
@@ -35,13 +37,13 @@ def prepare(name: str, data_dir: epath.PathLike, *, manual_dir: epath.PathLike |
     return found
 
 
-def _build(name: str, data_dir: epath.Path, manual_dir: epath.PathLike | None) -> None:
+def _build(name: str, data_dir: epath.Path, manual_dir: epath.Path | None) -> None:
     # This imports TensorFlow, which takes seconds: only once it is known that there is something to do.
     import tensorflow_datasets as tfds
 
     from polaformer_jax.data import digits  # noqa: F401  registers sklearn_digits with tfds
 
-    if manual_dir is not None and not epath.Path(manual_dir).expanduser().is_dir():
+    if manual_dir is not None and not manual_dir.is_dir():
         raise UserError(f"{manual_dir} is not a directory", argument="manual_dir")
     try:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
@@ -58,7 +60,7 @@ def _build(name: str, data_dir: epath.Path, manual_dir: epath.PathLike | None) -
             argument="manual_dir",
         )
     config = tfds.download.DownloadConfig(
-        manual_dir=manual_dir and epath.Path(manual_dir).expanduser(),
+        manual_dir=manual_dir,
         try_download_gcs=False,  # there are only TFRecord files
     )
     try:

@@ -13,8 +13,7 @@ from tqdm import tqdm
 
 from polaformer_jax.data import tfds_source
 from polaformer_jax.errors import UserError
-from polaformer_jax.files import atomic
-from polaformer_jax.files.paths import check_local
+from polaformer_jax.files import atomic, paths
 
 
 def to_arrayrecord(name: str, data_dir: epath.PathLike, out_dir: epath.PathLike | None = None) -> tfds_source.Prepared:
@@ -33,15 +32,15 @@ def to_arrayrecord(name: str, data_dir: epath.PathLike, out_dir: epath.PathLike 
             missing files, a number of records that differs from the data set's own description, a bucket as the target,
             or a failed write.
     """
-    data_dir = epath.Path(data_dir).expanduser()
-    out_dir = tfds_source.arrayrecord_dir(data_dir) if out_dir is None else epath.Path(out_dir).expanduser()
+    data_dir = paths.given(data_dir, "data_dir")
+    out_dir = tfds_source.arrayrecord_dir(data_dir) if out_dir is None else paths.given(out_dir, "out_dir")
     prepared = tfds_source.find_prepared(name, data_dir)
     if prepared is None:
         raise UserError(f"data set {name!r} is not prepared below {data_dir}: there is nothing to convert")
     if prepared.file_format != "tfrecord":
         needless = ": it needs no conversion" if prepared.file_format == "array_record" else ", expected tfrecord"
         raise UserError(f"data set {name!r} at {prepared.directory} is prepared as {prepared.file_format}{needless}")
-    check_local(out_dir, name)
+    paths.check_local(out_dir, name)
     target = out_dir / prepared.directory.relative_to(data_dir)
     if target.exists():
         raise UserError(f"{target} exists already; name another directory, or remove it", argument="out_dir")

@@ -2,6 +2,7 @@
 
 import io
 import os
+import warnings
 
 from etils import epath
 from matplotlib.axes import Axes
@@ -9,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from polaformer_jax.errors import UserError
-from polaformer_jax.files import atomic
+from polaformer_jax.files import atomic, names, paths
 
 INK, FAINT = "#1f2933", "#d5dbe1"
 SUFFIXES = (".png", ".svg")
@@ -32,10 +33,17 @@ def tidy(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
+def plain(name: str) -> str:
+    """A name from outside as text of a picture: escaped (see `names.shown`), and never read as a formula."""
+    return names.shown(name).replace("$", r"\$")
+
+
 def check_name(path: epath.PathLike, *, suffixes: tuple[str, ...] = SUFFIXES) -> None:
     """Raises a UserError, before any work, if a picture of this name cannot be written."""
-    if epath.Path(path).suffix not in suffixes or epath.Path(path).is_dir():
+    path = paths.given(path)
+    if path.suffix not in suffixes or path.is_dir():
         raise UserError(f"picture {os.fspath(path)!r}: expected the name of a {' or '.join(suffixes)} file")
+    atomic.check_target(path, "picture")
 
 
 def save(figure: Figure, path: epath.PathLike) -> None:
@@ -45,6 +53,8 @@ def save(figure: Figure, path: epath.PathLike) -> None:
         UserError: the file cannot be written.
     """
     content = io.BytesIO()
-    figure.savefig(content, format=epath.Path(path).suffix[1:], dpi=140, facecolor="white")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a box is drawn in its place
+        figure.savefig(content, format=paths.given(path).suffix[1:], dpi=140, facecolor="white")
     with atomic.reported("picture", path):
         atomic.write(path, content.getvalue())

@@ -27,6 +27,12 @@ def number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
+def check_csv(path: epath.PathLike | None) -> None:
+    """Raises a UserError, before any work, if a table cannot be written there; None: none will be."""
+    if path is not None:
+        atomic.check_target(path, "table", argument="csv")
+
+
 def write_csv(path: epath.PathLike, rows: Sequence[Mapping[str, object]]) -> None:
     """Writes rows that have the same keys, completely or not at all; None is an empty cell.
 

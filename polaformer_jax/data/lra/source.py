@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 
 import numpy as np
 from etils import epath
@@ -30,6 +31,7 @@ class SequenceSource:
         name: for messages, e.g. `lra_listops no_brackets/dev`.
         origin: human-readable description of where the data comes from; distinguishes the halves and splits of the
             reviews.
+        digest: of what the data was made with, and of the split's sizes and lengths.
         num_classes, class_names: labels are in `[0, num_classes)`.
         vocabulary: the number of token ids. Id 0 is padding and never occurs in the data.
         max_length: no sequence is longer.
@@ -64,18 +66,20 @@ class SequenceSource:
             raise UserError(f"data set {facts.data_set!r} is not prepared below {self._data_dir}. {message}")
         self._directory, index = found
         self.origin = index.origin
+        described = [facts.data_set, self._tokenisation, index.settings, index.splits.get(self._split)]
+        self.digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
         self._records_path = self._directory / f"{self._split}.array_record"
         self._reader = None
         try:
             self._length = index.splits[self._split]["examples"]
-            self._digest = index.splits[self._split]["lengths_sha256"]
+            self._lengths_digest = index.splits[self._split]["lengths_sha256"]
             size = index.splits[self._split]["bytes"]
             if self._records_path.stat().length != size:
                 raise UserError(self._damaged(f"{self._records_path.name} does not have its {size} bytes"))
             content = (self._directory / f"{self._split}.lengths.npy").read_bytes()
         except (OSError, KeyError, TypeError) as error:
             raise UserError(self._damaged(f"{self._split} cannot be read ({error})")) from error
-        if hashlib.sha256(content).hexdigest() != self._digest:
+        if hashlib.sha256(content).hexdigest() != self._lengths_digest:
             raise UserError(self._damaged(f"{self._split}.lengths.npy is damaged"))
         lengths = np.load(io.BytesIO(content))
         if self._tokenisation:
@@ -84,13 +88,13 @@ class SequenceSource:
         self.lengths = lengths
 
     def __getstate__(self):
-        names = ("name", "_task", "_tokenisation", "_split", "_data_dir", "_digest")
+        names = ("name", "_task", "_tokenisation", "_split", "_data_dir", "_lengths_digest")
         return {key: self.__dict__[key] for key in names}
 
     def __setstate__(self, state):
         self.__dict__.update(state)
         self._open()
-        if self._digest != state["_digest"]:
+        if self._lengths_digest != state["_lengths_digest"]:
             raise UserError(f"{self._directory} changed since {self.name} was opened: start again")
 
     def __len__(self) -> int:

@@ -22,7 +22,7 @@ from etils import epath
 
 from polaformer_jax.data.lra.facts import SPLITS
 from polaformer_jax.errors import UserError
-from polaformer_jax.files import atomic
+from polaformer_jax.files import atomic, paths
 
 VERSION = "1.0.0"  # changes when a generator or the layout changes
 _FIRST_LENGTH = struct.Struct("<I")
@@ -46,7 +46,7 @@ class Index(NamedTuple):
 
 
 def directory_of(data_set: str, data_dir: epath.PathLike) -> epath.Path:
-    return epath.Path(data_dir).expanduser() / data_set / VERSION
+    return paths.given(data_dir, "data_dir") / data_set / VERSION
 
 
 def find(data_set: str, data_dir: epath.PathLike) -> tuple[epath.Path, Index] | None:
