@@ -68,6 +68,7 @@ def augmentations(experiment: Experiment, examples: int) -> tuple[list[Row], lis
     augment, seed = config.augment, config.seed
     source, transform = experiment.inputs.train_source, transforms.train_transform(config)
     names = source.class_names or tuple(str(label) for label in range(source.num_classes))
+    names = tuple(figures.plain(_short(name)) for name in names)
     # Batches of one, since stored images differ in size; random numbers depend only on the position in the stream.
     stream = pipeline.train_batches(source, _Stages(transform), batch_size=1, seed=seed)
     found = [{name: value[0] for name, value in next(stream).items()} for _ in range(examples)]
@@ -75,7 +76,7 @@ def augmentations(experiment: Experiment, examples: int) -> tuple[list[Row], lis
     mask = np.stack([example["mask"] for example in found])
     labels = np.stack([example["label"] for example in found])
     blank = [""] * examples
-    titles = [_short(names[label]) if seen else "cannot be decoded" for label, seen in zip(labels, mask, strict=True)]
+    titles = [names[label] if seen else "cannot be decoded" for label, seen in zip(labels, mask, strict=True)]
     area = " to ".join(f"{100 * share:g}" for share in augment.crop_area)
     rows = [
         Row("as stored", [example["stored"] for example in found], titles),
@@ -174,7 +175,7 @@ def _shares(targets: np.ndarray, labels: np.ndarray, names: tuple[str, ...]) -> 
     """The share of the example's own class in each target and, below it, that of its partner's class."""
     titles = []
     for target, own, partner in zip(targets, labels, labels[::-1], strict=True):
-        lines = [f"{_short(names[label])}: {100 * target[label]:.0f} %" for label in dict.fromkeys((own, partner))]
+        lines = [f"{names[label]}: {100 * target[label]:.0f} %" for label in dict.fromkeys((own, partner))]
         titles.append("\n".join(lines))
     return titles
 

@@ -11,7 +11,7 @@ import ml_collections
 from etils import epath
 
 from polaformer_jax.errors import UserError
-from polaformer_jax.files import atomic
+from polaformer_jax.files import atomic, paths
 from polaformer_jax.training import recipes
 from polaformer_jax.training.workdir import changed_fields, read_config
 
@@ -69,7 +69,7 @@ COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
 
 def read(path: epath.PathLike) -> list[Row]:
     """The rows of a CSV file; a UserError names the line that is not a valid row."""
-    lines = csv.reader(epath.Path(path).read_text().splitlines())
+    lines = csv.reader(paths.given(path).read_text().splitlines())
     header = tuple(next(lines, ()))
     if header != COLUMNS:
         raise UserError(f"{path} begins with {','.join(header)}, expected {','.join(COLUMNS)}")
@@ -99,7 +99,7 @@ def row_of(workdir: epath.PathLike) -> Row:
         UserError: it is not a finished training of a Long Range Arena task, or the last evaluation was not that of the
             best checkpoint on the test split.
     """
-    workdir = epath.Path(workdir)
+    workdir = paths.given(workdir, "workdir")
     config = read_config(workdir)
     training, result = (_json(workdir / name) for name in ("training.json", "eval.json"))
     task = config.task
@@ -145,12 +145,15 @@ def _changes(config: ml_collections.ConfigDict) -> str:
 def _json(path: epath.Path) -> dict:
     if not path.exists():
         raise UserError(f"{path} does not exist: expected the work directory of a finished training")
-    return json.loads(path.read_text())
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error})") from error
 
 
 def append(path: epath.PathLike, row: Row) -> bool:
     """Appends a row to the file, which is created if necessary; returns False if the file already has this row."""
-    path = epath.Path(path)
+    path = paths.given(path)
     rows = read(path) if path.exists() else []
     if row in rows:
         return False
@@ -160,8 +163,6 @@ def append(path: epath.PathLike, row: Row) -> bool:
 
 def write(path: epath.PathLike, rows: Iterable[Row]) -> None:
     lines = [COLUMNS, *(dataclasses.astuple(row) for row in rows)]
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(lines)
     with atomic.reported("table", path):

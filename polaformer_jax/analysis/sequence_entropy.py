@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from polaformer_jax.analysis.attention_maps import polarity_weights, row_entropy
 from polaformer_jax.errors import UserError
-from polaformer_jax.files import figures
+from polaformer_jax.files import figures, paths
 from polaformer_jax.models.attention import PolarityAttention, signed_features
 from polaformer_jax.models.layers import accumulation_dtype, product
 from polaformer_jax.models.plain_attention import PlainAttention
@@ -147,7 +147,7 @@ def of_runs(
     """
     runs = {}
     for workdir in tqdm(workdirs, unit="run", disable=None):
-        name = epath.Path(workdir).name
+        name = paths.given(workdir, "workdir").name
         if name in runs:
             raise UserError(f"two work directories are called {name}: the table tells runs apart by their names")
         runs[name] = of_run(workdir, examples=examples, data_dir=data_dir)
@@ -200,5 +200,5 @@ def draw(runs: Mapping[str, Mapping[tuple[int, str], np.ndarray]]) -> Figure:
         axes.grid(visible=False, axis="y")
         axes.set_title(f"block {block}", loc="left", fontweight="bold")
         axes.set_xlabel("entropy of a row / log n")
-        axes.set_yticks(range(len(rows)), [f"{run}: {name}" for run, name in rows])
+        axes.set_yticks(range(len(rows)), [f"{figures.plain(run)}: {name}" for run, name in rows])
     return figure

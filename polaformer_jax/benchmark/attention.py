@@ -151,12 +151,12 @@ def main(args: argparse.Namespace) -> None:
     if args.width % 2:
         raise UserError(f"--width is {args.width}: expected an even number, since each stream has half of a head")
     sizes = Sizes(args.batch_size, args.heads, args.width, args.dtype)
-    points = sweep.run(
+    sweep.run(
         args,
         args.tokens,
         functools.partial(job, sizes=sizes),
         attentions=here(args.width),
         modes=MODES,
         sizes=sizes._asdict(),
+        table=table,
     )
-    print(table(points))

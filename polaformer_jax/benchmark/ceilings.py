@@ -136,7 +136,7 @@ def main(args: argparse.Namespace) -> None:
     total = (len(dtypes) + 1) * args.calls
     with tqdm(total=total, desc="measuring", unit="turn", disable=None, leave=False) as bar:
         found = measure(dtypes, side=side, mib=args.mib, calls=args.calls, seconds=args.seconds, after_turn=bar.update)
+    print(table(found))
     if args.csv:
         kind = jax.devices()[0].device_kind
         tables.write_csv(args.csv, [{**ceiling.record(), "device": kind} for ceiling in found])
-    print(table(found))

@@ -164,8 +164,8 @@ def main(args: argparse.Namespace) -> None:
         attentions=ATTENTIONS,
         modes=MODES,
         sizes={"task": config.task.name, "batch": config.train.batch_size, "dtype": config.model.dtype},
+        table=table,
     )
-    print(table(points))
     if args.plot:
         crossovers = {mode: crossover(points, mode) for mode in MODES}
         figure = length_plot.draw(points, modes=MODES, attentions=ATTENTIONS, crossovers=crossovers)

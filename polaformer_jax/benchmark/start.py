@@ -163,10 +163,13 @@ def main(args: argparse.Namespace) -> None:
     officials = official.openers(args)
     rows: list[Row] = []
     turns = len(cases) * (2 + len(officials)) * args.calls
-    with tqdm(total=turns, desc="measuring", unit="process", disable=None, leave=False) as bar:
-        for case in cases:
-            bar.set_postfix_str(str(case))
-            rows += measure(case, calls=args.calls, officials=officials, after_turn=bar.update)
-            if args.csv:
-                tables.write_csv(args.csv, [row.record() for row in rows])
-    print(table(rows))
+    try:
+        with tqdm(total=turns, desc="measuring", unit="process", disable=None, leave=False) as bar:
+            for case in cases:
+                bar.set_postfix_str(str(case))
+                rows += measure(case, calls=args.calls, officials=officials, after_turn=bar.update)
+                if args.csv:
+                    tables.write_csv(args.csv, [row.record() for row in rows])
+    finally:  # what was measured before an error is shown
+        if rows:
+            print(table(rows))

@@ -108,12 +108,16 @@ def run(
     attentions: Sequence[str],
     modes: Sequence[str],
     sizes: Mapping[str, object],
+    table: Callable[[list[Point]], str],
 ) -> list[Point]:
-    """Runs the sweep that the options request, with a progress bar; the CSV file grows with each length.
+    """Runs the sweep that the options request, with a progress bar, and prints what was measured, after an error too.
+
+    The CSV file grows with each length.
 
     Args:
         args: contains the options of `add_arguments`.
         sizes: further columns of the CSV file.
+        table: points as text.
 
     Raises:
         UserError: see `sweep`; or the CSV file cannot be written.
@@ -122,21 +126,25 @@ def run(
     kind = jax.devices()[0].device_kind
     points: list[Point] = []
     turns = len(set(lengths)) * len(attentions) * len(modes) * args.calls
-    with tqdm(total=turns, desc="measuring", unit="turn", disable=None, leave=False) as bar:
-        for found in sweep(
-            lengths,
-            job,
-            attentions=attentions,
-            modes=modes,
-            calls=args.calls,
-            seconds=args.seconds,
-            limit=programs.memory_limit(args.max_memory_gib),
-            after_turn=bar.update,
-        ):
-            points += found
-            bar.set_postfix_str(f"{found[0].tokens:,} tokens are done")
-            if args.csv:
-                tables.write_csv(args.csv, [{**record(point), **sizes, "device": kind} for point in points])
+    try:
+        with tqdm(total=turns, desc="measuring", unit="turn", disable=None, leave=False) as bar:
+            for found in sweep(
+                lengths,
+                job,
+                attentions=attentions,
+                modes=modes,
+                calls=args.calls,
+                seconds=args.seconds,
+                limit=programs.memory_limit(args.max_memory_gib),
+                after_turn=bar.update,
+            ):
+                points += found
+                bar.set_postfix_str(f"{found[0].tokens:,} tokens are done")
+                if args.csv:
+                    tables.write_csv(args.csv, [{**record(point), **sizes, "device": kind} for point in points])
+    finally:
+        if points:
+            print(table(points))
     return points
 
 

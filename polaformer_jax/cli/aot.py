@@ -39,6 +39,7 @@ def _compile(parser: command.Parser, argv: Sequence[str]) -> None:
     from polaformer_jax.training import progress
 
     progress.set_up_logging()
+    tables.check_csv(args.csv)
     # Programs are compiled for the topology and not run; a TPU of this machine is not used.
     jax.config.update("jax_platforms", "cpu")
     devices = topology_devices(args.topology)

@@ -37,4 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             module = importlib.import_module(f"polaformer_jax.benchmark.{subject}")
             module.add_arguments(options)
     args = parser.parse_args(argv)
-    return command.run(lambda: module.main(args))
+    return command.run(lambda: _main(module, args))
+
+
+def _main(module, args: argparse.Namespace) -> None:
+    from polaformer_jax.files import tables
+
+    tables.check_csv(getattr(args, "csv", None))
+    module.main(args)

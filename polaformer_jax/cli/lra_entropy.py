@@ -27,6 +27,7 @@ def _main(args) -> None:
 
     if args.plot is not None:
         figures.check_name(args.plot)
+    tables.check_csv(args.csv)
     runs = sequence_entropy.of_runs(args.runs, examples=args.examples, data_dir=args.data_dir)
     rows = sequence_entropy.records(runs)
     print(tables.columns(list(rows[0]), [list(row.values()) for row in rows], left=3))

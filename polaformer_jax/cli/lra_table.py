@@ -25,10 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(args) -> None:
-    from etils import epath
-
     from polaformer_jax.analysis import lra_results
-    from polaformer_jax.files import atomic
+    from polaformer_jax.files import atomic, paths
 
     try:
         if args.command == "add":
@@ -37,7 +35,7 @@ def _main(args) -> None:
                 state = "added" if lra_results.append(args.csv, row) else "is there already"
                 print(f"{workdir}: {state}: {row}")
         elif args.command == "page":
-            path = epath.Path(args.file)
+            path = paths.given(args.file, "file")
             atomic.write(path, lra_results.with_table(path.read_text(), lra_results.read(args.csv)))
         else:
             print(lra_results.table(lra_results.read(args.csv)))
