@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from etils import epath
 
-from polaformer_jax.errors import WeightsError
-from polaformer_jax.weights import safetensors_file, torch_zip
+from polaformer_jax.errors import UserError, WeightsError
+from polaformer_jax.files import paths
+from polaformer_jax.weights import kinds, safetensors_file, torch_zip
 
 Layout = Literal["ours", "torch"]
 
@@ -43,6 +43,20 @@ class WeightsFile:
     metadata: Mapping[str, str]
     facts: Mapping[str, Any]
 
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The names of the classes in label order; None if the file does not say.
+
+        Raises:
+            WeightsError: the metadata `classes` is not a list of names.
+        """
+        names = _json(self.metadata, "classes", None)
+        if names is None:
+            return None
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise WeightsError(f"{self.path}: metadata classes: expected a JSON list of names")
+        return tuple(names)
+
 
 def read_file(path: str | os.PathLike) -> WeightsFile:
     """Reads a `.pth` checkpoint or `.safetensors` in either layout; the content determines which it is, not the name.
@@ -56,12 +70,14 @@ def read_file(path: str | os.PathLike) -> WeightsFile:
         WeightsError: there is no such file, it is of another kind, it is damaged, or it holds no weights.
     """
     name = os.fspath(path)
-    if "://" not in name:
-        return _read_local(Path(name).expanduser(), name)
-    if not name.startswith("gs://"):
-        raise WeightsError(f"cannot read {name}: expected a local file or one in a bucket (gs://); fetch it first")
     try:
-        content = epath.Path(name).read_bytes()
+        path = paths.given(path)
+    except UserError as error:
+        raise WeightsError(f"cannot read the weights: {error}") from None
+    if not paths.in_bucket(path):
+        return _read_local(Path(path), name)
+    try:
+        content = path.read_bytes()
     except Exception as error:  # back ends raise their own exceptions
         raise WeightsError(f"cannot read {name}: {type(error).__name__}: {error}") from error
     with tempfile.NamedTemporaryFile(suffix=Path(name).suffix) as file:  # a map stays valid after the file is deleted
@@ -73,7 +89,7 @@ def read_file(path: str | os.PathLike) -> WeightsFile:
 
 def _read_local(path: Path, name: str) -> WeightsFile:
     try:
-        if not name or path.is_dir():
+        if path.is_dir():
             raise WeightsError(
                 f"{name!r} is a folder, expected a file of weights (.safetensors or .pth); `polaformer export` "
                 "writes the weights of a training run to such a file"
@@ -81,7 +97,7 @@ def _read_local(path: Path, name: str) -> WeightsFile:
         if path.exists() and not path.is_file():  # reading a pipe would wait forever
             raise WeightsError(f"{name} is not a regular file, expected .safetensors or .pth")
         with open(path, "rb") as file:
-            head = file.read(9)
+            head = file.read(kinds.HEAD)
     except WeightsError:
         raise
     except FileNotFoundError:
@@ -89,6 +105,8 @@ def _read_local(path: Path, name: str) -> WeightsFile:
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         raise WeightsError(f"cannot read {name!r}: {error}") from error
     if not head.startswith(b"PK") and (path.suffix == ".safetensors" or head[8:9] == b"{"):
+        if head[8:9] != b"{" and (kind := kinds.describe(head)) is not None:
+            raise WeightsError(f"{name} is {kind[0]}, expected a .safetensors file; {kind[1]}")
         tensors, metadata = safetensors_file.read(path, name=name)
         layout = metadata.get("layout")
         if layout is None:  # a file of another program: only our layout has kernels

@@ -33,8 +33,9 @@ def load_weights(
         What was changed to fit.
 
     Raises:
-        WeightsError: lists every tensor that is missing, unexpected, of another shape or not of a float type; the
-            weights were trained with another alpha; or there is no such file, it is of another kind, or it is damaged.
+        WeightsError: lists every tensor that is missing, unexpected, of another shape, not of a float type or not
+            finite; the weights were trained with another alpha; or there is no such file, it is of another kind, or it
+            is damaged.
     """
     if not isinstance(getattr(model, "config", None), ModelConfig):
         raise TypeError(f"model is a {type(model).__name__}, expected a PolaPVT, PolaSwin or PolaSequence")
@@ -55,6 +56,9 @@ def params_from(
         checked = check(source, shapes(like), layout="torch", fit=fit)
         return place(checked.tensors, like), checked.changes
     file = source if isinstance(source, WeightsFile) else read_file(source)
+    family = file.metadata.get("family", config.family)
+    if family != config.family:
+        raise WeightsError(f"{file.path} holds the weights of a {family}, and the model is a {config.family}")
     known = stored_arguments(file)
     if wrong := [name for name in known if _differ(known[name], getattr(config, name, None))]:
         listed = ", ".join(
@@ -67,7 +71,7 @@ def params_from(
     if "alpha" not in known and "attention" not in known:
         log.warning("%s does not specify alpha; the model's value %s is used", file.path, config.alpha)
     try:
-        checked = check(file.tensors, shapes(like), layout=file.layout, fit=fit)
+        checked = check(file.tensors, shapes(like), layout=file.layout, fit=fit, release=True)
         return place(checked.tensors, like, release=True), checked.changes
     except WeightsError as error:
         raise WeightsError(f"{file.path}: {error}") from error

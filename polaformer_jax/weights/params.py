@@ -58,6 +58,7 @@ def check(
     *,
     layout: Layout,
     fit: Collection[fitting.Fit] = (),
+    release: bool = False,
 ) -> Checked:
     """Selects the tensors that a model needs from `arrays`.
 
@@ -66,9 +67,10 @@ def check(
             never uses are skipped.
         expected: our shapes by our names.
         fit: which mismatches are fixed, see `fitting.fitted`; none by default.
+        release: as for `place`.
 
     Raises:
-        WeightsError: lists all tensors that are missing, unexpected or of a wrong shape or dtype.
+        WeightsError: lists all tensors that are missing, unexpected, of a wrong shape or dtype, or not finite.
     """
     fit = (fit,) if isinstance(fit, str) else fit
     if unknown := set(fit) - {"tables", "classifier"}:
@@ -91,7 +93,7 @@ def check(
             unexpected.append(name)
     spare = [name for name in unexpected if "classifier" in fit and name in fitting.CLASSIFIER]
     tensors, changes = fitting.fitted(found, expected, fit, spare={name: np.shape(arrays[name]) for name in spare})
-    _raise_misfits(tensors, expected, names, [name for name in unexpected if name not in spare])
+    _raise_misfits(tensors, expected, names, [name for name in unexpected if name not in spare], release)
     return Checked({name: tensors[name] for name in expected}, changes, ignored)
 
 
@@ -157,6 +159,13 @@ def _aligned_copy(array: np.ndarray, dtype) -> np.ndarray:
     return copy
 
 
+def _is_finite(array: np.ndarray, release: bool) -> bool:
+    finite = bool(np.isfinite(array).all())
+    if release:
+        _release(array)
+    return finite
+
+
 def _release(array: np.ndarray) -> None:
     """Drops the pages of a mapped file that reading has loaded; they would be read again if needed."""
     base = array
@@ -172,6 +181,7 @@ def _raise_misfits(
     expected: Mapping[str, tuple[int, ...]],
     names: Mapping[str, str],
     unexpected: list[str],
+    release: bool,
 ) -> None:
     """Raises one error, in which tensors have the names and shapes of the file's layout, `names`."""
 
@@ -190,11 +200,17 @@ def _raise_misfits(
         for name in shared
         if not jnp.issubdtype(found[name].dtype, jnp.floating)
     ]
+    values = [
+        names[name]
+        for name in shared
+        if jnp.issubdtype(found[name].dtype, jnp.floating) and not _is_finite(found[name], release)
+    ]
     kinds = {
         "missing": [names[name] for name in expected if name not in found],
         "unexpected": unexpected,
         "of another shape (another image size, window or number of classes?)": shapes,
         "of another type": types,
+        "with values that are not finite (NaN or infinity: the file is broken, or its training diverged)": values,
     }
     lines = [f"  {len(names)} {kind}: {_some(names)}" for kind, names in kinds.items() if names]
     if lines:

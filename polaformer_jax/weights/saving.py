@@ -58,10 +58,11 @@ def write_file(
         safetensors_file.write(path, arrays, {**metadata, "layout": layout})
 
 
-def check_suffix(path: str | os.PathLike) -> None:
-    """Raises a WeightsError if the path does not end in `.safetensors`."""
+def check_suffix(path: str | os.PathLike, *, argument: str | None = None) -> None:
+    """Raises a WeightsError if the path, which may be the value of an argument, does not end in `.safetensors`."""
     if not os.fspath(path).endswith(".safetensors"):
-        raise WeightsError(f"weights are written as .safetensors, not as {os.path.basename(os.fspath(path))!r}")
+        name = os.path.basename(os.fspath(path))
+        raise WeightsError(f"weights are written as .safetensors, not as {name!r}", argument=argument)
 
 
 def model_metadata(model: nnx.Module) -> dict[str, str]:

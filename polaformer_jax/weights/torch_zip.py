@@ -18,24 +18,10 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from polaformer_jax.errors import WeightsError
+from polaformer_jax.weights import kinds
 from polaformer_jax.weights.torch_pickle import Storage, interpret
 
-_SAVE_AGAIN = "load it in PyTorch and save its state_dict with torch.save"
-_FETCH_AGAIN = "fetch it again"
-
 _ZIP = b"PK\x03\x04"
-_OLD_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the long integer that the old format begins with
-_KINDS = {  # how files of other kinds begin: what they are, and how to fix it
-    b"PK\x05\x06": ("an empty zip archive", _FETCH_AGAIN),
-    b"\x1f\x8b": ("compressed with gzip", "unpack it (gunzip)"),
-    b"BZh": ("compressed with bzip2", "unpack it (bunzip2)"),
-    b"\xfd7zXZ": ("compressed with xz", "unpack it (unxz)"),
-    b"\x28\xb5\x2f\xfd": ("compressed with zstd", "unpack it (unzstd)"),
-    b"\x89HDF\r\n": ("an HDF5 file", "give the authors' .pth file"),
-    b"\x93NUMPY": ("a NumPy array (.npy)", "give the authors' .pth file"),
-    b"version https://git-lfs": ("a pointer of Git LFS, not the file itself", "run `git lfs pull`"),
-    b"<": ("a web page, perhaps of a failed download", _FETCH_AGAIN),
-}
 
 _HEADER = struct.Struct("<4s5H3I2H")  # of a record: PKWARE's APPNOTE, section 4.3.7
 _ENCRYPTED = 0x1 | 0x40 | 0x2000
@@ -87,7 +73,7 @@ def read(path: str | os.PathLike, *, name: str | None = None) -> object:
 
 
 def _read(file: BinaryIO, length: int, name: str) -> object:
-    _check_kind(file.read(512), name)
+    _check_kind(file.read(kinds.HEAD), name)
     archive = _Archive(file, length, name)
     return interpret(archive.content(archive.records["data.pkl"]), archive.tensor, source=name)
 
@@ -96,24 +82,8 @@ def _check_kind(head: bytes, name: str) -> None:
     """Raises an error that says what the file is, unless it is a zip archive."""
     if head.startswith(_ZIP):
         return
-    if not head:
-        what, way_out = "empty", _FETCH_AGAIN
-    elif _OLD_MAGIC in head[:64]:
-        what, way_out = "in the old format of torch.save (before PyTorch 1.6)", _SAVE_AGAIN
-    elif head[257:262] == b"ustar":
-        what, way_out = (
-            "a tar archive, as the oldest PyTorch wrote them, or with the file inside",
-            (f"unpack it, or {_SAVE_AGAIN}"),
-        )
-    elif head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
-        what, way_out = "a plain pickle, not written by torch.save", _SAVE_AGAIN
-    elif head[8:9] == b"{":
-        what, way_out = "a .safetensors file", "give it that suffix"
-    else:
-        what, way_out = next(
-            (kind for magic, kind in _KINDS.items() if head.lstrip().startswith(magic)),
-            (f"of an unknown kind (it begins with {head[:8]!r})", "give a .pth file of PyTorch, or .safetensors"),
-        )
+    unknown = f"of an unknown kind (it begins with {head[:8]!r})", "give a .pth file of PyTorch, or .safetensors"
+    what, way_out = kinds.describe(head) or unknown
     raise WeightsError(f"{name} is {what}, expected a .pth file as torch.save writes it (a zip archive); {way_out}")
 
 
@@ -127,12 +97,13 @@ class _Archive:
         self.records = self._directory()
         if self._byte_order() == b"big":
             raise WeightsError(
-                f"{name} was written on a big-endian machine, expected little-endian numbers; {_SAVE_AGAIN} on another"
+                f"{name} was written on a big-endian machine, expected little-endian numbers;"
+                f" {kinds.SAVE_AGAIN} on another"
             )
         self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def damaged(self, what: str) -> WeightsError:
-        return WeightsError(f"{self._name} is damaged or was not written by torch.save: {what}; {_FETCH_AGAIN}")
+        return WeightsError(f"{self._name} is damaged or was not written by torch.save: {what}; {kinds.FETCH_AGAIN}")
 
     def _directory(self) -> dict[str, _Record]:
         """The records by name, without the archive's name."""

@@ -194,7 +194,10 @@ def test_values_that_are_not_finite_are_refused(tmp_path, capsys):
     tensors["block1.0.mlp.fc1.bias"] = np.full_like(tensors["block1.0.mlp.fc1.bias"], np.inf)
     write_pth(tmp_path / "a.pth", tensors)
     assert run(tmp_path / "a.pth") == 2
-    assert "1 tensors hold values that are not finite: block1.0.mlp.fc1.bias" in capsys.readouterr().err
+    assert (
+        "1 with values that are not finite (NaN or infinity: the file is broken, or its training diverged): block1.0"
+        in capsys.readouterr().err
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
 
 

@@ -156,7 +156,7 @@ def test_truncated_files_are_refused(tmp_path, cut):
     path = tmp_path / "a.safetensors"
     weights.save_weights(tiny(), path)
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(weights.WeightsError, match="damaged"):
+    with pytest.raises(weights.WeightsError, match="damaged" if cut else "is empty, expected a .safetensors file"):
         weights.load_weights(tiny(), path)
 
 
@@ -172,15 +172,55 @@ def test_a_flipped_bit_is_noticed(tmp_path, where):
         weights.load_weights(tiny(), path)
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS.*git lfs pull"),
+        (b"<!DOCTYPE html><html>", "a web page"),
+        (b'{"error": "Access denied"}', "JSON text, perhaps the error message of a failed download"),
+        (b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00", "compressed with gzip"),
+        (b"", "is empty"),
+    ],
+)
+def test_files_of_another_kind_are_called_what_they_are(content, message, suffix, tmp_path):
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(weights.WeightsError, match=f"a{suffix} is {message}" if content else message):
+        weights.load_weights(tiny(), path)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("how", ["ours", "torch", "dict"])
+def test_values_that_are_not_finite_are_refused(value, how, tmp_path):
+    model = tiny()
+    name = "head.bias"
+    if how == "dict":
+        source = weights.to_torch(model)
+        source[name] = source[name] + value
+    else:
+        model.head.bias[...] = model.head.bias[...] + value
+        source = tmp_path / "a.safetensors"
+        weights.save_weights(model, source, layout=how)
+    with pytest.raises(weights.WeightsError, match=r"1 with values that are not finite \(NaN .*: head.bias"):
+        weights.load_weights(tiny(), source)
+
+
+def test_weights_of_another_family_are_named(tmp_path):
+    weights.save_weights(small_models.build("swin"), tmp_path / "a.safetensors")
+    with pytest.raises(weights.WeightsError, match="holds the weights of a PolaSwin, and the model is a PolaPVT"):
+        weights.load_weights(small_models.build("pvt"), tmp_path / "a.safetensors")
+
+
 def test_other_files_are_refused(tmp_path):
     with pytest.raises(weights.WeightsError, match="there is no weights file"):
         weights.load_weights(tiny(), tmp_path / "none.safetensors")
     for path, message in (
         (tmp_path, "is a folder, expected a file of weights"),
-        ("", "is a folder"),
+        ("", "the path is empty"),
         ("a\0b.pth", "cannot read"),
         ("a" * 300, "cannot read"),
-        ("https://example.org/a.pth", "expected a local file or one in a bucket"),
+        ("https://example.org/a.pth", "expected a local path, or one in a bucket"),
     ):
         with pytest.raises(weights.WeightsError, match=message):
             weights.load_weights(tiny(), path)
