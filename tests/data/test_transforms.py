@@ -199,6 +199,24 @@ def test_broken_bytes_raise_one_kind_of_error(data):
         transforms.decode(data)
 
 
+@pytest.mark.parametrize("fmt", ["png", "tiff", "ppm"])
+def test_grey_images_of_16_bits_are_scaled(fmt):
+    """Pillow's `convert` cuts them off at 255."""
+    ramp = np.arange(0, 65536, 64, np.uint16).reshape(32, 32)
+    buffer = io.BytesIO()
+    Image.fromarray(ramp).save(buffer, fmt)
+    found = transforms.decode(buffer.getvalue())
+    np.testing.assert_array_equal(found, np.repeat(np.round(ramp / 257).astype(np.uint8)[..., None], 3, axis=-1))
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [(np.float32, "floats"), (np.int32, "integers of 32 bits")])
+def test_images_whose_range_is_not_known_are_refused(dtype, kind):
+    buffer = io.BytesIO()
+    Image.fromarray(np.ones((4, 4), dtype)).save(buffer, "tiff")
+    with pytest.raises(CorruptRecordError, match=f"pixels are {kind}, whose range is not known"):
+        transforms.decode(buffer.getvalue())
+
+
 def test_decompression_bombs_are_refused(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     for fmt in ("png", "jpeg"):

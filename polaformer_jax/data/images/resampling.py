@@ -80,7 +80,19 @@ def _read_only(image: np.ndarray) -> np.ndarray:
     return view
 
 
-@njit(cache=True, nogil=True)
+def _compiled(**options):
+    """Compiles a function with Numba, and keeps it on disk where Numba finds a folder for that."""
+
+    def decorate(function):
+        try:
+            return njit(function, cache=True, nogil=True, **options)
+        except RuntimeError:  # neither beside this file nor below a home can be written: compiled in each process
+            return njit(function, nogil=True, **options)
+
+    return decorate
+
+
+@_compiled()
 def _weights(before: int, after: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For each of `after` pixels of a line of `before`: where its window begins, how long it is, and its weights."""
     scale = before / after
@@ -110,7 +122,7 @@ def _weights(before: int, after: int) -> tuple[np.ndarray, np.ndarray, np.ndarra
     return begin, length, weights
 
 
-@njit(cache=True, nogil=True)
+@_compiled()
 def _pass(lines: np.ndarray, size: int) -> np.ndarray:
     """Resizes (n, m) uint8 along its first axis, to (size, m): whole lines at a time, so that it is vectorised."""
     count, width = lines.shape
@@ -138,7 +150,7 @@ def _pass(lines: np.ndarray, size: int) -> np.ndarray:
     return out
 
 
-@njit(cache=True, nogil=True)
+@_compiled()
 def _transposed(image: np.ndarray) -> np.ndarray:
     """(h, w, 3) -> (w, h, 3), contiguous."""
     height, width, _ = image.shape
@@ -151,7 +163,7 @@ def _transposed(image: np.ndarray) -> np.ndarray:
     return out
 
 
-@njit(cache=True, nogil=True)
+@_compiled()
 def _mirror(image: np.ndarray) -> np.ndarray:
     height, width, _ = image.shape
     out = np.empty((height, width, 3), np.uint8)
@@ -162,7 +174,7 @@ def _mirror(image: np.ndarray) -> np.ndarray:
     return out
 
 
-@njit(cache=True, nogil=True)
+@_compiled()
 def _resize(columns: np.ndarray, height: int, width: int) -> np.ndarray:
     """(w, h, 3) -> (height, width, 3): first along w, then along h."""
     before_width, before_height, _ = columns.shape
@@ -171,13 +183,13 @@ def _resize(columns: np.ndarray, height: int, width: int) -> np.ndarray:
     return _pass(rows.reshape(before_height, -1), height).reshape(height, width, 3)
 
 
-@njit(cache=True, nogil=True, inline="always")
+@_compiled(inline="always")
 def _cubic(v1: float, v2: float, v3: float, v4: float, d: float) -> float:
     """Interpolates between v2 and v3, at d in [0, 1)."""
     return v2 + d * ((-v1 + v3) + d * ((2 * (v1 - v2) + v3 - v4) + d * (-v1 + v2 - v3 + v4)))
 
 
-@njit(cache=True, nogil=True)
+@_compiled()
 def _affine(image: np.ndarray, matrix: np.ndarray, fill: np.ndarray) -> np.ndarray:
     height, width, _ = image.shape
     a, b, c, d, e, f = matrix
@@ -222,7 +234,7 @@ def _affine(image: np.ndarray, matrix: np.ndarray, fill: np.ndarray) -> np.ndarr
     return out
 
 
-@njit(cache=True, nogil=True, inline="always")
+@_compiled(inline="always")
 def _across(image, y, x1, x2, x3, x4, channel, dx) -> float:
     return _cubic(
         float(image[y, x1, channel]),

@@ -18,14 +18,18 @@ from polaformer_jax.data.images.rand_augment import RandAugment
 from polaformer_jax.data.records import CorruptRecordError, Example, OnError, Record, check_label
 from polaformer_jax.errors import UserError
 
+_OF_16_BITS = ("PNG", "PPM")  # formats whose images of mode "I" are of 16 bits in some versions of Pillow
+
 
 def decode(data: bytes) -> np.ndarray:
     """Decodes to RGB, (h, w, 3) uint8. EXIF orientation is ignored, as the official loader does.
 
-    Pillow's own guard against decompression bombs stays active: more than 179 million pixels are an error.
+    Grey images of 16 bits are scaled to 8. Pillow's own guard against decompression bombs stays active: more than 179
+    million pixels are an error.
 
     Raises:
-        CorruptRecordError: replaces whatever Pillow raises on broken data, which is more than OSError.
+        CorruptRecordError: replaces whatever Pillow raises on broken data, which is more than OSError; or the range of
+            the pixels is not known.
     """
     pixels = _decode_plain_jpeg(data)
     if pixels is not None:
@@ -35,11 +39,26 @@ def decode(data: bytes) -> np.ndarray:
         # `open` reads only the header; the pixels must be decoded here, where a failure can be attributed to this
         # image.
         image.load()
+        image = _eight_bits(image)
         return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     except Exception as error:
         # Pillow's own message for this error holds only a memory address.
         reason = "of no known format" if isinstance(error, UnidentifiedImageError) else error
         raise CorruptRecordError(f"corrupt image ({len(data)} bytes): {reason}") from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The image with 8 bits for each channel. `convert` would cut larger numbers off at 255: a white image.
+
+    Raises:
+        ValueError: its numbers have no known range.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _OF_16_BITS):
+        return Image.fromarray(((np.asarray(image, np.int64) + 128) // 257).astype(np.uint8))  # 65535 becomes 255
+    if image.mode in ("I", "F"):
+        kind = {"I": "integers of 32 bits", "F": "floats"}[image.mode]
+        raise ValueError(f"pixels are {kind}, whose range is not known: convert it to 8 bits")
+    return image
 
 
 def _decode_plain_jpeg(data: bytes) -> np.ndarray | None:
