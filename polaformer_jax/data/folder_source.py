@@ -3,8 +3,12 @@
 ImageNet has 1.28 million files, which take minutes to list on a network drive. They are listed once: an index on disk
 holds the names and each class folder's modification time, so that opening costs one `stat` per folder. A folder's
 modification time changes whenever a file in it is added, removed or renamed; the index is then rebuilt.
+
+Some mounts report one time for all folders, whatever happens in them. So times count only where they tell folders
+apart, and a few folders are listed at each opening all the same.
 """
 
+import collections
 import hashlib
 import json
 import os
@@ -18,12 +22,14 @@ from tqdm import tqdm
 
 from polaformer_jax.data.records import Record
 from polaformer_jax.errors import UserError
-from polaformer_jax.files import atomic
+from polaformer_jax.files import atomic, paths
+from polaformer_jax.files.names import shown
 
 EXTENSIONS = (".jpeg", ".jpg", ".png")  # in any case
 _LAYOUT = "ROOT/train/CLASS/*.jpeg and ROOT/val/CLASS/*.jpeg (also jpg and png)"
 _ALIASES = {"val": "validation", "validation": "val"}
-_FORMAT = 1  # of the index; an index with another number is rebuilt
+_FORMAT = 2  # of the index; an index with another number is rebuilt
+_LISTED = 8  # folders that are listed at each opening
 _SETTLED_NS = 2_000_000_000  # the coarsest file-system timestamps in use have a resolution of two seconds
 
 
@@ -32,7 +38,8 @@ class FolderSource:
 
     A label is the position of its class folder in the sorted list of the *training* split's class folders, so that a
     class missing from another split shifts no label. Without a training split (evaluation only) the split's own folders
-    are used. Files whose names begin with a dot and folders inside class folders are ignored.
+    are used. In class folders, other files than images and further folders are left out, which is logged; those whose
+    names begin with a dot silently.
 
     Args:
         root: the local folder that holds the splits' folders.
@@ -46,13 +53,14 @@ class FolderSource:
     """
 
     def __init__(self, root: str | os.PathLike, split: str, *, class_split: str = "train", name: str | None = None):
-        if "://" in str(root):
+        root = paths.given(root, "data_dir")
+        if paths.in_bucket(root):
             raise UserError(
                 f"data folder {root}: a folder of images must be local (mount it, or copy it). From a bucket, read a "
                 "data set prepared with tfds: data.source=tfds"
             )
-        folder = Path(os.path.abspath(os.path.expanduser(root)))
-        self.name, self.origin = f"{name or folder.name}/{split}", str(folder)
+        folder = Path(os.path.abspath(root))
+        self.name, self.origin = shown(f"{name or folder.name}/{split}"), shown(str(folder))
         if not folder.is_dir():
             raise UserError(f"data folder {folder} does not exist; expected {_LAYOUT}, ROOT given by data.data_dir")
         directory = _split_directory(folder, split)
@@ -69,10 +77,11 @@ class FolderSource:
             )
         reference = _split_directory(folder, class_split)
         if reference is None or reference == directory:
-            reference, self.class_names = directory, tuple(entry.name for entry in folders)
+            reference, self._classes = directory, tuple(entry.name for entry in folders)
         else:
-            self.class_names = tuple(entry.name for entry in _class_folders(reference))
-        unknown = sorted({entry.name for entry in folders} - set(self.class_names))
+            self._classes = tuple(entry.name for entry in _class_folders(reference))
+        self.class_names = tuple(map(shown, self._classes))
+        unknown = sorted({entry.name for entry in folders} - set(self._classes))
         if unknown:
             raise UserError(
                 f"{directory} has {len(unknown)} class folders that are missing from {reference}: {_some(unknown)}. "
@@ -88,17 +97,21 @@ class FolderSource:
                 f"{directory} has {len(empty)} class folders without images ({', '.join(EXTENSIONS)}): {_some(empty)}. "
                 "Remove them, or put images there"
             )
+        if index.left_out:
+            listed = ", ".join(f"{count} {what}" for what, count in sorted(index.left_out.items()))
+            logging.warning("%s: left out, for they are no %s: %s", self.name, ", ".join(EXTENSIONS), listed)
 
     def _use(self, index: "_Index"):
         self._index = index
         lengths = np.frombuffer(index.lengths, "<u2")
         self._ends = np.cumsum(lengths, dtype=np.int64)  # (files,) where each name ends within `index.names`
         self._class_ends = np.cumsum(index.counts)  # (folders,) the number of files in all folders so far
-        numbers = {name: label for label, name in enumerate(self.class_names)}
+        numbers = {name: label for label, name in enumerate(self._classes)}
         self._labels = [numbers[name] for name in index.classes]
 
     def __getstate__(self):
-        state = {key: self.__dict__[key] for key in ("name", "origin", "class_names", "_directory", "_index_path")}
+        names = ("name", "origin", "class_names", "_classes", "_directory", "_index_path")
+        state = {key: self.__dict__[key] for key in names}
         # A worker process reads the index from disk, so that starting it does not move millions of names through a
         # pipe.
         return state | {"_index": self._index.digest if self._index_path else self._index}
@@ -116,6 +129,11 @@ class FolderSource:
     def num_classes(self) -> int:
         return len(self.class_names)
 
+    @property
+    def digest(self) -> str:
+        """Of the names of classes and files, and so of labels and the order of the records; not of their content."""
+        return hashlib.sha256(json.dumps([self._index.digest, self._labels]).encode()).hexdigest()
+
     def __len__(self) -> int:
         return len(self._ends)
 
@@ -126,8 +144,7 @@ class FolderSource:
             return {"image": file.read(), "label": self._labels[folder]}
 
     def describe(self, index: int) -> str:
-        path = self._locate(index)[1]
-        return path.decode("utf-8", "backslashreplace")  # a file name may be any bytes
+        return shown(os.fsdecode(self._locate(index)[1]))  # a file name may be any bytes
 
     def _locate(self, index: int) -> tuple[int, bytes]:
         """The position of a file's class folder, and the file's path."""
@@ -149,6 +166,7 @@ class _Index(NamedTuple):
         names: all file names, one after the other.
         digest: SHA-256 of all of the above.
         mtimes: each folder's modification time in ns; -1 where it was too recent to be distinguished from a later one.
+        left_out: how many entries of the folders are no images, by what they are (`.webp files`, `folders`).
     """
 
     classes: list[str]
@@ -157,6 +175,7 @@ class _Index(NamedTuple):
     names: bytes | memoryview
     digest: str
     mtimes: list[int]
+    left_out: dict[str, int]
 
 
 def _split_directory(root: Path, split: str) -> Path | None:
@@ -195,7 +214,7 @@ def _open_index(directory: Path, folders: list[os.DirEntry]) -> tuple[str | None
     places = _index_paths(directory)
     for path in places:
         index = _read_index(path)
-        if index is not None and index.classes == classes and index.mtimes == mtimes:
+        if index is not None and index.classes == classes and _is_current(index, directory, mtimes):
             return path, index
     index = _list_files(directory, classes, mtimes)
     for path in places:
@@ -209,30 +228,57 @@ def _open_index(directory: Path, folders: list[os.DirEntry]) -> tuple[str | None
 
 def _index_paths(directory: Path) -> list[str]:
     """Next to the split's folder, where all hosts see it; otherwise in the user's cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     key = hashlib.sha256(os.fsencode(os.path.realpath(directory))).hexdigest()[:16]
     return [
         str(directory.parent / f".polaformer_index_{directory.name}"),
-        os.path.join(cache, "polaformer_jax", f"folder_index_{key}"),
+        os.path.join(paths.user_cache(), f"folder_index_{key}"),
     ]
+
+
+def _is_current(index: _Index, directory: Path, mtimes: list[int]) -> bool:
+    """Whether the class folders still hold what the index says, as far as their times and the listed ones tell."""
+    if index.mtimes != mtimes or len(set(mtimes)) < len(mtimes) / 2:
+        return False
+    ends, splits = np.cumsum(index.counts), np.cumsum(np.frombuffer(index.lengths, "<u2"), dtype=np.int64)
+    for folder in sorted({round(place) for place in np.linspace(0, len(mtimes) - 1, _LISTED)}):
+        first = ends[folder] - index.counts[folder]
+        begin = splits[first - 1] if first else 0
+        end = splits[ends[folder] - 1] if ends[folder] else 0
+        if b"".join(_images(directory / index.classes[folder])[0]) != bytes(index.names[begin:end]):
+            return False
+    return True
+
+
+def _images(folder: Path) -> tuple[list[bytes], collections.Counter[str]]:
+    """The sorted names of the images in a class folder; and what else is there, see `_Index.left_out`."""
+    found, others = [], collections.Counter()
+    try:
+        with os.scandir(os.fsencode(folder)) as entries:
+            for entry in entries:
+                # Links are not followed: a dangling one is a record that cannot be read, and is reported by name.
+                is_folder = entry.is_dir(follow_symlinks=False)
+                if _is_image(entry.name) and not is_folder:
+                    found.append(entry.name)
+                elif not entry.name.startswith(b"."):
+                    suffix = shown(os.fsdecode(os.path.splitext(entry.name)[1].lower())) or "nameless"
+                    others["folders" if is_folder else f"{suffix} files"] += 1
+    except OSError as error:
+        raise UserError(f"class folder {folder} cannot be read: {error}") from error
+    return sorted(found), others
 
 
 def _list_files(directory: Path, classes: list[str], mtimes: list[int]) -> _Index:
     settled = time.time_ns() - _SETTLED_NS
-    counts, names, lengths = [], bytearray(), []
+    counts, names, lengths, left_out = [], bytearray(), [], collections.Counter()
     for name in tqdm(classes, desc=f"listing {directory}", unit=" classes", disable=None):
-        try:
-            with os.scandir(os.fsencode(directory / name)) as entries:
-                # Links are not followed: a dangling one is a record that cannot be read, and is reported by name.
-                found = sorted(e.name for e in entries if _is_image(e.name) and not e.is_dir(follow_symlinks=False))
-        except OSError as error:
-            raise UserError(f"class folder {directory / name} cannot be read: {error}") from error
+        found, others = _images(directory / name)
+        left_out += others
         counts.append(len(found))
         names += b"".join(found)
         lengths.append(np.array([len(file) for file in found], "<u2").tobytes())
     # A folder modified within the last clock tick may change again without a new modification time: not reliable.
     mtimes = [mtime if mtime < settled else -1 for mtime in mtimes]
-    index = _Index(classes, counts, b"".join(lengths), bytes(names), "", mtimes)
+    index = _Index(classes, counts, b"".join(lengths), bytes(names), "", mtimes, dict(left_out))
     return index._replace(digest=_digest(index))
 
 
@@ -243,8 +289,11 @@ def _digest(index: _Index) -> str:
     return digest.hexdigest()
 
 
+_STORED = ("classes", "counts", "digest", "mtimes", "left_out")  # in the header of the index
+
+
 def _to_bytes(index: _Index) -> bytes:
-    header = {"format": _FORMAT, **{key: getattr(index, key) for key in ("classes", "counts", "mtimes", "digest")}}
+    header = {"format": _FORMAT, **{key: getattr(index, key) for key in _STORED}}
     return b"\n".join((json.dumps(header).encode(), index.lengths + index.names))
 
 
@@ -258,9 +307,7 @@ def _read_index(path: str) -> _Index | None:
             return None
         body = memoryview(content)[end + 1 :]
         split = 2 * sum(header["counts"])
-        index = _Index(
-            header["classes"], header["counts"], body[:split], body[split:], header["digest"], header["mtimes"]
-        )
+        index = _Index(lengths=body[:split], names=body[split:], **{key: header[key] for key in _STORED})
         return index if _digest(index) == index.digest else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

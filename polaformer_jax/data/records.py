@@ -27,12 +27,14 @@ class Source(Protocol):
     Attributes:
         name: what the split is called in messages, e.g. `sklearn_digits/test`.
         origin: human-readable description of where the data comes from, e.g. `tfds sklearn_digits/1.0.0`.
+        digest: a text that changes when other records, or in another order, are read; the same wherever they are.
         num_classes: labels are in `[0, num_classes)`.
-        class_names: one name for each class in label order; None if the data has none.
+        class_names: one name for each class in label order, such as can be printed; None if the data has none.
     """
 
     name: str
     origin: str
+    digest: str
     num_classes: int
     class_names: tuple[str, ...] | None
 

@@ -4,6 +4,7 @@ tfds lays a prepared data set out as `DATA_DIR/NAME[/CONFIG]/VERSION/`, with its
 directory is found here rather than by `tfds.builder(name)`, which would need the data set's own code and TensorFlow.
 """
 
+import hashlib
 import json
 import re
 from typing import NamedTuple
@@ -13,6 +14,8 @@ from etils import epath
 
 from polaformer_jax.data.records import Record
 from polaformer_jax.errors import UserError
+from polaformer_jax.files import paths
+from polaformer_jax.files.names import shown
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[\w.-]+))?(:(?P<version>\d+\.\d+\.\d+))?")
@@ -53,7 +56,7 @@ def find_prepared(name: str, data_dir: epath.PathLike) -> Prepared | None:
     match = _NAME.fullmatch(name)
     if not match:
         raise UserError(f"data set name {name!r}, expected NAME, NAME/CONFIG, NAME:VERSION or NAME/CONFIG:VERSION")
-    root = epath.Path(data_dir).expanduser() / match["name"]
+    root = paths.given(data_dir, "data_dir") / match["name"]
     if match["config"]:
         root = root / match["config"]
     directories = _versions(root)
@@ -69,7 +72,10 @@ def find_prepared(name: str, data_dir: epath.PathLike) -> Prepared | None:
     if not directories:
         return None
     newest = max(directories, key=lambda path: tuple(int(part) for part in path.name.split(".")))
-    info = json.loads((newest / "dataset_info.json").read_text())
+    try:
+        info = dict(json.loads((newest / "dataset_info.json").read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{newest / 'dataset_info.json'} is damaged ({error}): prepare the data set again") from error
     formats = [info.get("fileFormat", "tfrecord"), *info.get("alternativeFileFormats", [])]
     splits = {split["name"]: sum(int(n) for n in split.get("shardLengths", [])) for split in info.get("splits", [])}
     return Prepared(newest, "array_record" if "array_record" in formats else formats[0], splits)
@@ -77,7 +83,7 @@ def find_prepared(name: str, data_dir: epath.PathLike) -> Prepared | None:
 
 def arrayrecord_dir(data_dir: epath.PathLike) -> epath.Path:
     """The data directory that `prepare to-arrayrecord` writes to by default."""
-    path = epath.Path(data_dir)
+    path = paths.given(data_dir, "data_dir")
     return path.parent / f"{path.resolve().name}-arrayrecord"
 
 
@@ -133,7 +139,7 @@ class TfdsSource:
         self.origin = f"tfds {builder.info.full_name}"
         label = check_features(builder.info.features, self.name)
         self.num_classes = label.num_classes
-        self.class_names = tuple(label.names) if label.names else None
+        self.class_names = tuple(map(shown, label.names)) if label.names else None
         # tfds checks a split's name only when it is used, and raises several exception types; slices are allowed.
         try:
             length = builder.info.splits[self._split].num_examples
@@ -144,6 +150,10 @@ class TfdsSource:
             ) from error
         if not length:
             raise UserError(f"split {self._split!r} of {self._directory} has no examples")
+        parts = builder.info.splits
+        described = {name: [list(parts[name].shard_lengths), parts[name].num_bytes] for name in sorted(parts)}
+        content = [builder.info.full_name, self._split, length, described, self.class_names]
+        self.digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         # No image is decoded here, neither `image` nor any other image feature that the data set may have.
         images = [name for name, feature in builder.info.features.items() if isinstance(feature, tfds.features.Image)]
         self._records = builder.as_data_source(

@@ -6,8 +6,8 @@ Problems of Grain (0.2) that are solved here:
 - it waits forever for a worker that exits with status 0: here that status is changed, and a time limit catches every
   other stall;
 - workers outlive a killed main process and keep its output open: here they watch their parent;
-- Ctrl-C and a scheduler's SIGTERM reach the whole process group: here workers ignore them, and the main process
-  decides;
+- Ctrl-C, a scheduler's SIGTERM and the SIGHUP of a closed terminal reach the whole process group: here workers ignore
+  them, and the main process decides;
 - closing waits forever for a worker that hangs: here it is killed.
 """
 
@@ -16,11 +16,13 @@ import functools
 import multiprocessing
 import os
 import queue
+import re
+import shutil
 import signal
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing import resource_tracker, shared_memory
 from multiprocessing.process import BaseProcess
 
@@ -30,10 +32,56 @@ from absl import flags
 
 from polaformer_jax.errors import UserError
 
+_OF_THE_RUN = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}  # signals on which the main process decides
 _POLL_S = 1.0  # how soon a dead parent, or a request to stop, is noticed
 _START_S = 60.0  # workers start within seconds, however long the first batch takes
 _CLOSE_S = 5.0  # a worker that has not finished its batch after this time is killed
 _PID_BYTES = 8
+_SHARED_MEMORY = "/dev/shm"
+_MORE_SHARED_MEMORY = (
+    "Give a container more (docker run --shm-size=8g; in Kubernetes an emptyDir with medium: Memory there), or have"
+    " fewer data.workers, a smaller data.prefetch or a smaller batch; data.workers=0 needs none"
+)
+_IMPORTED_AGAIN = (
+    "Each data worker imports the main script again: it must be a file, not standard input, and what it does must be"
+    ' under `if __name__ == "__main__":`. data.workers=0 needs neither'
+)
+
+
+def check_start(workers: int) -> None:
+    """Checks that this process can start data workers.
+
+    Raises:
+        UserError: it cannot, for it was started as a worker itself, as when a script has no main guard.
+    """
+    if workers and multiprocessing.current_process().daemon:
+        raise UserError(f"data workers cannot be started by a process that is a worker itself. {_IMPORTED_AGAIN}")
+
+
+def check_shared_memory(workers: int, prefetch: int, batches: Mapping[str, int]) -> None:
+    """Checks that what workers keep ready fits into shared memory, before they are killed for it.
+
+    Args:
+        workers, prefetch: of each stream, see `Stream`.
+        batches: the streams that are open at the same time, and the bytes of a batch of each.
+
+    Raises:
+        UserError: it does not fit; the message has the way out.
+    """
+    if not workers or not os.path.isdir(_SHARED_MEMORY):
+        return
+    needed = {name: workers * (prefetch + 1) * size for name, size in batches.items()}
+    free = shutil.disk_usage(_SHARED_MEMORY).free
+    if sum(needed.values()) > free:
+        parts = ", ".join(f"{_mib(size)} for {name}" for name, size in needed.items())
+        raise UserError(
+            f"{_SHARED_MEMORY} has {_mib(free)} free, but the data workers need at least {_mib(sum(needed.values()))}"
+            f" there ({parts}: {workers} workers, each with {prefetch + 1} batches). {_MORE_SHARED_MEMORY}"
+        )
+
+
+def _mib(size: int) -> str:
+    return f"{-(-size // 2**20):,} MiB"
 
 
 class Stream:
@@ -55,6 +103,7 @@ class Stream:
         # The default options would buffer 500 batches; each worker has its own buffer, and without workers there is
         # none.
         batches = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+        check_start(workers)
         self._error: Exception | None = None
         self._timeout_s = timeout_s
         self._queue: queue.Queue | None = None
@@ -102,9 +151,18 @@ class Stream:
         except Exception as error:
             # A StopIteration would end the run as if nothing had failed; the data here never ends.
             kind = UserError if isinstance(error, UserError) else RuntimeError
-            self._error = kind(str(error) or f"the input ended with {type(error).__name__}")
+            self._error = kind(self._explained(error))
             self.close()
             raise kind(*self._error.args) from error
+
+    def _explained(self, error: Exception) -> str:
+        """The text of an error; where a worker of Grain's ended by itself, with the probable cause."""
+        text = str(error) or f"the input ended with {type(error).__name__}"
+        if self._queue is None or (ended := re.search(r"exit code (-?\d+)", text)) is None:
+            return text
+        if int(ended[1]) == -signal.SIGBUS:
+            return f"a data worker ended for want of shared memory ({_SHARED_MEMORY} is full). {_MORE_SHARED_MEMORY}"
+        return text if self._workers.pids() else f"{text}, before it began. {_IMPORTED_AGAIN}"
 
     def _take(self) -> dict[str, np.ndarray]:
         try:
@@ -127,7 +185,7 @@ def _feed(batches, out: queue.Queue, stop: threading.Event) -> None:
     """Moves batches from Grain to `out` as (batch, None), until an error, which becomes (None, error)."""
     # The threads and processes that Grain starts from here inherit this mask: workers block the signals meant for the
     # main process from the start, a second before `_guard_worker` runs in them.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_RUN)
     error = None
     while error is None and not stop.is_set():
         batch = None
@@ -236,7 +294,7 @@ def _shut_down(
 def _guard_worker(known_as: str, index: int, count: int) -> None:
     """Runs first in every worker process; `known_as` is the name of its stream's `_Workers`."""
     del count
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _OF_THE_RUN:
         signal.signal(number, signal.SIG_IGN)
     leave = os._exit
     # Grain takes status 0 for a normal exit and keeps waiting; only a worker's own code can end it in this way.

@@ -10,7 +10,7 @@ import pytest
 from polaformer_jax.data import folder_source
 from polaformer_jax.data.folder_source import FolderSource
 from polaformer_jax.errors import UserError
-from tests.support.image_folders import CLASSES, encode, paths, pictures, settle, write
+from tests.support.image_folders import CLASSES, OLD, encode, paths, pictures, settle, write
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +62,43 @@ def test_a_change_of_the_files_is_seen(root, listings):
     assert listings == ["train"] * 4
 
 
+def test_times_that_tell_no_folders_apart_are_not_trusted(tmp_path, listings):
+    """Some mounts report one time, whatever happens in a folder. Here more folders than are listed anyway."""
+    names = [f"class{number:02}" for number in range(20)]
+    root = write(tmp_path / "root", {f"train/{name}/{i}.png": encode(i) for name in names for i in range(2)})
+
+    def constant():
+        for name in names:
+            os.utime(root / "train" / name, ns=(OLD, OLD))
+
+    constant()
+    assert len(FolderSource(root, "train")) == 40
+    (root / "train" / names[13] / "new.png").write_bytes(encode(7))
+    constant()
+    assert len(FolderSource(root, "train")) == 41 and listings == ["train"] * 2
+
+
+def test_a_change_that_no_time_shows_is_seen_in_the_folders_that_are_listed(root, listings):
+    before = FolderSource(root, "train")
+    (root / "train" / CLASSES[2] / f"{CLASSES[2]}_0.JPEG").rename(root / "train" / CLASSES[2] / "renamed.JPEG")
+    settle(root)
+    after = FolderSource(root, "train")
+    assert listings == ["train"] * 2 and len(after) == len(before) == 12 and after.digest != before.digest
+
+
+def test_what_is_left_out_is_counted(root, caplog):
+    write(root, {"train/n01440764/a.webp": b"", "train/n01440764/B.WEBP": b"", "train/n01443537/notes": b""})
+    (root / "train" / "n01443537" / "more").mkdir()
+    (root / "train" / "n01443537" / ".hidden").write_bytes(b"")
+    for _ in range(2):  # listed, and from the index
+        with caplog.at_level(logging.WARNING):
+            assert len(FolderSource(root, "train")) == 12
+        assert caplog.messages == [
+            "pictures/train: left out, for they are no .jpeg, .jpg, .png: 2 .webp files, 1 folders, 1 nameless files"
+        ]
+        caplog.clear()
+
+
 def test_a_folder_that_changed_a_moment_ago_is_looked_at_again(root, listings):
     settle(root, time.time_ns())
     FolderSource(root, "train")
@@ -79,7 +116,7 @@ def damage(content):
     yield content[:-1]
     yield content[: len(content) // 2]
     yield content[:-5] + b"x" + content[-4:]
-    yield content.replace(b'"format": 1', b'"format": 0')
+    yield content.replace(b'"format": 2', b'"format": 0')
     yield content.replace(b'"counts": [4, 4, 4]', b'"counts": [5, 3, 4]')
     yield content.replace(b'"counts": [4, 4, 4]', b'"counts": "abc"')
     yield content.replace(CLASSES[0].encode(), b"n00000000", 1)

@@ -18,7 +18,7 @@ from polaformer_jax.errors import UserError
 class Numbers:
     """A source whose records are their own indices."""
 
-    name, origin, num_classes, class_names = "numbers", "made up", 10, None
+    name, origin, digest, num_classes, class_names = "numbers", "made up", "0", 10, None
 
     def __init__(self, length):
         self._length = length

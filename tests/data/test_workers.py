@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 
 import grain
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 
 from polaformer_jax.data import workers
 from polaformer_jax.data.workers import Stream
+from polaformer_jax.errors import UserError
 
 
 def value(index):
@@ -72,6 +74,36 @@ def test_workers_are_deaf_to_signals_and_end_on_close():
     batches.close()
     batches.close()
     assert not any(map(is_running, pids))
+
+
+def test_memory_that_workers_will_not_have_is_named_before_they_start(monkeypatch):
+    monkeypatch.setattr(workers.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=64 * 2**20))
+    sizes = {"training": 19 * 2**20, "evaluation": 2**20}
+    workers.check_shared_memory(0, 1, sizes)
+    workers.check_shared_memory(1, 1, sizes)
+    with pytest.raises(UserError) as error:
+        workers.check_shared_memory(8, 1, sizes)
+    assert "/dev/shm has 64 MiB free, but the data workers need at least 320 MiB there" in str(error.value)
+    assert "304 MiB for training, 16 MiB for evaluation" in str(error.value)
+    assert "--shm-size" in str(error.value) and "data.workers=0" in str(error.value)
+
+
+def kill_by_bus(index):
+    if index == 3:
+        os.kill(os.getpid(), signal.SIGBUS)  # as the system does where shared memory is full
+    return value(index)
+
+
+def test_a_worker_that_memory_fails_is_explained():
+    with pytest.raises(RuntimeError, match="for want of shared memory .*--shm-size"):
+        drain(stream(kill_by_bus))
+
+
+def test_a_process_that_is_a_worker_starts_none(monkeypatch):
+    monkeypatch.setattr(workers.multiprocessing, "current_process", lambda: types.SimpleNamespace(daemon=True))
+    with pytest.raises(UserError, match='worker itself. .*under `if __name__ == "__main__":`'):
+        stream()
+    stream(workers=0).close()
 
 
 def test_a_killed_worker_is_an_error():

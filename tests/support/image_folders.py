@@ -24,7 +24,7 @@ def encode(seed=0, mode="RGB", fmt="jpeg", **options):
 
 
 def write(root, files):
-    """Writes files, and gives all folders an old time of change."""
+    """Writes files, and gives all folders old times of change."""
     for path, content in files.items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_bytes(content)
@@ -33,8 +33,9 @@ def write(root, files):
 
 
 def settle(root, ns=OLD):
-    for directory, _, _ in os.walk(root):
-        os.utime(directory, ns=(ns, ns))
+    """Gives each folder a time of change of its own, beginning with this one."""
+    for number, (directory, _, _) in enumerate(os.walk(root)):
+        os.utime(directory, ns=(ns + number, ns + number))
 
 
 def config(root, **changes):
