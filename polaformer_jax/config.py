@@ -32,9 +32,11 @@ SEQUENCE_TASKS: dict[str, tuple[str | None, ...]] = {
 # How a result is computed, which takes other memory and time and changes nothing but rounding. Where a training resumes
 # with other values, or an evaluation has other ones than the training, they are logged.
 HOW_COMPUTED = ("mesh", "model.remat", "model.attention_impl")
+# What a run does about a fault that it meets: errors advise to go on with other values, which are logged.
+ON_FAULTS = ("data.on_error", "data.on_change", "train.on_nonfinite")
 # Fields that say how, where, on what and how visibly a run runs. All others make its identity: they change its result.
 NOT_IDENTITY = (
-    *(*HOW_COMPUTED, "distributed", "log", "checkpoint", "watchdog", "debug"),
+    *(*HOW_COMPUTED, *ON_FAULTS, "distributed", "log", "checkpoint", "watchdog", "debug"),
     *("data.workers", "data.prefetch", "data.data_dir", "eval.batch_size"),
 )
 # What function the weights of a run stand for, from the stored example to the logits: an evaluation must have the same.
@@ -99,6 +101,8 @@ def defaults() -> "ml_collections.ConfigDict":
     data.workers = 8
     data.prefetch = 1  # batches prefetched by each worker (which holds up to 2 * prefetch + 2 in memory)
     data.on_error = "stop"  # on a record that cannot be decoded: "stop", or "skip" and count it
+    # On other examples than those that the run was begun with: "stop", or "accept" them and go on, which is recorded.
+    data.on_change = "stop"
 
     config.augment = augment = ml_collections.ConfigDict()
     augment.crop_area = (0.08, 1.0)  # of random resized crops: fraction of the image's area
@@ -205,6 +209,7 @@ _CHOICES = {
     "task.name": ("image", *SEQUENCE_TASKS),
     "task.attention": ATTENTIONS,
     "data.on_error": ("stop", "skip"),
+    "data.on_change": ("stop", "accept"),
     "model.dtype": DTYPES,
     "model.param_dtype": ("float32", "float64"),
     "train.on_nonfinite": ("stop", "skip"),

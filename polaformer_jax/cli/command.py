@@ -1,6 +1,7 @@
 """What the subcommands share: parsers that take their help from docstrings, configs with overrides, error messages."""
 
 import argparse
+import contextlib
 import difflib
 import faulthandler
 import os
@@ -87,7 +88,7 @@ def _number(word: str) -> bool:
 
 
 def _overridden(config: "ml_collections.ConfigDict", words: Sequence[str]) -> "ml_collections.ConfigDict":
-    """A config with fields changed as `--config.FIELD=VALUE` says.
+    """A config with fields changed as `--config.FIELD=VALUE` says; of several values of a field, the last counts.
 
     `--config.FIELD=None` sets a field to None if it may be None; config_flags would convert the word to the field's
     type.
@@ -95,25 +96,34 @@ def _overridden(config: "ml_collections.ConfigDict", words: Sequence[str]) -> "m
     from absl import flags
     from ml_collections import config_flags
 
-    for word in filter(_OVERRIDE.match, words):
-        _check_field(config, word)
-    unset = [match[1] for word in words if (match := re.fullmatch(r"--config\.([\w.]+)=None", word))]
-    words = [word for word in words if not re.fullmatch(r"--config\.[\w.]+=None", word)]
+    kept, is_none = [], {}
+    left = list(words)
+    while left:
+        word = left.pop(0)
+        if not _OVERRIDE.match(word):
+            kept.append(word)
+            continue
+        field = _check_field(config, word)
+        if "=" not in word and left[:1] == ["None"]:
+            word = f"{word}={left.pop(0)}"
+        is_none[field] = word.partition("=")[2] == "None"
+        if not is_none[field]:
+            kept.append(word)
     values = flags.FlagValues()
     try:
-        config_flags.DEFINE_config_dict("config", config, flag_values=values, lock_config=True, sys_argv=list(words))
-        rest = values(["polaformer", *words])
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, lock_config=True, sys_argv=kept)
+        rest = values(["polaformer", *kept])
     except flags.Error as error:
         raise UserError(f"{error}; see --help") from error
     if len(rest) > 1:
         raise UserError(f"unexpected arguments {' '.join(rest[1:])}; see --help")
-    for field in unset:
+    for field in (field for field, none in is_none.items() if none):
         _set_to_none(config, field)
     return config
 
 
-def _check_field(config: "ml_collections.ConfigDict", word: str) -> None:
-    """Checks that a config has the field that an override names."""
+def _check_field(config: "ml_collections.ConfigDict", word: str) -> str:
+    """The field that an override names, which the config must have."""
     field = _OVERRIDE.sub("", word).partition("=")[0]
     if not re.fullmatch(r"\w+(\.\w+)*", field):
         raise UserError(
@@ -129,6 +139,7 @@ def _check_field(config: "ml_collections.ConfigDict", word: str) -> None:
         node = node[name]
     if hasattr(node, "keys"):
         raise UserError(f"{word}: {field} is a section of the config; set its fields: {', '.join(node)}")
+    return field
 
 
 def _set_to_none(config: "ml_collections.ConfigDict", field: str) -> None:
@@ -146,40 +157,100 @@ def run(action: Callable[[], int | None], *, options: Mapping[str, str] | None =
     """Runs an action and returns the exit status; errors that the user can fix become one message.
 
     Any other exception is a bug, and raised. A process that is aborted, as JAX does when it loses another one, shows
-    where its threads are.
+    where its threads are. What the encoding of the terminal does not have is printed escaped.
 
     Args:
         action: returns its exit status, or None for 0.
         options: the option that sets a parameter, where its name is another than the parameter's.
     """
+    _open_standard_streams()
     if not faulthandler.is_enabled():
         faulthandler.enable()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError):  # what a notebook or a test has in its place
+            stream.reconfigure(errors="backslashreplace")
     try:
         status = action() or 0
-        sys.stdout.flush()  # here, where a closed pipe is noticed
+        sys.stdout.flush()  # here, where a closed pipe or a full disk is noticed
         return status
     except UserError as error:
         option = _option(error.argument, options or {})
-        print(f"error: {option}{error.message}", file=sys.stderr)
+        _say(f"error: {option}{error.message}")
         return error.status
     except BrokenPipeError:
         if not _stdout_is_closed():  # another pipe, such as one to a worker process
             raise
-        # As in `polaformer predict ... | head -1`: what is left to print goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # as in `polaformer predict ... | head -1`
         return 1
     except Interrupted as stop:
-        print(f"interrupted: {stop}", file=sys.stderr)
+        _say(f"interrupted: {stop}")
         return stop.status
     except ModuleNotFoundError as error:
         if not _belongs_to_training(error.name):
             raise
-        print(
+        _say(
             f"error: this command needs packages that are not installed ({error.name}): pip install"
-            ' "polaformer_jax[train]"',
-            file=sys.stderr,
+            ' "polaformer_jax[train]"'
         )
         return 1
+    except OSError as error:
+        if not _output_fails():  # the error is not that of printing
+            raise
+        _drop_output()
+        _say(f"error: the output cannot be written: {error}")
+        return 1
+    except (RuntimeError, AssertionError):  # what JAX raises where it has no device, in its several versions
+        if (problem := _device_problem()) is None:
+            raise
+        _say(f"error: {problem}")
+        return 1
+
+
+def _open_standard_streams() -> None:
+    """Opens those that were closed when the process began, so that no other file gets their numbers and messages."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # which takes the lowest free number
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+
+
+def _say(text: str) -> None:
+    """Prints to stderr, if anyone still reads it: the exit status says the rest."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def _output_fails() -> bool:
+    """Whether printing fails: a full disk, a closed terminal. Prints an empty line if it does not."""
+    try:
+        print(flush=True)
+    except OSError:
+        return True
+    return False
+
+
+def _device_problem() -> str | None:
+    """Why JAX has no device to compute on, for people; None if it has one."""
+    if "jax" not in sys.modules:
+        return None
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        said = " ".join(str(error).split()) or "it has no such platform here"
+        asked = os.environ.get("JAX_PLATFORMS")
+        way_out = f"JAX_PLATFORMS={asked} asks for one: unset it, or set another" if asked else "is its driver there?"
+        return f"JAX cannot use a device ({said}); {way_out}"
+    return None
+
+
+def _drop_output() -> None:
+    """What is left to print goes nowhere, instead of into an error at the end of the process."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _stdout_is_closed() -> bool:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from polaformer_jax.cli import command
+from polaformer_jax.errors import NotWrittenError
 
 # Options whose names are not those of the parameters of `evaluation.evaluate`.
 OPTIONS = {"json_path": "--json", "predictions_path": "--predictions", "weights_path": "--save-weights"}
@@ -40,22 +41,33 @@ def _main(parser: command.Parser, argv: Sequence[str]) -> None:
 
     from polaformer_jax.config import defaults
     from polaformer_jax.hardware.host_memory import keep_freed_memory
-    from polaformer_jax.training import evaluation, progress, runtime
+    from polaformer_jax.training import progress, runtime
 
     keep_freed_memory()
     progress.set_up_logging(verbose=args.verbose)
     # Without --config, the hosts are those that the environment names: those of the training may be others.
     with runtime.session((config or defaults()).distributed):
-        result = evaluation.evaluate(
-            config,
-            args.workdir,
-            checkpoint=args.checkpoint,
-            kind=args.weights,
-            data_dir=args.data_dir,
-            split=args.split,
-            json_path=args.json,
-            predictions_path=args.predictions,
-            weights_path=args.save_weights,
-        )
+        try:
+            result, problem = _evaluate(config, args), None
+        except NotWrittenError as error:
+            result, problem = error.result, error
         if jax.process_index() == 0:
             print(json.dumps(result, indent=2))
+        if problem is not None:
+            raise problem
+
+
+def _evaluate(config, args) -> dict:
+    from polaformer_jax.training import evaluation
+
+    return evaluation.evaluate(
+        config,
+        args.workdir,
+        checkpoint=args.checkpoint,
+        kind=args.weights,
+        data_dir=args.data_dir,
+        split=args.split,
+        json_path=args.json,
+        predictions_path=args.predictions,
+        weights_path=args.save_weights,
+    )

@@ -26,15 +26,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _export(args) -> None:
     import jax
-    from etils import epath
 
+    from polaformer_jax.files import paths
     from polaformer_jax.training import progress
     from polaformer_jax.training.export import export
 
     progress.set_up_logging()
     # Files only: a running training may hold the accelerator, and one host of a TPU pod would wait for the others.
     jax.config.update("jax_platforms", "cpu")
-    if epath.Path(args.out).exists() and not args.overwrite:
+    if paths.given(args.out, "out").exists() and not args.overwrite:
         raise UserError(f"{args.out} exists: give another name, or --overwrite")
     step = export(args.workdir, args.out, checkpoint=args.checkpoint, kind=args.weights, layout=args.layout)
     print(f"{args.out}: the weights of step {step}")

@@ -63,6 +63,6 @@ def _predict(args) -> None:
     results = prediction.predict(
         model, args.images, transform=transform, names=names, top=args.top, batch_size=args.batch_size
     )
-    if args.picture is not None:
-        figures.save(pictures.draw(model, results, transform=transform, where=where), args.picture)
     print(json.dumps(results, indent=2) if args.json else prediction.table(results))
+    if args.picture is not None:
+        figures.save(pictures.draw(model, args.images, results, transform=transform, where=where), args.picture)

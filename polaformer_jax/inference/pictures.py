@@ -74,15 +74,21 @@ def choose(
 
 
 def draw(
-    model: Backbone, results: Sequence[Mapping[str, Any]], *, transform: EvalImageTransform, where: Where
+    model: Backbone,
+    files: Sequence[epath.PathLike],
+    results: Sequence[Mapping[str, Any]],
+    *,
+    transform: EvalImageTransform,
+    where: Where,
 ) -> Figure:
     """One row per image: the model's input and prediction, and a map of each stream of the block, its heads averaged.
 
     Args:
-        results: what `prediction.predict` returned.
+        files: the images.
+        results: what `prediction.predict` returned for them.
         transform: the one that `prediction.predict` was called with.
     """
-    images = [read_image(result["image"], transform) for result in results]
+    images = [read_image(file, transform) for file in files]
     maps = [
         attention_maps(model, normalise(image[None]), stage=where.stage, block=where.block, token=where.token)
         for image in images  # one by one: a batch would hold the weights of all at once
@@ -113,10 +119,9 @@ def _draw_row(figure: Figure, panels, image: np.ndarray, result, maps: Attention
     size = image.shape[0]
     place = {"extent": (0, size, size, 0), "interpolation": "nearest"}  # one token, one flat square
     panels[0].imshow(image, **place)
-    said = f"{_short(best['name'], 24)}, {100 * best['probability']:.1f} %"
-    panels[0].set_title(
-        f"{_short(os.path.basename(result['image']), 34)}\n{said}", fontsize=9, color=INK, parse_math=False
-    )
+    said = f"{figures.plain(_short(best['name'], 24))}, {100 * best['probability']:.1f} %"
+    file = figures.plain(_short(os.path.basename(result["image"]), 34))
+    panels[0].set_title(f"{file}\n{said}", fontsize=9, color=INK)
     # In units of the weights of a token that attends equally to all keys within its reach.
     weights = {name: stream.weights[0].mean(axis=0) for name, stream in maps.streams.items()}
     uniform = math.exp(-maps.uniform_entropy) if where.token else 1 / next(iter(weights.values())).size

@@ -17,6 +17,8 @@ from polaformer_jax.data.images.normalisation import normalise
 from polaformer_jax.data.images.transforms import EvalImageTransform
 from polaformer_jax.data.records import CorruptRecordError
 from polaformer_jax.errors import UserError, WeightsError
+from polaformer_jax.files import paths as file_paths
+from polaformer_jax.files.names import shown
 from polaformer_jax.models.backbone import Backbone
 
 NAMED_PROBLEMS = 10  # at most this many unreadable images are named in an error
@@ -41,7 +43,7 @@ def predict(
 
     Returns:
         One dict per image, in the order of `paths`, the most probable class first:
-        `{"image": path, "predictions": [{"class", "name", "probability"}, ...]}`.
+        `{"image": path, "predictions": [{"class", "name", "probability"}, ...]}`, the path such as can be printed.
 
     Raises:
         UserError: files cannot be read or decoded; it names up to 10 of them.
@@ -70,7 +72,7 @@ def predict(
                 {"class": int(c), "name": names[c] if names else str(c), "probability": float(p)}
                 for c, p in zip(label[i], probability[i], strict=True)
             ]
-            results.append({"image": os.fspath(path), "predictions": found})
+            results.append({"image": shown(os.fspath(path)), "predictions": found})
     if problems:
         listed = "".join(f"\n  {problem}" for problem in problems[:NAMED_PROBLEMS])
         more = f"\n  and {len(problems) - NAMED_PROBLEMS} more" if len(problems) > NAMED_PROBLEMS else ""
@@ -92,11 +94,11 @@ def read_image(path: epath.PathLike, transform: EvalImageTransform) -> np.ndarra
         UserError: the file cannot be read or decoded; the message names it.
     """
     try:
-        return transform({"image": epath.Path(path).read_bytes(), "label": 0})["image"]
+        return transform({"image": file_paths.given(path).read_bytes(), "label": 0})["image"]
     except OSError as error:
-        raise UserError(f"{os.fspath(path)}: {error.strerror or error}") from error
+        raise UserError(f"{shown(os.fspath(path))}: {error.strerror or error}") from error
     except CorruptRecordError as error:
-        raise UserError(f"{os.fspath(path)}: {error}") from error
+        raise UserError(f"{shown(os.fspath(path))}: {error}") from error
 
 
 def evaluation_transform(model: Backbone, metadata: Mapping[str, str]) -> EvalImageTransform:
@@ -153,7 +155,9 @@ def class_names(
         raise UserError("data and data_dir belong together: the name of a prepared data set, and its directory")
     if file is not None:
         try:
-            names = [line.strip() for line in epath.Path(file).read_text().splitlines() if line.strip()]
+            names = [
+                line.strip() for line in file_paths.given(file, "classes").read_text().splitlines() if line.strip()
+            ]
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"class names {file}: {error}") from error
         found_in = os.fspath(file)
@@ -173,7 +177,7 @@ def class_names(
         return None
     if len(names) != num_classes:
         raise UserError(f"{found_in} names {len(names)} classes, but the model has {num_classes}")
-    return tuple(names)
+    return tuple(map(shown, names))
 
 
 def _json(key: str, metadata: Mapping[str, str]) -> Any:

@@ -67,7 +67,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: epath.PathLike, *, keep_last: int, best_metric: str, read_only: bool = False):
-        self.directory = paths.absolute(epath.Path(directory))  # Orbax writes to absolute paths only
+        self.directory = paths.absolute(paths.given(directory))  # as Orbax needs it: absolute, and with safe globs
         self._metric = best_metric
         self._sign = 1.0 if GREATER_IS_BETTER[best_metric.removeprefix("ema_")] else -1.0
         keep = checkpoint_managers.AnyPreservationPolicy(
@@ -83,6 +83,7 @@ class Checkpoints:
         paths.check_checkpoint_client(self.directory)
         self._set_aside_unreadable_metrics(read_only)
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=_ITEMS)
+        self._identity = paths.identity(self.directory)
 
     def _score(self, metrics: dict[str, float]) -> float:
         score = self._sign * metrics[self._metric]
@@ -132,8 +133,9 @@ class Checkpoints:
     def _try_to_write(self) -> None:
         """Raises if nothing can be written now. (Orbax would notice after five minutes of waiting.)"""
         if jax.process_index() == 0:
-            if not self.directory.is_dir():
-                raise FileNotFoundError(f"{self.directory} is not a folder any more")
+            # A save that was being written while it was moved may have made it anew.
+            if not self.directory.is_dir() or paths.identity(self.directory) != self._identity:
+                raise FileNotFoundError(f"{self.directory} is not the folder any more that the run began with")
             probe = self.directory.parent / ".writable"
             probe.write_bytes(bytes(4096))
             probe.unlink()
@@ -173,8 +175,8 @@ class Checkpoints:
         kept = self.steps()
         return UserError(
             f"a checkpoint could not be written to {self.directory} ({_first_line(error)}). Is the disk full, the"
-            f" folder removed, or write permission missing? The steps {kept} are intact; the same command resumes from"
-            " the last"
+            f" folder moved or removed, or write permission missing? The steps {kept} are intact; the same command"
+            " resumes from the last"
         )
 
     def steps(self) -> list[int]:
@@ -319,7 +321,7 @@ def _first_line(error: Exception) -> str:
 
 def check_choice(workdir: epath.PathLike, which: str | None) -> None:
     """Raises a UserError if `workdir` has no checkpoints at all, or `which` is not valid."""
-    if not (epath.Path(workdir) / "checkpoints").exists():
+    if not (paths.given(workdir, "workdir") / "checkpoints").exists():
         raise UserError(
             f"{workdir} has no checkpoints: it is not the work directory of a training, or of one just begun"
         )
@@ -343,6 +345,6 @@ def read_params(
     """
     check_choice(workdir, which)
     chosen = int(which) if which and which.isdecimal() else which or "best"
-    directory = epath.Path(workdir) / "checkpoints"
+    directory = paths.given(workdir, "workdir") / "checkpoints"
     with Checkpoints(directory, keep_last=1, best_metric=best_metric, read_only=True) as checkpoints:
         return checkpoints.restore_params(abstract, chosen, kind=kind)

@@ -18,9 +18,9 @@ from polaformer_jax import weights
 from polaformer_jax.config import EVALUATION_MAY_CHANGE, FUNCTION, HOW_COMPUTED
 from polaformer_jax.data.pipeline import Passes
 from polaformer_jax.data.records import Source
-from polaformer_jax.errors import UserError
-from polaformer_jax.files import atomic
-from polaformer_jax.training import checkpoints
+from polaformer_jax.errors import NotWrittenError, UserError
+from polaformer_jax.files import atomic, paths
+from polaformer_jax.training import checkpoints, run_data
 from polaformer_jax.training.experiment import Experiment
 from polaformer_jax.training.export import weights_metadata
 from polaformer_jax.training.metrics import Mean
@@ -197,10 +197,15 @@ def evaluate(
         The content of the JSON file: the metrics, examples counted and skipped, examples/s, and what was evaluated.
 
     Raises:
-        UserError: there is nothing to evaluate, or it does not fit the model or the data.
+        UserError: there is nothing to evaluate, it does not fit the model or the data, or a file cannot be written,
+            which is tried before the work.
+        NotWrittenError: a file could not be written in the end; the error has what would have been returned.
     """
-    outputs = {"json_path": json_path, "predictions_path": predictions_path, "weights_path": weights_path}
-    _check_request(config, workdir, checkpoint, outputs)
+    workdir = None if workdir is None else paths.given(workdir, "workdir")
+    _check_request(config, workdir, checkpoint)
+    if json_path is None and workdir is not None:
+        json_path = workdir / "eval.json"
+    outputs = _Outputs(json_path=json_path, predictions_path=predictions_path, weights_path=weights_path)
     if workdir is not None:
         stored = read_config(workdir)
         if config is None:
@@ -221,38 +226,74 @@ def evaluate(
         config.data.data_dir = data_dir
 
     experiment = Experiment(config)
+    split = experiment.inputs.report_split if split is None else split
+    source = experiment.inputs.source(split)
+    experiment.inputs.check_workers(training=False)
     if workdir is None:
-        params, evaluated = experiment.params.read(config.init.weights), {"weights": config.init.weights}
+        file = weights.read_file(config.init.weights)
+        run_data.check_names(file.class_names, source.class_names, f"the weights {file.path}", source.name)
+        params, evaluated = experiment.params.read(file), {"weights": config.init.weights}
     else:
+        if (data := run_data.read(workdir)) is not None:
+            run_data.check_names(data.class_names, source.class_names, f"the run in {workdir}", source.name)
         kind = config.eval.weights if kind is None else kind
         params, step = checkpoints.read_params(
             workdir, experiment.params.abstract, checkpoint, best_metric=checkpoints.metric_name(config), kind=kind
         )
-        directory = epath.Path(workdir) / "checkpoints"
-        evaluated = {"checkpoint": os.fspath(directory / str(step)), "step": step, "kind": kind}
+        evaluated = {"checkpoint": os.fspath(workdir / "checkpoints" / str(step)), "step": step, "kind": kind}
 
-    with Evaluator(experiment, experiment.inputs.report_split if split is None else split) as evaluator:
+    with Evaluator(experiment, split) as evaluator:
         result = evaluator(params)
-        source = experiment.inputs.source(evaluator.split)
     content = report(config, result, evaluated)
-    if jax.process_index() == 0:
-        if json_path is None and workdir is not None:
-            json_path = epath.Path(workdir) / "eval.json"
-        if json_path is not None:
-            write_json(json_path, content)
-        if predictions_path is not None:
-            write_predictions(predictions_path, result, source)
-        if weights_path is not None:
-            metadata = weights_metadata(
-                config,
-                source.class_names,
-                {**({} if workdir is None else {"step": step}), **result.metrics},
-            )
-            weights.save_weights(experiment.model(params), weights_path, metadata=metadata)
+    facts = {**({} if workdir is None else {"step": step}), **result.metrics}
+    metadata = weights_metadata(config, source.class_names, facts)
+    outputs.write(
+        content,
+        json_path=lambda path: write_json(path, content),
+        predictions_path=lambda path: write_predictions(path, result, source),
+        weights_path=lambda path: weights.save_weights(experiment.model(params), path, metadata=metadata),
+    )
     return content
 
 
-def _check_request(config, workdir, checkpoint, outputs) -> None:
+class _Outputs:
+    """The files that an evaluation is asked to write, by the names of the arguments; process 0 writes them.
+
+    They are tried before the work. One that cannot be written after it does not keep the others from being written.
+
+    Raises:
+        UserError: one cannot be written, or has the wrong suffix.
+    """
+
+    _KINDS = {"json_path": "result", "predictions_path": "predictions", "weights_path": "weights"}
+
+    def __init__(self, **asked: epath.PathLike | None):
+        self._paths = {}
+        if jax.process_index() > 0:
+            return
+        for name, path in asked.items():
+            if path is not None:
+                if name == "weights_path":
+                    weights.check_suffix(path, argument=name)
+                self._paths[name] = atomic.check_target(path, self._KINDS[name], argument=name)
+
+    def write(self, result: dict[str, Any], **writers: Callable[[epath.Path], None]) -> None:
+        """Writes all.
+
+        Raises:
+            NotWrittenError: some could not be written; it has the result.
+        """
+        problems = []
+        for name, path in self._paths.items():
+            try:
+                writers[name](path)
+            except UserError as error:
+                problems.append(str(error))
+        if problems:
+            raise NotWrittenError("; ".join(problems), result)
+
+
+def _check_request(config, workdir, checkpoint) -> None:
     """Raises a UserError, before any work, if the arguments of `evaluate` conflict."""
     if workdir is None:
         if config is None:
@@ -263,9 +304,3 @@ def _check_request(config, workdir, checkpoint, outputs) -> None:
             raise UserError(f"{checkpoint!r} needs the work directory of a training", argument="checkpoint")
     else:
         checkpoints.check_choice(workdir, checkpoint)
-    for name, path in outputs.items():
-        if path is not None and epath.Path(path).is_dir():
-            raise UserError(f"{os.fspath(path)} is a folder: name a file", argument=name)
-    weights_path = outputs["weights_path"]
-    if weights_path is not None and epath.Path(weights_path).suffix != ".safetensors":
-        raise UserError(f"{os.fspath(weights_path)}: weights are written as .safetensors", argument="weights_path")

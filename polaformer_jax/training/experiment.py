@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from polaformer_jax.config import check
 from polaformer_jax.errors import UserError
+from polaformer_jax.files import paths
 from polaformer_jax.hardware.costs import product_flops
 from polaformer_jax.training import runtime, sharding
 from polaformer_jax.training.inputs import Inputs
@@ -35,7 +36,7 @@ class Experiment:
     Args:
         config: the config.
         devices: devices to run on; None: all.
-        num_examples: size of the training set, if the steps are only compiled and no data set is available.
+        num_examples: examples of an epoch; None: as many as the training set has. With it, no data set is needed.
 
     Raises:
         UserError: the config is not valid: its values, its model, or its data set.
@@ -49,6 +50,7 @@ class Experiment:
         num_examples: int | None = None,
     ):
         check(config)
+        _check_paths(config)
         self.config = config = config.copy_and_resolve_references()
         self.mesh: Mesh = sharding.make_mesh(config.mesh, devices)
         self.task = task_of(config)
@@ -64,6 +66,12 @@ class Experiment:
         if num_examples is None:
             self._check_classes()
 
+    def counting(self, examples: int) -> "Experiment":
+        """The same with epochs of this many examples, whatever the size of the training set is."""
+        if examples == self.inputs.num_train_examples:
+            return self
+        return Experiment(self.config, devices=list(self.mesh.devices.flat), num_examples=examples)
+
     def _check_classes(self) -> None:
         config, classes = self.config, self.inputs.eval_source.num_classes
         if config.model.num_classes != classes:
@@ -73,7 +81,7 @@ class Experiment:
             )
 
     def check_training(self) -> None:
-        """Raises a UserError if this cannot be trained, though it may be evaluated: data, batch, length."""
+        """Raises a UserError if this cannot be trained, though it may be evaluated: data, batch, workers, length."""
         self.check_batch()
         train, evaluation = self.inputs.train_source, self.inputs.eval_source
         if train.num_classes != evaluation.num_classes:
@@ -81,6 +89,7 @@ class Experiment:
                 f"data.train_split={self.config.data.train_split} has {train.num_classes} classes, and"
                 f" data.eval_split={self.config.data.eval_split} {evaluation.num_classes}"
             )
+        self.inputs.check_workers(training=True)
         _ = self.length
 
     def check_batch(self) -> None:
@@ -176,6 +185,16 @@ class Experiment:
         config.model.remat, config.model.attention_impl = False, "xla"
         devices, examples = list(self.mesh.devices.flat), self.inputs.num_train_examples
         return Experiment(config, devices=devices, num_examples=examples)
+
+
+def _check_paths(config: ml_collections.ConfigDict) -> None:
+    """Raises a UserError if a path of the config cannot work, whatever is there."""
+    for field, path in (("data.data_dir", config.data.data_dir), ("init.weights", config.init.weights)):
+        if path is not None:
+            try:
+                paths.given(path)
+            except UserError as error:
+                raise UserError(f"{field}={path!r}: {error}") from None
 
 
 def create_abstract_model(config: ml_collections.ConfigDict) -> nnx.Module:

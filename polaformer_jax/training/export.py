@@ -1,6 +1,6 @@
 """Exports the weights of a checkpoint to a file, with metadata that describes them.
 
-The training may be running. Its data is not needed; if it is available, the class names are stored in the file.
+The training may be running. Its data is not needed: the names of its classes are in the work directory.
 """
 
 import json
@@ -14,7 +14,8 @@ from flax import nnx
 
 from polaformer_jax import weights
 from polaformer_jax.errors import UserError
-from polaformer_jax.training import checkpoints, sharding
+from polaformer_jax.files import paths
+from polaformer_jax.training import checkpoints, run_data, sharding
 from polaformer_jax.training.experiment import create_abstract_model
 from polaformer_jax.training.progress import log
 from polaformer_jax.training.tasks import task_of
@@ -52,6 +53,7 @@ def export(
     Raises:
         UserError: there is no such training or checkpoint, or `path` has another suffix.
     """
+    path = paths.given(path, "out")
     weights.check_suffix(path)
     config = read_config(workdir)
     checkpoints.check_choice(workdir, checkpoint)
@@ -62,11 +64,21 @@ def export(
     params, step = checkpoints.read_params(
         workdir, abstract, checkpoint, best_metric=checkpoints.metric_name(config), kind=kind
     )
-    try:
-        class_names = task_of(config).open_source(config.data.eval_split).class_names
-    except UserError as error:
-        log.warning("the file will have no class names, because the data is not available: %s", error)
-        class_names = None
-    metadata = weights_metadata(config, class_names, {"step": step, "kind": kind})
+    metadata = weights_metadata(config, _class_names(workdir, config), {"step": step, "kind": kind})
     weights.save_weights(nnx.merge(graphdef, params), path, layout=layout, metadata=metadata)
     return step
+
+
+def _class_names(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> tuple[str, ...] | None:
+    data = run_data.read(workdir)
+    if data is not None:
+        return data.class_names
+    try:
+        return task_of(config).open_source(config.data.eval_split).class_names
+    except UserError as error:
+        log.warning(
+            "the file will have no class names: the run began before version 0.3 and did not keep them, and its data is"
+            " not available: %s",
+            error,
+        )
+        return None

@@ -1,14 +1,16 @@
 """The data of an experiment: sources by split, and this process's rows of each batch."""
 
 import functools
+import math
 from typing import Any
 
 import ml_collections
+import numpy as np
 from jax.sharding import Mesh
 
 from polaformer_jax.data.pipeline import Passes
 from polaformer_jax.data.records import Source
-from polaformer_jax.data.workers import Stream
+from polaformer_jax.data.workers import Stream, check_shared_memory, check_start
 from polaformer_jax.training.sharding import local_rows
 from polaformer_jax.training.tasks import Task
 
@@ -67,6 +69,20 @@ class Inputs:
         """Batches of a whole split, without augmentation."""
         reading = self._reading(self.eval_batch_size)
         return self._task.eval_batches(self.source(split), batch_size=self.eval_batch_size, **reading)
+
+    def check_workers(self, *, training: bool) -> None:
+        """Raises a UserError if data workers cannot be started, or their batches do not fit into shared memory.
+
+        Args:
+            training: whether training batches are read as well as those of an evaluation.
+        """
+        check_start(self._config.data.workers)
+        sizes = {"evaluation": self.eval_batch_size}
+        if training:
+            sizes["training"] = self._config.train.batch_size
+        example = sum(math.prod(shape) * np.dtype(kind).itemsize for shape, kind in self._task.batch_shapes().values())
+        batches = {name: example * len(local_rows(self._mesh, size)) for name, size in sizes.items()}
+        check_shared_memory(self._config.data.workers, self._config.data.prefetch, batches)
 
     def describe_batch(self, step: int) -> list[str]:
         """Names of the records in the whole training batch of a step."""

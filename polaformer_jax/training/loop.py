@@ -16,7 +16,9 @@ import numpy as np
 from clu import parameter_overview
 from etils import epath
 
-from polaformer_jax.errors import Interrupted, UserError
+from polaformer_jax import weights
+from polaformer_jax.errors import Interrupted, NotWrittenError, UserError
+from polaformer_jax.files import paths
 from polaformer_jax.training import reports, runtime
 from polaformer_jax.training.checkpoints import COUNTS, Checkpoints, metric_name
 from polaformer_jax.training.evaluation import Evaluation, Evaluator, Stopped, report, write_json
@@ -24,6 +26,7 @@ from polaformer_jax.training.experiment import Experiment
 from polaformer_jax.training.metrics import RunningAverages, Utilisation, make_writer
 from polaformer_jax.training.progress import Progress, log
 from polaformer_jax.training.reports import Result
+from polaformer_jax.training.run_data import RunData, epoch_examples
 from polaformer_jax.training.sharding import to_devices
 from polaformer_jax.training.signals import StopRequests
 from polaformer_jax.training.state import TrainState
@@ -50,24 +53,27 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, *, stop: S
     Raises:
         UserError: the config, the data or the work directory cannot be used, or a checkpoint cannot be written.
         NonFiniteError: the loss or a gradient is not finite. The checkpoints before it are kept.
+        NotWrittenError: `eval.json` could not be written; the error has what would have been returned.
         Interrupted: the run was requested to stop, and has saved its state.
     """
+    workdir = paths.given(workdir, "workdir")
     stop = StopRequests() if stop is None else stop
     experiment = Experiment(config)
     experiment.check_training()
     config = experiment.config
-    with (
-        claim(workdir, config) as workdir,
-        Checkpoints(
-            workdir / "checkpoints",
-            keep_last=config.checkpoint.keep_last,
-            best_metric=metric_name(config),
-        ) as checkpoints,
-        Evaluator(experiment) as evaluator,
-    ):
+    data = RunData.of(experiment.inputs, config)
+    with contextlib.ExitStack() as stack:
+        workdir = stack.enter_context(claim(workdir, config, data))
+        experiment = experiment.counting(epoch_examples(workdir, data))
+        checkpoints = stack.enter_context(
+            Checkpoints(workdir / "checkpoints", keep_last=config.checkpoint.keep_last, best_metric=metric_name(config))
+        )
+        evaluator = stack.enter_context(Evaluator(experiment))
         restored = checkpoints.restore(experiment.states.abstract)
         loop = _Loop(experiment, workdir, checkpoints, evaluator, stop)
         if restored is None:
+            if config.init.weights is not None:
+                _warn_of_other_names(config.init.weights, data.class_names)
             loop.run(experiment.states.initial())
         else:
             step = int(restored.state.step)
@@ -270,14 +276,28 @@ def _conclude(experiment: Experiment, workdir: epath.Path, checkpoints: Checkpoi
     else:
         with Evaluator(experiment, split) as another:
             evaluation = another(params)
-    drawn = []
+    result = Result(evaluation, step, checkpoints.directory / str(step), [])
     if jax.process_index() == 0:
-        evaluated = {"checkpoint": os.fspath(checkpoints.directory / str(step)), "step": step, "kind": kind}
-        write_json(workdir / "eval.json", report(experiment.config, evaluation, evaluated))
         if experiment.config.log.pictures:
             source = experiment.inputs.source(split)
-            drawn = reports.draw_all(workdir, evaluation, source, experiment.task.picture_of(source))
-    return Result(evaluation, step, checkpoints.directory / str(step), drawn)
+            result.pictures.extend(reports.draw_all(workdir, evaluation, source, experiment.task.picture_of(source)))
+        evaluated = {"checkpoint": os.fspath(result.checkpoint), "step": step, "kind": kind}
+        try:
+            write_json(workdir / "eval.json", report(experiment.config, evaluation, evaluated))
+        except UserError as error:
+            raise NotWrittenError(str(error), result) from error
+    return result
+
+
+def _warn_of_other_names(path: str, class_names: tuple[str, ...] | None) -> None:
+    """Warns where a run begins with a classifier of as many classes as the data has, but other ones."""
+    before = weights.read_file(path).class_names
+    if before is not None and class_names is not None and before != class_names and len(before) == len(class_names):
+        label = next(label for label, names in enumerate(zip(before, class_names, strict=True)) if len(set(names)) > 1)
+        log.warning(
+            "%s has a classifier for other classes (label %d: %s there, %s in the data); training begins with it",
+            *(path, label, before[label], class_names[label]),
+        )
 
 
 def _sentence(evaluation: Evaluation) -> str:

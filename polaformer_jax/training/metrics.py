@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from polaformer_jax.files import atomic
+from polaformer_jax.files import atomic, paths
 from polaformer_jax.hardware.chips import chip_of
 
 Sums = Mapping[str, tuple[jax.Array, jax.Array]]
@@ -183,7 +183,7 @@ def make_writer(workdir: epath.PathLike, start: int):
 
     tf.config.set_visible_devices([], "GPU")  # it would allocate the memory that JAX needs
     if jax.process_index() == 0:
-        for path in epath.Path(workdir).glob("events.out.tfevents.*"):
+        for path in paths.given(workdir).glob("events.out.tfevents.*"):
             _truncate(path, start)
     return metric_writers.create_default_writer(workdir, just_logging=jax.process_index() > 0)
 

@@ -1,5 +1,6 @@
 """Progress of a long run: a progress bar on a terminal, plain log lines elsewhere."""
 
+import contextlib
 import logging as std_logging
 import math
 import sys
@@ -42,7 +43,8 @@ class _TqdmHandler(std_logging.Handler):
     """Prints above a progress bar rather than through it."""
 
     def emit(self, record: std_logging.LogRecord) -> None:
-        tqdm.tqdm.write(self.format(record), file=sys.stderr)
+        with contextlib.suppress(OSError):  # a terminal that was closed must not end the run
+            tqdm.tqdm.write(self.format(record), file=sys.stderr)
 
 
 def bar(*args, **options) -> tqdm.tqdm:

@@ -4,10 +4,13 @@ The packaged recipes are the files of the folder `configs`: in a checkout next t
 """
 
 import ast
+import contextlib
 import importlib.util
 import inspect
+import re
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import ml_collections
@@ -35,7 +38,7 @@ def find(text: str) -> tuple[Path, str | None]:
     """
     place, colon, arg = text.partition(":")
     known = packaged()
-    path = known.get(place, Path(place))
+    path = known.get(place) or Path(place).expanduser()
     if not path.is_file():
         found = "a folder" if place and path.is_dir() else "no such file"
         raise UserError(
@@ -48,8 +51,8 @@ def load(text: str) -> ml_collections.ConfigDict:
     """The config of a recipe, see `find`.
 
     Raises:
-        UserError: there is no such recipe, it has no `get_config`, this does not accept its argument, or returns no
-            config.
+        UserError: there is no such recipe, it fails, it has no `get_config`, this does not accept its argument, or
+            returns no config.
     """
     path, arg = find(text)
     spec = importlib.util.spec_from_file_location(f"polaformer_recipe_{path.stem}", path)
@@ -57,24 +60,48 @@ def load(text: str) -> ml_collections.ConfigDict:
         raise UserError(f"config {str(path)!r}: expected a Python file, with the suffix .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look for their module there
-    try:
+    with _failing(path):
         spec.loader.exec_module(module)
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] != "configs":
-            raise
-        raise UserError(
-            f"config {str(path)!r} imports {error.name!r}; defaults() and use_official_augmentation() are in"
-            " polaformer_jax.config, parse_arg() and load() in polaformer_jax.training.recipes"
-        ) from error
     get_config = getattr(module, "get_config", None)
     if get_config is None:
         raise UserError(f"config {str(path)!r} is not a recipe: it has no get_config")
     if arg is not None and not inspect.signature(get_config).parameters:
         raise UserError(f"config {str(path)!r} takes no argument, found {arg!r}")
-    config = get_config() if arg is None else get_config(arg)
+    with _failing(path):
+        config = get_config() if arg is None else get_config(arg)
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(f"config {str(path)!r}: get_config returns a {type(config).__name__}, expected a ConfigDict")
     return config
+
+
+@contextlib.contextmanager
+def _failing(path: Path) -> Iterator[None]:
+    """Runs the code of a recipe within the context. Its errors become one that names the line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != "configs":
+            raise UserError(f"config {str(path)!r} imports {error.name!r}, which is not installed") from error
+        raise UserError(
+            f"config {str(path)!r} imports {error.name!r}; defaults() and use_official_augmentation() are in"
+            " polaformer_jax.config, parse_arg() and load() in polaformer_jax.training.recipes"
+        ) from error
+    except Exception as error:
+        if isinstance(error, SyntaxError):
+            line, said = error.lineno, error.msg
+        else:
+            steps = traceback.extract_tb(error.__traceback__)
+            line = next((step.lineno for step in reversed(steps) if step.filename == str(path)), None)
+            said = error
+            while isinstance(said, BaseException) and len(said.args) == 1:  # the text of a KeyError is in quotes
+                said = said.args[0]
+        place = f"config {str(path)!r}" if line is None else f"config {str(path)!r}, line {line}"
+        # ml_collections lists the whole config before it names the field that may be meant.
+        said, _, rest = str(said).partition("Other fields present:")
+        said += "".join(re.findall("Did you mean .*", rest)[-1:])
+        raise UserError(f"{place}: {type(error).__name__}: {' '.join(said.split())}") from error
 
 
 def parse_arg(arg: str | None, *, models: Sequence[str], **options) -> ml_collections.ConfigDict:

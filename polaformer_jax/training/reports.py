@@ -19,6 +19,7 @@ from polaformer_jax.files.figures import FAINT, INK
 from polaformer_jax.training.evaluation import Evaluation
 from polaformer_jax.training.experiment import Experiment
 from polaformer_jax.training.metrics import read_scalars
+from polaformer_jax.training.progress import log
 from polaformer_jax.training.workdir import as_json
 
 TRAIN, TEST, WRONG = "#9aa5b1", "#2364aa", "#c8382c"
@@ -38,21 +39,24 @@ def draw_all(
         picture_of: returns the image (S, S, 3) uint8 of an example that the model saw; None: there are no images.
 
     Returns:
-        The files.
+        The files. What could not be drawn or written is logged, and missing.
     """
-    folder = workdir / "pictures"
-    folder.mkdir(parents=True, exist_ok=True)
     names = source.class_names or tuple(str(label) for label in range(source.num_classes))
-    drawn = {
-        "curves.png": curves(read_scalars(workdir)),
-        "confusion.png": confusion(evaluation, names),
+    drawers = {
+        "curves.png": lambda: curves(read_scalars(workdir)),
+        "confusion.png": lambda: confusion(evaluation, names),
     }
     if picture_of is not None:
-        drawn["predictions.png"] = predictions(evaluation, names, picture_of)
+        drawers["predictions.png"] = lambda: predictions(evaluation, names, picture_of)
     paths = []
-    for name, figure in drawn.items():
-        paths.append(folder / name)
-        figures.save(figure, paths[-1])
+    for name, draw in drawers.items():
+        path = workdir / "pictures" / name
+        try:
+            figures.save(draw(), path)
+        except Exception as error:  # a picture is not worth a result
+            log.warning("the picture %s was not drawn: %s: %s", path, type(error).__name__, error)
+        else:
+            paths.append(path)
     return paths
 
 
@@ -104,8 +108,9 @@ def confusion(evaluation: Evaluation, names: tuple[str, ...]) -> Figure:
     axes.spines[:].set_color(FAINT)
     if few:
         rotation = 90 if max(map(len, names)) > 3 else 0
-        axes.set_xticks(range(len(names)), names, rotation=rotation)
-        axes.set_yticks(range(len(names)), names)
+        labels = [figures.plain(name) for name in names]
+        axes.set_xticks(range(len(names)), labels, rotation=rotation)
+        axes.set_yticks(range(len(names)), labels)
         axes.tick_params(length=0, labelcolor=INK)
         for row, column in zip(*np.nonzero(counts), strict=True):
             wrong = row != column
@@ -143,10 +148,10 @@ def predictions(evaluation: Evaluation, names: tuple[str, ...], image_of) -> Fig
         fontweight="bold",
     )
     for axes, index in zip(figure.subplots(rows, GRID[1], squeeze=False).flat, shown, strict=False):
-        true, predicted = names[out["label"][index]], names[out["prediction"][index]]
+        true, predicted = (figures.plain(_short(names[out[key][index]])) for key in ("label", "prediction"))
         axes.imshow(image_of(index), interpolation="nearest")
         mistaken = out["label"][index] != out["prediction"][index]
-        text = f"{_short(predicted)}, not {_short(true)}" if mistaken else _short(true)
+        text = f"{predicted}, not {true}" if mistaken else true
         axes.set_title(
             f"{text}\n{100 * out['probability'][index]:.0f} %", fontsize=8, color=WRONG if mistaken else INK, pad=3
         )

@@ -1,4 +1,4 @@
-"""Stop requests by signals: SIGTERM from a scheduler, or Ctrl-C.
+"""Stop requests by signals: SIGTERM from a scheduler, Ctrl-C, or the end of a terminal (unless `nohup` ignores it).
 
 The first signal requests a stop: the run saves a checkpoint and ends with status `Interrupted.status`, on which a
 scheduler may queue it again. A second one ends the process at once. Before there is a state, and after the last
@@ -21,7 +21,7 @@ from collections.abc import Iterator
 
 from polaformer_jax.errors import Interrupted
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class StopRequests:
@@ -40,7 +40,11 @@ class StopRequests:
         threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
         self._wakeup_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         # The interpreter writes a signal's number to the pipe only if the signal has a Python handler, whichever it is.
-        self._before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        self._before = {
+            number: signal.signal(number, lambda *_: None)
+            for number in SIGNALS
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+        }
         return self
 
     def __exit__(self, *exception) -> None:

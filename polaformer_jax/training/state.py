@@ -67,10 +67,11 @@ class Parameters:
         model = self.task.create_model(Keys(nnx.Rngs(self.config.seed).params(), place))
         return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
-    def read(self, path: str, *, fits: Collection[weights.Fit] | None = None) -> Any:
-        """Reads parameters from a weights file of any kind that `weights.read_file` reads.
+    def read(self, source: str | weights.WeightsFile, *, fits: Collection[weights.Fit] | None = None) -> Any:
+        """Reads parameters from a weights file.
 
         Args:
+            source: its path, or what `weights.read_file` returned.
             fits: what may be changed to fit, see `weights.load_weights`; None: what the task allows, without the
                 classifier. Each change is logged.
 
@@ -79,9 +80,10 @@ class Parameters:
         """
         if fits is None:
             fits = [kind for kind in self.task.fits if kind != "classifier"]
-        params, changes = weights.params_from(path, self.abstract, self.model_config, fit=fits)
+        file = source if isinstance(source, weights.WeightsFile) else weights.read_file(source)
+        params, changes = weights.params_from(file, self.abstract, self.model_config, fit=fits)
         for line in weights.summary(changes):
-            log.warning("%s, changed to fit the model: %s", path, line)
+            log.warning("%s, changed to fit the model: %s", file.path, line)
         return params
 
 

@@ -1,6 +1,6 @@
 """A work directory belongs to one run: it stores the run's config and is used by one training at a time.
 
-It holds `config.json`, `checkpoints/`, TensorBoard events, `pictures/` and `eval.json`.
+It holds `config.json`, `data.json`, `checkpoints/`, TensorBoard events, `pictures/` and `eval.json`.
 """
 
 import contextlib
@@ -18,11 +18,13 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 import polaformer_jax
-from polaformer_jax.config import HOW_COMPUTED, NOT_IDENTITY, defaults, is_within
+from polaformer_jax.config import HOW_COMPUTED, NOT_IDENTITY, ON_FAULTS, defaults, is_within
 from polaformer_jax.errors import UserError
-from polaformer_jax.files import atomic
+from polaformer_jax.files import atomic, paths
+from polaformer_jax.training import run_data
 from polaformer_jax.training.metrics import read_scalars
 from polaformer_jax.training.progress import log
+from polaformer_jax.training.run_data import RunData
 from polaformer_jax.weights import flatten
 
 TRAINING_FILE = "training.json"
@@ -39,12 +41,12 @@ def read_config(workdir: epath.PathLike) -> ml_collections.ConfigDict:
     Raises:
         UserError: there is none, or it is damaged.
     """
-    path = epath.Path(workdir) / "config.json"
+    path = paths.given(workdir, "workdir") / "config.json"
     if not path.exists():
         raise UserError(f"{path} does not exist: {workdir} is not the work directory of a training")
     try:
         return ml_collections.ConfigDict(_completed(json.loads(path.read_text())))
-    except (json.JSONDecodeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:  # no UTF-8, no JSON, no config
         raise UserError(f"{path} is damaged ({error}): take another work directory") from error
 
 
@@ -92,22 +94,30 @@ def changed_fields(
 
 
 @contextlib.contextmanager
-def claim(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> Iterator[epath.Path]:
+def claim(
+    workdir: epath.PathLike, config: ml_collections.ConfigDict, data: RunData | None = None
+) -> Iterator[epath.Path]:
     """Reserves the work directory for this run within the context. With several processes, process 0 does it.
 
+    Args:
+        data: what the run reads; None: not known, and not compared.
+
     Raises:
-        UserError: it belongs to a run with another config (differences are listed), or another process trains in it.
+        UserError: it belongs to a run with another config (differences are listed) or with other data, another process
+            trains in it, or the processes read different data.
     """
-    workdir = epath.Path(workdir)
+    workdir = paths.given(workdir, "workdir")
+    if data is not None:
+        run_data.check_agreement(data)
     if jax.process_count() == 1:
-        with _claimed(workdir, config):
+        with _claimed(workdir, config, data):
             yield workdir
         return
     with contextlib.ExitStack() as stack:
         problem = None
         if jax.process_index() == 0:
             try:
-                stack.enter_context(_claimed(workdir, config))
+                stack.enter_context(_claimed(workdir, config, data))
             except UserError as error:
                 problem = error
         if multihost_utils.broadcast_one_to_all(np.int32(problem is not None)):
@@ -116,7 +126,7 @@ def claim(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> Iterato
 
 
 @contextlib.contextmanager
-def _claimed(workdir: epath.Path, config: ml_collections.ConfigDict) -> Iterator[None]:
+def _claimed(workdir: epath.Path, config: ml_collections.ConfigDict, data: RunData | None) -> Iterator[None]:
     with writable(workdir):
         atomic.make_folder(workdir)
     with _locked(workdir):
@@ -131,10 +141,16 @@ def _claimed(workdir: epath.Path, config: ml_collections.ConfigDict) -> Iterator
                     + "\n".join(f"  {line}" for line in changed)
                     + "\ntake another work directory, or undo these changes to resume that run"
                 )
+            if data is not None and (before := run_data.read(workdir)) is not None:
+                data = before.resumed(data, on_change=config.data.on_change, where=os.fspath(workdir))
             for line in differences(stored, config, within=HOW_COMPUTED, but=()):
                 log.info("the run is computed in another way from here on: %s", line)
+            for line in differences(stored, config, within=ON_FAULTS, but=()):
+                log.info("the run goes on with another answer to faults: %s", line)
         with writable(workdir):
             atomic.write(workdir / "config.json", json.dumps(as_json(config), indent=2) + "\n")
+            if data is not None:
+                run_data.write(workdir, data)
         yield
 
 
@@ -152,7 +168,7 @@ def writable(workdir: epath.Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _locked(workdir: epath.Path) -> Iterator[None]:
     """Holds the directory's lock file. The system releases it when the process ends, however it ends."""
-    if "://" in os.fspath(workdir):  # object stores have no locks
+    if paths.in_bucket(workdir):  # object stores have no locks
         yield
         return
     import fcntl  # not on Windows, where jax has no accelerators either
@@ -168,6 +184,11 @@ def _locked(workdir: epath.Path) -> Iterator[None]:
                 f"another process ({file.read().decode().strip() or 'unknown'}) is training in {workdir}:"
                 " wait for it or stop it, or take another work directory"
             ) from None
+        except OSError as error:  # Lustre without -o flock, some network drives
+            log.warning(
+                "%s cannot be locked (%s): do not start a second training in it, for it would not be noticed",
+                *(workdir, error.strerror),
+            )
         with writable(workdir):
             file.truncate(0)
             file.write(b"pid %d" % os.getpid())

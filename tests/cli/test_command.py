@@ -49,6 +49,9 @@ def parsed(parser, *words):
         (["--config.watchdog.step_s=None"], "watchdog.step_s", None),
         (["--config.watchdog.input_s=None"], "watchdog.input_s", None),
         (["--config.train.epochs=3", "--config.train.epochs=4"], "train.epochs", 4.0),
+        (["--config.train.epochs=None", "--config.train.epochs=4"], "train.epochs", 4.0),
+        (["--config.train.epochs=3", "--config.train.epochs=None"], "train.epochs", None),
+        (["--config.optimizer.clip_norm", "1", "--config.optimizer.clip_norm", "None"], "optimizer.clip_norm", None),
     ],
 )
 def test_an_override_sets_a_field(parser, words, field, value):
@@ -155,9 +158,28 @@ def test_a_recipe_for_version_0_1_is_refused_with_what_changed(tmp_path):
     own.write_text("from configs.defaults import defaults\n")
     with pytest.raises(UserError, match="defaults.. and use_official_augmentation.. are in polaformer_jax.config"):
         recipes.load(str(own))
-    own.write_text("import nothing_like_this\n")
-    with pytest.raises(ModuleNotFoundError):
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("import nothing_like_this", "own.py' imports 'nothing_like_this', which is not installed"),
+        ("x = 1\ndef get_config(:", "own.py', line 2: SyntaxError: "),
+        ("def get_config():\n    return {}['lr']", "own.py', line 2: KeyError: lr"),
+        (
+            "from polaformer_jax.config import defaults\ndef get_config():\n    config = defaults().lock()\n"
+            "    config.optimizer.lrr = 1",
+            'own.py\', line 4: AttributeError: Key "lrr" does not exist',
+        ),
+        ("def get_config(): pass", "own.py': get_config returns a NoneType"),
+    ],
+)
+def test_a_recipe_that_fails_is_one_line_that_names_its_own(text, message, tmp_path):
+    own = tmp_path / "own.py"
+    own.write_text(text)
+    with pytest.raises(UserError) as error:
         recipes.load(str(own))
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def raising(error):
@@ -208,6 +230,44 @@ def test_a_closed_pipe_ends_quietly(unbuffered):
         text=True, env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
     )  # fmt: skip
     assert ended.stderr == "1\n"
+
+
+def test_output_that_cannot_be_written_is_an_error():
+    for text in ("9 * chr(97)", "99999 * chr(97)"):  # written at the end, and at once
+        program = f"from polaformer_jax.cli import command; exit(command.run(lambda: print({text})))"
+        ended = subprocess.run(
+            f"{sys.executable} -c '{program}' > /dev/full", shell=True, cwd=ROOT, capture_output=True, text=True
+        )
+        assert ended.returncode == 1 and ended.stderr == (
+            "error: the output cannot be written: [Errno 28] No space left on device\n"
+        )
+
+
+def test_a_process_without_standard_streams_works(tmp_path):
+    program = (
+        "import os, sys\nfrom polaformer_jax.cli import command\n"
+        "def action():\n    print(1)\n    print(2, file=sys.stderr)\n"
+        f"    open({str(tmp_path / 'fd')!r}, 'w').write(str(os.open('/dev/null', os.O_RDONLY)))\n"
+        "exit(command.run(action))"
+    )
+    script = 'exec "$0" -c "$1" <&- >&- 2>&-'
+    assert subprocess.run(["sh", "-c", script, sys.executable, program], cwd=ROOT).returncode == 0
+    assert int((tmp_path / "fd").read_text()) > 2  # messages of libraries do not go to a file of ours
+
+
+def test_what_a_terminal_cannot_show_is_printed_escaped():
+    program = "from polaformer_jax.cli import command; exit(command.run(lambda: print(chr(0x441) + chr(0xdce9))))"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert ended.stdout == "\\u0441\\udce9\n"
+
+
+def test_a_device_that_is_not_there_is_one_message():
+    program = "from polaformer_jax.cli import command\nimport jax\nexit(command.run(jax.device_count))"
+    environment = {**os.environ, "JAX_PLATFORMS": "cuda"}
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert ended.returncode == 1 and ended.stderr.startswith("error: JAX cannot use a device (")
+    assert "JAX_PLATFORMS=cuda asks for one" in ended.stderr and ended.stderr.count("\n") == 1
 
 
 def test_another_broken_pipe_is_a_bug():

@@ -166,7 +166,8 @@ def test_refuses_names_that_do_not_fit(metadata, arguments, message, tmp_path):
 def test_a_picture_has_a_row_an_image_and_a_panel_a_stream(chosen, panels, marked, model, results, tmp_path):
     transform = prediction.evaluation_transform(model, PREPROCESS)
     where = pictures.choose(model, **chosen)
-    figure = pictures.draw(model, results[:2], transform=transform, where=where)
+    files = [result["image"] for result in results[:2]]
+    figure = pictures.draw(model, files, results[:2], transform=transform, where=where)
     drawn = [axes for axes in figure.axes if axes.images]
     assert len(drawn) == 2 * panels
     assert [len(axes.patches) for axes in drawn] == [int(marked)] * len(drawn)

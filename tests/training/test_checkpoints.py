@@ -85,6 +85,27 @@ def test_a_relative_folder(tmp_path, monkeypatch):
     assert (tmp_path / "run/checkpoints/1").is_dir()
 
 
+@pytest.mark.parametrize("name", ["run [1]", "a*b?[!c]", "r ü n"])
+def test_a_folder_of_any_name(name, tmp_path):
+    for _ in range(2):
+        with Checkpoints(tmp_path / name, keep_last=1, best_metric="accuracy") as checkpoints:
+            restored = checkpoints.restore(abstract())
+            if restored is None:
+                checkpoints.save(state_of(3), {"accuracy": 0.5})
+    assert restored.state.step == 3 and restored.evaluated
+
+
+def test_a_folder_that_was_moved_is_noticed(tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    with Checkpoints(folder, keep_last=1, best_metric="accuracy") as checkpoints:
+        checkpoints.save(state_of(3))
+        checkpoints.wait()
+        (tmp_path / "run").rename(tmp_path / "moved")
+        folder.mkdir(parents=True)
+        with pytest.raises(UserError, match="not the folder any more that the run began with"):
+            checkpoints.save(state_of(4))
+
+
 def test_saving_a_step_twice_is_an_error_not_silence(tmp_path):
     with Checkpoints(tmp_path, keep_last=2, best_metric="accuracy") as checkpoints:
         checkpoints.save(state_of(3))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from polaformer_jax.data import sources
-from polaformer_jax.errors import UserError
+from polaformer_jax.errors import NotWrittenError, UserError
 from polaformer_jax.training import evaluation, loop, reports
 from polaformer_jax.training.experiment import Experiment
 from polaformer_jax.training.metrics import read_scalars
@@ -78,6 +78,24 @@ def test_requests_that_cannot_be_met(finished, arguments, message):
         evaluation.evaluate(None, finished[1], **arguments)
 
 
+def test_outputs_are_tried_before_the_work_and_no_result_is_lost(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "Experiment", None)  # nothing of the work begins
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="result .*a.json' cannot be written"):
+        evaluation.evaluate(None, finished[1], json_path=tmp_path / "file" / "a.json")
+    monkeypatch.undo()
+
+    def full(path, content):
+        raise UserError(f"result {path} cannot be written: No space left on device")
+
+    monkeypatch.setattr(evaluation, "write_json", full)
+    with pytest.raises(NotWrittenError, match="No space left") as error:
+        table = tmp_path / "table.csv"
+        evaluation.evaluate(None, finished[1], json_path=tmp_path / "a.json", predictions_path=table)
+    assert error.value.result["accuracy"] == finished[2].evaluation.metrics["accuracy"]
+    assert table.exists()  # the other output is there
+
+
 @pytest.mark.parametrize(
     "field, value, message",
     [
@@ -112,7 +130,7 @@ class Unreadable:
 
     def __init__(self, source, bad):
         self._source, self._bad = source, bad
-        self.name, self.origin = source.name, source.origin
+        self.name, self.origin, self.digest = source.name, source.origin, source.digest
         self.num_classes, self.class_names = source.num_classes, source.class_names
 
     def __len__(self):

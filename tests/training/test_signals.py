@@ -40,7 +40,7 @@ def run(*signals, deferred, stop_early="stop.requested"):
     return process.returncode, errors
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_the_first_signal_asks_for_a_stop(number):
     status, errors = run(number, deferred=True)
     assert status == 75
@@ -57,6 +57,20 @@ def test_a_second_signal_ends_at_once(number):
 def test_where_nothing_can_be_lost_the_first_signal_ends_with_the_same_status():
     status, errors = run(signal.SIGTERM, deferred=False, stop_early="False")
     assert status == 75 and "nothing to save" in errors
+
+
+def test_the_end_of_a_terminal_that_is_to_be_ignored_is_ignored():
+    """As `nohup` starts a command."""
+    from polaformer_jax.training.signals import StopRequests
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequests() as stop:
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_handlers_are_put_back():

@@ -14,6 +14,7 @@ from polaformer_jax.training import evaluation, loop, reports
 from polaformer_jax.training.checkpoints import Checkpoints
 from polaformer_jax.training.experiment import Experiment
 from polaformer_jax.training.metrics import read_scalars
+from tests.support.log_messages import logged
 from tests.support.recipes import dense_digits
 
 
@@ -68,6 +69,18 @@ def test_the_parameters_are_listed_in_tensorboard(finished):
     events = EventAccumulator(str(finished[1])).Reload()
     name = next(tag for tag in events.Tags()["tensors"] if tag.startswith("parameters"))
     assert b"head/kernel" in events.Tensors(name)[0].tensor_proto.string_val[0]
+
+
+def test_no_picture_costs_a_run_its_result(finished, tmp_path, monkeypatch):
+    config, workdir, result = finished
+    monkeypatch.setattr(reports, "confusion", lambda *_: 1 / 0)
+    source = Experiment(config).inputs.source("test")
+    with logged() as messages:
+        drawn = reports.draw_all(tmp_path, result.evaluation, source, lambda index: np.zeros((8, 8, 3), np.uint8))
+    assert [path.name for path in drawn] == ["curves.png", "predictions.png"]
+    assert messages == [
+        f"the picture {tmp_path}/pictures/confusion.png was not drawn: ZeroDivisionError: division by zero"
+    ]
 
 
 def test_pictures_are_drawn(finished):

@@ -1,6 +1,9 @@
 """A work directory belongs to one run and is used by one training at a time."""
 
+import errno
+import fcntl
 import json
+import os
 import subprocess
 import sys
 
@@ -93,6 +96,18 @@ def test_two_trainings_at_once_are_refused(tmp_path):
     with claim(tmp_path, get_config()), pytest.raises(UserError, match=r"another process \(pid \d+\) is training in"):
         with claim(tmp_path, get_config()):
             pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_warned_of(number, tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with logged() as messages, claim(tmp_path, get_config()):
+        pass
+    (message,) = messages
+    assert f"cannot be locked ({os.strerror(number)})" in message
 
 
 def test_a_killed_training_leaves_no_lock(tmp_path):
