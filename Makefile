@@ -19,19 +19,19 @@ train: $(VENV)/.runtime
 	$(BIN)/polaformer prepare sklearn_digits --data-dir $(DATA)
 	$(BIN)/python train.py --config $(CONFIG) --config.data.data_dir=$(DATA) --workdir $(WORKDIR)
 
-# The quick tests leave out most of XLA's optimisations, whose time they would spend on programs that run once; the slow
-# ones are compiled as users' programs are. Two more processes have what two leave of two cores: slow tests often wait for
-# processes that they start. Files go to the processes in order, those of the longest slow tests first, so that no process
-# is left with one of them at the end.
-PYTEST := $(BIN)/python -m pytest -q --dist loadfile --no-loadscope-reorder
+# Tests leave out most of XLA's optimisations, whose time they would spend on programs that run once; those that compare
+# full-size models and a training of the official recipe have them (tests/support/quick.py). Three processes share two
+# cores in the slow tests, which often wait for processes that they start. Files go to the processes in order, those of the
+# longest slow tests first, so that no process is left with one of them at the end.
+PYTEST = XLA_FLAGS="$$($(BIN)/python tests/support/quick.py)" $(BIN)/python -m pytest -q --dist loadfile --no-loadscope-reorder
 LONG := tests/training/ tests/packaging/
 ROOMS := $(sort $(dir $(wildcard tests/*/test_*.py)))
 
 test: lint
-	XLA_FLAGS="$$($(BIN)/python tests/support/quick.py)" $(PYTEST) -n 2 -m "not slow" $(addprefix tests/,$(ROOM))
+	$(PYTEST) -n 2 -m "not slow" $(addprefix tests/,$(ROOM))
 
 test-all: lint $(VENV)/.docs
-	$(PYTEST) -n 4 -m slow $(if $(ROOM),$(addprefix tests/,$(ROOM)),$(LONG) $(filter-out $(LONG),$(ROOMS)))
+	$(PYTEST) -n 3 -m slow $(if $(ROOM),$(addprefix tests/,$(ROOM)),$(LONG) $(filter-out $(LONG),$(ROOMS)))
 
 docs: $(VENV)/.docs
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -d docs/_build/doctrees docs docs/_build/html

@@ -52,6 +52,15 @@ def quickly_compiled(monkeypatch):
     monkeypatch.setattr(runtime, "compiler_options", lambda config: QUICK)
 
 
+@pytest.fixture
+def compiled_as_by_users(monkeypatch):
+    """Training steps have the optimisations that the tests otherwise leave out (see the Makefile)."""
+    from polaformer_jax.training import runtime
+    from tests.support.quick import AS_USERS
+
+    monkeypatch.setattr(runtime, "compiler_options", lambda config: AS_USERS)
+
+
 @pytest.fixture(scope="session")
 def digits_dir(tmp_path_factory) -> str:
     """A data directory with the prepared data set `sklearn_digits`."""

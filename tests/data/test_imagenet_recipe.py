@@ -13,7 +13,7 @@ from tests.support.recipes import recipe
 
 
 @pytest.mark.slow
-def test_a_few_steps_of_the_official_recipe(tmp_path):
+def test_a_few_steps_of_the_official_recipe(tmp_path, compiled_as_by_users):
     wnids = (Path(tfds.__file__).parent / "datasets/imagenet2012/labels.txt").read_text().split()
     tars = write_tars(tmp_path / "tars", wnids, validation=10)
     prepare.prepare("imagenet2012", tmp_path / "data", manual_dir=tars)

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from tests.support.golden_models import FULL, GOLDEN_FOLDER, build_full, float32_tolerance, images, relative_error
-from tests.support.quick import QUICK
+from tests.support.quick import AS_USERS, QUICK
 
 
 def names(*quick: str) -> list:
@@ -36,5 +36,5 @@ def test_float64(name, x64):
 
 @pytest.mark.parametrize("name", names())
 def test_float32(name):
-    _, logits = run(name, jnp.float32, {})
+    _, logits = run(name, jnp.float32, AS_USERS)
     assert relative_error(logits, np.load(GOLDEN_FOLDER / "full.npz")[f"{name}/logits"]) < float32_tolerance(FULL[name])
