@@ -82,8 +82,8 @@ def polarity_attention(
         kernel, bias: of the depthwise convolution, (size, size, 1, d) and (d,); one kernel serves all heads.
             A kernel with one spatial axis belongs to a grid with one axis.
         grid: how the N tokens are arranged: (height, width) of an image or a window, (N,) of a sequence.
-        alpha: largest power minus one, >= 0. Gradients are finite at exact zeros for all such values. NaN in any
-            argument gives NaN in the result and in the gradients.
+        alpha: largest power minus one, >= 0. Gradients are finite at exact zeros for all such values. NaN in an
+            argument goes through to what depends on it, forward and backward.
         mask: (B, N) bool, True at valid tokens; None: all are valid. Only where N = n. Masked tokens add nothing to
             [k+, k-]^T v or the mean, n does not count them, and the convolution sees zeros in their place, so that
             padding an example does not change the results at its valid tokens. (Those at masked tokens are to be

@@ -45,10 +45,15 @@ def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, mask: jax.Arr
     return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, axis=-1), v)
 
 
+def _relu(x: jax.Array) -> jax.Array:
+    """max(x, 0). The gradient of `jax.nn.relu` is 0 at NaN, and would hide it."""
+    return jnp.where(x <= 0, 0, x)
+
+
 def relu_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, mask: jax.Array) -> jax.Array:
     """Linear attention with the feature map relu, (B, N, h, d) each; `mask` (B, N) is True at valid keys."""
     full = accumulation_dtype(q.dtype)
-    q, k = jax.nn.relu(q), jnp.where(mask[:, :, None, None], jax.nn.relu(k), 0)
+    q, k = _relu(q), jnp.where(mask[:, :, None, None], _relu(k), 0)
     n = jnp.maximum(jnp.sum(mask, axis=1), 1).astype(full).reshape(-1, 1, 1, 1)
     k_mean = jnp.sum(k, axis=1, dtype=full)[..., None] / n  # (B, h, d, 1)
     kv = product("bnhk,bnhe->bhke", k, v) / n  # (B, h, d, d)
