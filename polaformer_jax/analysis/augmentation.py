@@ -54,7 +54,8 @@ def preview(config: ml_collections.ConfigDict, *, examples: int = EXAMPLES) -> F
         raise UserError(f"task.name={config.task.name!r}: the preview draws the augmentation of images")
     experiment = Experiment(config)
     rows, left_out = augmentations(experiment, examples)
-    notes = [f"{config.data.name}, {config.data.train_split}: the first {examples} examples, seed {config.seed}"]
+    data = figures.plain(f"{config.data.name}, {config.data.train_split}")
+    notes = [f"{data}: the first {examples} examples, seed {config.seed}"]
     if left_out:
         notes.append(f"turned off in the config: {', '.join(left_out)}")
     if "targets" in rows[-1].name and config.train.label_smoothing:

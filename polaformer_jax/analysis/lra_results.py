@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 import ml_collections
 from etils import epath
 
+from polaformer_jax.config import NOT_IDENTITY, ON_FAULTS
 from polaformer_jax.errors import UserError
 from polaformer_jax.files import atomic, paths
 from polaformer_jax.training import recipes
@@ -63,6 +64,9 @@ class Row:
     data: str
     changes: str
 
+
+# Fields that change no result. What a run does about faults may change one, though it may change when a run resumes.
+_WITHOUT_EFFECT = tuple(field for field in NOT_IDENTITY if field not in ON_FAULTS)
 
 COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
 
@@ -139,7 +143,9 @@ def _changes(config: ml_collections.ConfigDict) -> str:
     given |= dict(zip(names, (config.task.attention, config.task.tokenisation, config.model.alpha), strict=True))
     options = [f"{name}={value}" for name, value in given.items() if value is not None]
     recipe = recipes.load("lra:" + ",".join([config.task.name, *options]))
-    return " ".join(f"{field}={value}" for field, (_, value) in changed_fields(recipe, config).items())
+    return " ".join(
+        f"{field}={value}" for field, (_, value) in changed_fields(recipe, config, but=_WITHOUT_EFFECT).items()
+    )
 
 
 def _json(path: epath.Path) -> dict:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from polaformer_jax.analysis.attention_maps import polarity_weights, row_entropy
 from polaformer_jax.errors import UserError
 from polaformer_jax.files import figures, paths
+from polaformer_jax.files.names import shown
 from polaformer_jax.models.attention import PolarityAttention, signed_features
 from polaformer_jax.models.layers import accumulation_dtype, product
 from polaformer_jax.models.plain_attention import PlainAttention
@@ -147,7 +148,7 @@ def of_runs(
     """
     runs = {}
     for workdir in tqdm(workdirs, unit="run", disable=None):
-        name = paths.given(workdir, "workdir").name
+        name = shown(paths.given(workdir, "workdir").name)
         if name in runs:
             raise UserError(f"two work directories are called {name}: the table tells runs apart by their names")
         runs[name] = of_run(workdir, examples=examples, data_dir=data_dir)

@@ -9,12 +9,12 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 from tqdm import tqdm
 
 from polaformer_jax.benchmark import official
 from polaformer_jax.errors import UserError
+from polaformer_jax.files import paths
 
 _TIMING = ("--calls=10", "--seconds=1")
 _CORE = ("attention", "--dtype=bfloat16", "--batch-size=128", *_TIMING)
@@ -38,7 +38,7 @@ def commands(args: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
         if part[0] == "model" and args.official is not None:
             theirs = (f"--official={args.official}", f"--official-python={args.official_python}")
             theirs += (f"--threads={args.threads}", "--official-by", *args.official_by)
-        yield name, [*part, *theirs, f"--csv={Path(args.out) / name}.csv"]
+        yield name, [*part, *theirs, f"--csv={paths.given(args.out, 'out') / name}.csv"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,10 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    out = paths.given(args.out, "out")
+    if paths.in_bucket(out):
+        raise UserError(f"{out}: a local folder is needed", argument="out")
     try:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out {args.out} cannot be created: {error}") from error
+        raise UserError(f"{out} cannot be created: {error}", argument="out") from error
     official.openers(args)  # invalid options are found before anything is measured
     failed = []
     with tqdm(total=len(PARTS), desc="parts", unit="part", disable=None) as bar:

@@ -26,7 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from polaformer_jax.errors import UserError
-from polaformer_jax.files import tables
+from polaformer_jax.files import paths, tables
 from polaformer_jax.training import recipes
 
 STAGES = ("read", "decode", "crop", "augment", "batch", "transfer")
@@ -207,7 +207,7 @@ def official_transform(path: str, config) -> Callable[[Image.Image], object]:
     Raises:
         UserError: there is no such checkout, or it does not import.
     """
-    folder = Path(path).expanduser() / "data"
+    folder = Path(paths.given(path, "official")) / "data"
     if not (folder / "build.py").is_file():
         raise UserError(f"--official {path}: there is no data/build.py in it; expected a checkout of the official code")
     name = "_official_data"  # not `data`, which may be another package here

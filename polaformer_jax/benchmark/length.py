@@ -148,8 +148,8 @@ def main(args: argparse.Namespace) -> None:
     sweep.check(args)
     options.check_positive("--lengths", *args.lengths)
     options.check_positive("--batch-size", args.batch_size)
-    if args.plot:
-        figures.check_name(args.plot)
+    if args.plot is not None:
+        figures.check_name(args.plot, "plot")
     config = recipes.load(args.config)
     if config.task.name not in SEQUENCE_TASKS:
         raise UserError(
@@ -166,7 +166,7 @@ def main(args: argparse.Namespace) -> None:
         sizes={"task": config.task.name, "batch": config.train.batch_size, "dtype": config.model.dtype},
         table=table,
     )
-    if args.plot:
+    if args.plot is not None:
         crossovers = {mode: crossover(points, mode) for mode in MODES}
         figure = length_plot.draw(points, modes=MODES, attentions=ATTENTIONS, crossovers=crossovers)
         figures.save(figure, args.plot)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from polaformer_jax.benchmark.ours import CLASSES, Case, Subject
 from polaformer_jax.errors import UserError
+from polaformer_jax.files import paths
 from polaformer_jax.models import registry
 
 Opener = Callable[[Case, Sequence[str], str], "Official"]
@@ -66,12 +67,14 @@ def openers(args: argparse.Namespace) -> "dict[str, Opener]":
     """
     if args.official is None:
         return {}
-    python = shutil.which(os.path.expanduser(args.official_python)) or args.official_python
-    _check(args.official, python)
+    checkout = Path(paths.given(args.official, "official"))
+    given = paths.given(args.official_python, "official_python")
+    python = shutil.which(given) or os.fspath(given)
+    _check(checkout, python)
 
     def start(case: Case, modes: Sequence[str], platform: str, *, compiled: bool) -> Official:
         return Official(
-            args.official,
+            checkout,
             case,
             python=python,
             platform=platform,
@@ -83,10 +86,10 @@ def openers(args: argparse.Namespace) -> "dict[str, Opener]":
     return {_NAMES[by]: functools.partial(start, compiled=by == "compiled") for by in args.official_by}
 
 
-def _check(path: str, python: str) -> None:
-    if missing := [name for name in _FILES if not (Path(path).expanduser() / name).is_file()]:
+def _check(path: Path, python: str) -> None:
+    if missing := [name for name in _FILES if not (path / name).is_file()]:
         raise UserError(f"--official {path}: there is no {missing[0]} in it; expected a checkout of the official code")
-    if not os.access(Path(python).expanduser(), os.X_OK):
+    if not os.access(python, os.X_OK):
         raise UserError(f"--official-python {python}: there is no such program; expected a Python with PyTorch")
 
 
@@ -111,7 +114,7 @@ class Official:
 
     def __init__(
         self,
-        path: str,
+        path: str | os.PathLike,
         case: Case,
         *,
         python: str,
@@ -126,7 +129,7 @@ class Official:
         # In a file, since a full pipe would stop the process; complete, since it may print much before it fails.
         self._messages = tempfile.TemporaryFile("w+", prefix="benchmark_official_")
         self._process = subprocess.Popen(
-            [os.fspath(Path(python).expanduser()), os.fspath(_WORKER), os.fspath(Path(path).expanduser().resolve())],
+            [python, os.fspath(_WORKER), os.fspath(Path(path).resolve())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._messages,

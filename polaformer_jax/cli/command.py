@@ -169,18 +169,29 @@ def run(action: Callable[[], int | None], *, options: Mapping[str, str] | None =
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, OSError):  # what a notebook or a test has in its place
             stream.reconfigure(errors="backslashreplace")
+    status = _status(action, options or {})
     try:
-        status = action() or 0
-        sys.stdout.flush()  # here, where a closed pipe or a full disk is noticed
-        return status
+        sys.stdout.flush()
+    except BrokenPipeError:  # as in `polaformer predict ... | head -1`
+        _drop_output()
+        return status or 1
+    except OSError as error:
+        return _output_lost(error)
+    return status
+
+
+def _status(action: Callable[[], int | None], options: Mapping[str, str]) -> int:
+    """Runs an action; its exit status, or that of the error, which is printed."""
+    try:
+        return action() or 0
     except UserError as error:
-        option = _option(error.argument, options or {})
+        option = _option(error.argument, options)
         _say(f"error: {option}{error.message}")
         return error.status
     except BrokenPipeError:
         if not _stdout_is_closed():  # another pipe, such as one to a worker process
             raise
-        _drop_output()  # as in `polaformer predict ... | head -1`
+        _drop_output()
         return 1
     except Interrupted as stop:
         _say(f"interrupted: {stop}")
@@ -193,12 +204,10 @@ def run(action: Callable[[], int | None], *, options: Mapping[str, str] | None =
             ' "polaformer_jax[train]"'
         )
         return 1
-    except OSError as error:
-        if not _output_fails():  # the error is not that of printing
+    except OSError:
+        if (problem := _output_problem()) is None:  # the error is not that of printing
             raise
-        _drop_output()
-        _say(f"error: the output cannot be written: {error}")
-        return 1
+        return _output_lost(problem)
     except (RuntimeError, AssertionError):  # what JAX raises where it has no device, in its several versions
         if (problem := _device_problem()) is None:
             raise
@@ -215,6 +224,7 @@ def _open_standard_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # which takes the lowest free number
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")
+    sys.__stderr__ = sys.__stderr__ or sys.stderr
 
 
 def _say(text: str) -> None:
@@ -223,13 +233,19 @@ def _say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _output_fails() -> bool:
-    """Whether printing fails: a full disk, a closed terminal. Prints an empty line if it does not."""
+def _output_problem() -> OSError | None:
+    """Why printing fails: a full disk, a closed terminal. None, and an empty line, if it does not."""
     try:
         print(flush=True)
-    except OSError:
-        return True
-    return False
+    except OSError as error:
+        return error
+    return None
+
+
+def _output_lost(error: OSError) -> int:
+    _drop_output()
+    _say(f"error: the output cannot be written: {error}")
+    return 1
 
 
 def _device_problem() -> str | None:

@@ -46,6 +46,6 @@ def _convert(args) -> int:
         img_size=args.img_size,
         num_classes=args.num_classes,
         layout=args.layout,
-        reference=read_reference(args.compare) if args.compare else None,
+        reference=None if args.compare is None else read_reference(args.compare),
     )
     return 2 if failed else 0

@@ -53,8 +53,8 @@ def _main(parser: command.Parser, argv: Sequence[str]) -> None:
             result, problem = error.result, error
         if jax.process_index() == 0:
             print(json.dumps(result, indent=2))
-        if problem is not None:
-            raise problem
+    if problem is not None:  # after all processes have ended their work
+        raise problem
 
 
 def _evaluate(config, args) -> dict:

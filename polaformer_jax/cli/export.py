@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--layout", choices=("ours", "torch"), default="ours", help="torch: official names and layouts [ours]"
     )
     args = parser.parse_intermixed_args(argv)
-    return command.run(lambda: _export(args))
+    return command.run(lambda: _export(args), options={"out": "OUT"})
 
 
 def _export(args) -> None:

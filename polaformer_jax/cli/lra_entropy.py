@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--csv", metavar="FILE", help="file for the table")
     parser.add_argument("--plot", metavar="FILE", help="file for the picture, .png or .svg")
     args = parser.parse_args(argv)
-    return command.run(lambda: _main(args))
+    return command.run(lambda: _main(args), options={"workdir": "WORKDIR"})
 
 
 def _main(args) -> None:
@@ -26,7 +26,7 @@ def _main(args) -> None:
     from polaformer_jax.files import figures, tables
 
     if args.plot is not None:
-        figures.check_name(args.plot)
+        figures.check_name(args.plot, "plot")
     tables.check_csv(args.csv)
     runs = sequence_entropy.of_runs(args.runs, examples=args.examples, data_dir=args.data_dir)
     rows = sequence_entropy.records(runs)

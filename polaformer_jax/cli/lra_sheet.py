@@ -26,6 +26,6 @@ def _main(args) -> None:
     from polaformer_jax.data.lra.pathfinder_pictures import make_examples
     from polaformer_jax.files import figures
 
-    figures.check_name(args.output, suffixes=(".png",))
+    figures.check_name(args.output, "output", suffixes=(".png",))
     figures.save(draw_sheet(make_examples(args.seed, np.arange(args.examples))), args.output)
     print(args.output)

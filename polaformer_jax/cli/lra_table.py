@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     page = commands.add_parser("page", help="write the table into a page of the documentation")
     page.add_argument("--file", default="docs/long_range_arena.md", help="[docs/long_range_arena.md]")
     args = parser.parse_args(argv)
-    return command.run(lambda: _main(args))
+    return command.run(lambda: _main(args), options={"workdir": "WORKDIR"})
 
 
 def _main(args) -> None:

@@ -56,7 +56,7 @@ def _predict(args) -> None:
     model = create_model(args.model, weights=file)
     transform = prediction.evaluation_transform(model, file.metadata)
     names = prediction.class_names(
-        transform.num_classes, file.metadata, file=args.classes, data=args.data, data_dir=args.data_dir
+        transform.num_classes, file.class_names, file=args.classes, data=args.data, data_dir=args.data_dir
     )
     token = None if args.token is None else args.token.split(",")
     where = pictures.choose(model, stage=args.stage, block=args.block, token=token)

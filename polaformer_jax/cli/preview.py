@@ -25,7 +25,7 @@ def _preview(parser: command.Parser, argv: Sequence[str]) -> None:
     from polaformer_jax.files import figures
     from polaformer_jax.training import progress
 
-    figures.check_name(args.out, suffixes=(".png",))
+    figures.check_name(args.out, "out", suffixes=(".png",))
     progress.set_up_logging()
     figures.save(preview(config), args.out)
     print(args.out)

@@ -54,5 +54,5 @@ def _train(config, args, stop: StopRequests) -> None:
             result, problem = error.result, error
         if jax.process_index() == 0:
             print(reports.describe(result, args.workdir))
-        if problem is not None:
-            raise problem
+    if problem is not None:  # after all processes have ended their work
+        raise problem

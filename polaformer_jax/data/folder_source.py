@@ -29,6 +29,7 @@ EXTENSIONS = (".jpeg", ".jpg", ".png")  # in any case
 _LAYOUT = "ROOT/train/CLASS/*.jpeg and ROOT/val/CLASS/*.jpeg (also jpg and png)"
 _ALIASES = {"val": "validation", "validation": "val"}
 _FORMAT = 2  # of the index; an index with another number is rebuilt
+_KINDS = 5  # of what is left out, that are named
 _LISTED = 8  # folders that are listed at each opening
 _SETTLED_NS = 2_000_000_000  # the coarsest file-system timestamps in use have a resolution of two seconds
 
@@ -98,7 +99,7 @@ class FolderSource:
                 "Remove them, or put images there"
             )
         if index.left_out:
-            listed = ", ".join(f"{count} {what}" for what, count in sorted(index.left_out.items()))
+            listed = ", ".join(f"{count} {what}" for what, count in index.left_out.items())
             logging.warning("%s: left out, for they are no %s: %s", self.name, ", ".join(EXTENSIONS), listed)
 
     def _use(self, index: "_Index"):
@@ -166,7 +167,8 @@ class _Index(NamedTuple):
         names: all file names, one after the other.
         digest: SHA-256 of all of the above.
         mtimes: each folder's modification time in ns; -1 where it was too recent to be distinguished from a later one.
-        left_out: how many entries of the folders are no images, by what they are (`.webp files`, `folders`).
+        left_out: how many entries of the folders are no images, by what they are (`.webp files`, `folders`), the most
+            common first; of many kinds, the rare ones together.
     """
 
     classes: list[str]
@@ -201,7 +203,7 @@ def _is_image(name: bytes) -> bool:
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f", and {len(names) - 5} more" if len(names) > 5 else "")
+    return ", ".join(map(shown, names[:5])) + (f", and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _open_index(directory: Path, folders: list[os.DirEntry]) -> tuple[str | None, _Index]:
@@ -260,8 +262,9 @@ def _images(folder: Path) -> tuple[list[bytes], collections.Counter[str]]:
                 if _is_image(entry.name) and not is_folder:
                     found.append(entry.name)
                 elif not entry.name.startswith(b"."):
-                    suffix = shown(os.fsdecode(os.path.splitext(entry.name)[1].lower())) or "nameless"
-                    others["folders" if is_folder else f"{suffix} files"] += 1
+                    suffix = shown(os.fsdecode(os.path.splitext(entry.name)[1].lower()))
+                    files = f"{suffix} files" if suffix else "files without a suffix"
+                    others["folders" if is_folder else files] += 1
     except OSError as error:
         raise UserError(f"class folder {folder} cannot be read: {error}") from error
     return sorted(found), others
@@ -278,7 +281,7 @@ def _list_files(directory: Path, classes: list[str], mtimes: list[int]) -> _Inde
         lengths.append(np.array([len(file) for file in found], "<u2").tobytes())
     # A folder modified within the last clock tick may change again without a new modification time: not reliable.
     mtimes = [mtime if mtime < settled else -1 for mtime in mtimes]
-    index = _Index(classes, counts, b"".join(lengths), bytes(names), "", mtimes, dict(left_out))
+    index = _Index(classes, counts, b"".join(lengths), bytes(names), "", mtimes, _summed(left_out))
     return index._replace(digest=_digest(index))
 
 
@@ -287,6 +290,12 @@ def _digest(index: _Index) -> str:
     digest.update(index.lengths)
     digest.update(index.names)
     return digest.hexdigest()
+
+
+def _summed(left_out: collections.Counter[str]) -> dict[str, int]:
+    common = dict(sorted(left_out.items(), key=lambda item: (-item[1], item[0]))[:_KINDS])
+    rest = left_out.total() - sum(common.values())
+    return common | ({"of other kinds": rest} if rest else {})
 
 
 _STORED = ("classes", "counts", "digest", "mtimes", "left_out")  # in the header of the index

@@ -71,12 +71,13 @@ def check_shared_memory(workers: int, prefetch: int, batches: Mapping[str, int])
     if not workers or not os.path.isdir(_SHARED_MEMORY):
         return
     needed = {name: workers * (prefetch + 1) * size for name, size in batches.items()}
-    free = shutil.disk_usage(_SHARED_MEMORY).free
-    if sum(needed.values()) > free:
+    usage = shutil.disk_usage(_SHARED_MEMORY)
+    if usage.total and sum(needed.values()) > usage.free:  # no size: it is not limited
         parts = ", ".join(f"{_mib(size)} for {name}" for name, size in needed.items())
         raise UserError(
-            f"{_SHARED_MEMORY} has {_mib(free)} free, but the data workers need at least {_mib(sum(needed.values()))}"
-            f" there ({parts}: {workers} workers, each with {prefetch + 1} batches). {_MORE_SHARED_MEMORY}"
+            f"{_SHARED_MEMORY} has {usage.free >> 20:,} MiB free, but the data workers need at least"
+            f" {_mib(sum(needed.values()))} there ({parts}: {workers} workers, each with {prefetch + 1} batches)."
+            f" {_MORE_SHARED_MEMORY}"
         )
 
 

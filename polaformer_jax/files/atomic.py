@@ -40,16 +40,19 @@ def writing(path: epath.PathLike) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def reported(kind: str, path: epath.PathLike) -> Iterator[None]:
+def reported(kind: str, path: epath.PathLike, *, argument: str | None = None) -> Iterator[None]:
     """Context that writes a file which a user requested: a failure becomes a UserError that names it.
 
     Args:
         kind: what the file is, e.g. `table`.
+        argument: the name of the parameter that the path is the value of.
     """
     try:
         yield
-    except OSError as error:
-        raise UserError(f"{kind} {os.fspath(path)!r} cannot be written: {error}") from error
+    except UserError:
+        raise
+    except Exception as error:  # buckets have exceptions of their own
+        raise UserError(f"{kind} {os.fspath(path)!r} cannot be written: {error}", argument=argument) from error
 
 
 def check_target(path: epath.PathLike, kind: str, *, argument: str | None = None) -> epath.Path:
@@ -64,12 +67,14 @@ def check_target(path: epath.PathLike, kind: str, *, argument: str | None = None
         The path, see `paths.given`.
 
     Raises:
-        UserError: it is a folder, or cannot be written.
+        UserError: it is a folder, a device or a pipe, or cannot be written.
     """
     path = paths.given(path, argument)
-    if path.is_dir():
-        raise UserError(f"{os.fspath(path)} is a folder: name a file", argument=argument)
-    with reported(kind, path):
+    with reported(kind, path, argument=argument):
+        if path.is_dir():
+            raise UserError(f"{os.fspath(path)} is a folder: name a file", argument=argument)
+        if not paths.in_bucket(path) and path.exists() and not os.path.isfile(path):  # it would be replaced by a file
+            raise UserError(f"{os.fspath(path)} is no regular file: name a file", argument=argument)
         make_folder(path.parent)
         if not paths.in_bucket(path):  # where a name that exists for a moment could be read, kept or paid for
             probe = path.parent / f".{path.name}.{uuid.uuid4().hex}"

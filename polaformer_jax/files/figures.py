@@ -38,12 +38,12 @@ def plain(name: str) -> str:
     return names.shown(name).replace("$", r"\$")
 
 
-def check_name(path: epath.PathLike, *, suffixes: tuple[str, ...] = SUFFIXES) -> None:
-    """Raises a UserError, before any work, if a picture of this name cannot be written."""
-    path = paths.given(path)
+def check_name(path: epath.PathLike, argument: str, *, suffixes: tuple[str, ...] = SUFFIXES) -> None:
+    """Raises a UserError, before any work, if a picture of this name, the value of `argument`, cannot be written."""
+    path = paths.given(path, argument)
     if path.suffix not in suffixes or path.is_dir():
         raise UserError(f"picture {os.fspath(path)!r}: expected the name of a {' or '.join(suffixes)} file")
-    atomic.check_target(path, "picture")
+    atomic.check_target(path, "picture", argument=argument)
 
 
 def save(figure: Figure, path: epath.PathLike) -> None:

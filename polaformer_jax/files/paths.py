@@ -37,6 +37,8 @@ def given(path: epath.PathLike, argument: str | None = None) -> epath.Path:
     Raises:
         UserError: it is empty, in another kind of storage, below the home folder of an unknown user, or no text.
     """
+    if isinstance(path, LocalPath):  # checked before; its text may begin with a `~` that is the name of a folder
+        return path
     text = os.fspath(path)
     if not isinstance(text, str):
         raise UserError(f"{text!r}: expected a path as text", argument=argument)
@@ -93,12 +95,28 @@ def absolute(path: epath.Path) -> epath.Path:
     return path if in_bucket(path) else path.resolve()
 
 
-def identity(folder: epath.Path) -> tuple[int, int] | None:
-    """What tells a folder from another one of its name; None in a bucket, or where there is no folder."""
-    if in_bucket(folder) or not folder.is_dir():
-        return None
-    found = os.stat(folder)
-    return found.st_dev, found.st_ino
+class Held:
+    """Tells whether a folder is still in its place, or was moved and made anew. In a bucket it only exists or not.
+
+    It is held open: otherwise some network drives give the same folder another number after a while.
+    """
+
+    def __init__(self, folder: epath.Path):
+        self._folder = folder
+        self._descriptor = None if in_bucket(folder) else os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+
+    def is_in_place(self) -> bool:
+        if self._descriptor is None:
+            return self._folder.is_dir()
+        try:
+            return os.path.samestat(os.fstat(self._descriptor), os.stat(self._folder))
+        except FileNotFoundError:
+            return False
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
 
 def check_checkpoint_client(path: epath.Path) -> None:

@@ -45,7 +45,7 @@ class Where(NamedTuple):
 
 def check_request(path: epath.PathLike, *, images: int) -> None:
     """Raises a UserError, before any work, if a picture of this many images cannot be written to `path`."""
-    figures.check_name(path, suffixes=(".png",))
+    figures.check_name(path, "picture", suffixes=(".png",))
     if images > MOST_IMAGES:
         raise UserError(f"a picture shows at most {MOST_IMAGES} images, found {images}: draw several pictures")
 

@@ -130,7 +130,7 @@ def evaluation_transform(model: Backbone, metadata: Mapping[str, str]) -> EvalIm
 
 def class_names(
     num_classes: int,
-    metadata: Mapping[str, str],
+    stored: Sequence[str] | None,
     *,
     file: epath.PathLike | None = None,
     data: str | None = None,
@@ -139,7 +139,7 @@ def class_names(
     """Names of the classes in the order of their numbers.
 
     Args:
-        metadata: of the weights file; its `classes` (a JSON list) are the names if neither `file` nor `data` is given.
+        stored: those of the weights file, which are the names if neither `file` nor `data` is given.
         file: a text file, one name per line.
         data, data_dir: a prepared tfds data set, and the folder that contains it.
 
@@ -166,13 +166,8 @@ def class_names(
         split = next(iter(prepared.splits), "train") if prepared else "train"  # any one: all have the same classes
         names = tfds_source.TfdsSource(data, data_dir=data_dir, split=split).class_names
         found_in = f"data set {data!r}"
-    elif "classes" in metadata:
-        names = _json("classes", metadata)
-        found_in = "the metadata of the weights"
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise WeightsError("metadata classes: expected a JSON list of names")
     else:
-        return None
+        names, found_in = stored, "the metadata of the weights"
     if names is None:
         return None
     if len(names) != num_classes:

@@ -83,7 +83,7 @@ class Checkpoints:
         paths.check_checkpoint_client(self.directory)
         self._set_aside_unreadable_metrics(read_only)
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=_ITEMS)
-        self._identity = paths.identity(self.directory)
+        self._held = paths.Held(self.directory)
 
     def _score(self, metrics: dict[str, float]) -> float:
         score = self._sign * metrics[self._metric]
@@ -94,6 +94,7 @@ class Checkpoints:
 
     def __exit__(self, *exception) -> None:
         self._manager.close()
+        self._held.close()
 
     def save(
         self, state: TrainState, metrics: dict[str, float] | None = None, counted: dict[str, Any] | None = None
@@ -133,8 +134,7 @@ class Checkpoints:
     def _try_to_write(self) -> None:
         """Raises if nothing can be written now. (Orbax would notice after five minutes of waiting.)"""
         if jax.process_index() == 0:
-            # A save that was being written while it was moved may have made it anew.
-            if not self.directory.is_dir() or paths.identity(self.directory) != self._identity:
+            if not self._held.is_in_place():
                 raise FileNotFoundError(f"{self.directory} is not the folder any more that the run began with")
             probe = self.directory.parent / ".writable"
             probe.write_bytes(bytes(4096))

@@ -289,6 +289,8 @@ class _Outputs:
                 writers[name](path)
             except UserError as error:
                 problems.append(str(error))
+            except Exception as error:  # after an hour of work, no fault may cost the result
+                problems.append(f"{self._KINDS[name]} {path} could not be made: {type(error).__name__}: {error}")
         if problems:
             raise NotWrittenError("; ".join(problems), result)
 

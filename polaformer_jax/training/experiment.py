@@ -36,7 +36,8 @@ class Experiment:
     Args:
         config: the config.
         devices: devices to run on; None: all.
-        num_examples: examples of an epoch; None: as many as the training set has. With it, no data set is needed.
+        num_examples: size of the training set, if the steps are only compiled and no data set is available.
+        epoch_examples: by how many examples an epoch is counted; None: by the size of the training set.
 
     Raises:
         UserError: the config is not valid: its values, its model, or its data set.
@@ -48,13 +49,14 @@ class Experiment:
         *,
         devices: Sequence[jax.Device] | None = None,
         num_examples: int | None = None,
+        epoch_examples: int | None = None,
     ):
         check(config)
         _check_paths(config)
         self.config = config = config.copy_and_resolve_references()
         self.mesh: Mesh = sharding.make_mesh(config.mesh, devices)
         self.task = task_of(config)
-        self.inputs = Inputs(config, self.task, mesh=self.mesh, num_examples=num_examples)
+        self.inputs = Inputs(config, self.task, mesh=self.mesh, epoch_examples=num_examples or epoch_examples)
         if config.model.num_classes is None:
             if num_examples is not None:
                 raise UserError("model.num_classes=None: there is no data set here to take it from, give a number")
@@ -65,12 +67,6 @@ class Experiment:
         self.params = Parameters(abstract, model.config, config, self.task, self.mesh)
         if num_examples is None:
             self._check_classes()
-
-    def counting(self, examples: int) -> "Experiment":
-        """The same with epochs of this many examples, whatever the size of the training set is."""
-        if examples == self.inputs.num_train_examples:
-            return self
-        return Experiment(self.config, devices=list(self.mesh.devices.flat), num_examples=examples)
 
     def _check_classes(self) -> None:
         config, classes = self.config, self.inputs.eval_source.num_classes
@@ -105,7 +101,7 @@ class Experiment:
     @functools.cached_property
     def length(self) -> Durations:
         """The length of the training in steps."""
-        return durations(self.config, num_examples=self.inputs.num_train_examples)
+        return durations(self.config, num_examples=self.inputs.epoch_examples)
 
     @functools.cached_property
     def states(self) -> States:
@@ -183,7 +179,7 @@ class Experiment:
             return self
         config = self.config.copy_and_resolve_references()
         config.model.remat, config.model.attention_impl = False, "xla"
-        devices, examples = list(self.mesh.devices.flat), self.inputs.num_train_examples
+        devices, examples = list(self.mesh.devices.flat), self.inputs.epoch_examples
         return Experiment(config, devices=devices, num_examples=examples)
 
 

@@ -14,7 +14,7 @@ from flax import nnx
 
 from polaformer_jax import weights
 from polaformer_jax.errors import UserError
-from polaformer_jax.files import paths
+from polaformer_jax.files import atomic
 from polaformer_jax.training import checkpoints, run_data, sharding
 from polaformer_jax.training.experiment import create_abstract_model
 from polaformer_jax.training.progress import log
@@ -51,12 +51,12 @@ def export(
         The step of the checkpoint.
 
     Raises:
-        UserError: there is no such training or checkpoint, or `path` has another suffix.
+        UserError: there is no such training or checkpoint, or `path` has another suffix or cannot be written.
     """
-    path = paths.given(path, "out")
     weights.check_suffix(path)
     config = read_config(workdir)
     checkpoints.check_choice(workdir, checkpoint)
+    path = atomic.check_target(path, "weights", argument="out")
     graphdef, state = nnx.split(create_abstract_model(config))
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = sharding.with_shardings(nnx.to_pure_dict(state), place)

@@ -22,11 +22,11 @@ class Inputs:
         config: the whole config.
         task: opens sources and makes batches.
         mesh: the devices over which a batch is split.
-        num_examples: size of the training set, if the data is not available; None: that of the data.
+        epoch_examples: by how many training examples an epoch is counted; None: by their number.
     """
 
-    def __init__(self, config: ml_collections.ConfigDict, task: Task, *, mesh: Mesh, num_examples: int | None):
-        self._config, self._task, self._mesh, self._num_examples = config, task, mesh, num_examples
+    def __init__(self, config: ml_collections.ConfigDict, task: Task, *, mesh: Mesh, epoch_examples: int | None):
+        self._config, self._task, self._mesh, self._epoch_examples = config, task, mesh, epoch_examples
 
     @functools.cached_property
     def _sources(self) -> dict[str, Source]:
@@ -52,8 +52,9 @@ class Inputs:
         return self._config.data.test_split or self._config.data.eval_split
 
     @property
-    def num_train_examples(self) -> int:
-        return len(self.train_source) if self._num_examples is None else self._num_examples
+    def epoch_examples(self) -> int:
+        """The number of training examples by which an epoch is counted."""
+        return len(self.train_source) if self._epoch_examples is None else self._epoch_examples
 
     @property
     def eval_batch_size(self) -> int:

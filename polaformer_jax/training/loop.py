@@ -19,14 +19,14 @@ from etils import epath
 from polaformer_jax import weights
 from polaformer_jax.errors import Interrupted, NotWrittenError, UserError
 from polaformer_jax.files import paths
-from polaformer_jax.training import reports, runtime
+from polaformer_jax.training import reports, run_data, runtime
 from polaformer_jax.training.checkpoints import COUNTS, Checkpoints, metric_name
 from polaformer_jax.training.evaluation import Evaluation, Evaluator, Stopped, report, write_json
 from polaformer_jax.training.experiment import Experiment
 from polaformer_jax.training.metrics import RunningAverages, Utilisation, make_writer
 from polaformer_jax.training.progress import Progress, log
 from polaformer_jax.training.reports import Result
-from polaformer_jax.training.run_data import RunData, epoch_examples
+from polaformer_jax.training.run_data import RunData
 from polaformer_jax.training.sharding import to_devices
 from polaformer_jax.training.signals import StopRequests
 from polaformer_jax.training.state import TrainState
@@ -58,13 +58,12 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, *, stop: S
     """
     workdir = paths.given(workdir, "workdir")
     stop = StopRequests() if stop is None else stop
-    experiment = Experiment(config)
+    experiment = Experiment(config, epoch_examples=run_data.epoch_examples(workdir))
     experiment.check_training()
     config = experiment.config
     data = RunData.of(experiment.inputs, config)
     with contextlib.ExitStack() as stack:
         workdir = stack.enter_context(claim(workdir, config, data))
-        experiment = experiment.counting(epoch_examples(workdir, data))
         checkpoints = stack.enter_context(
             Checkpoints(workdir / "checkpoints", keep_last=config.checkpoint.keep_last, best_metric=metric_name(config))
         )
@@ -72,9 +71,11 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, *, stop: S
         restored = checkpoints.restore(experiment.states.abstract)
         loop = _Loop(experiment, workdir, checkpoints, evaluator, stop)
         if restored is None:
-            if config.init.weights is not None:
-                _warn_of_other_names(config.init.weights, data.class_names)
-            loop.run(experiment.states.initial())
+            file = None if config.init.weights is None else weights.read_file(config.init.weights)
+            if file is not None:
+                _warn_of_other_names(file, data.class_names)
+            loop.run(experiment.states.initial(file))
+            del file
         else:
             step = int(restored.state.step)
             log.info("resuming from the checkpoint of step %d of %d", step, experiment.length.total)
@@ -262,7 +263,7 @@ class _Loop:
         parameters = sum(leaf.size for leaf in jax.tree.leaves(experiment.params.abstract))
         return (
             f"{config.model.name}: {parameters:,} parameters in {config.model.dtype} on {experiment.mesh.size}"
-            f" {jax.devices()[0].platform} device(s); {experiment.inputs.num_train_examples:,} examples of"
+            f" {jax.devices()[0].platform} device(s); {len(experiment.inputs.train_source):,} examples of"
             f" {config.data.name}, {self.total:,} steps of {config.train.batch_size}"
         )
 
@@ -277,26 +278,27 @@ def _conclude(experiment: Experiment, workdir: epath.Path, checkpoints: Checkpoi
         with Evaluator(experiment, split) as another:
             evaluation = another(params)
     result = Result(evaluation, step, checkpoints.directory / str(step), [])
-    if jax.process_index() == 0:
-        if experiment.config.log.pictures:
-            source = experiment.inputs.source(split)
-            result.pictures.extend(reports.draw_all(workdir, evaluation, source, experiment.task.picture_of(source)))
-        evaluated = {"checkpoint": os.fspath(result.checkpoint), "step": step, "kind": kind}
-        try:
-            write_json(workdir / "eval.json", report(experiment.config, evaluation, evaluated))
-        except UserError as error:
-            raise NotWrittenError(str(error), result) from error
+    if jax.process_index() > 0:
+        return result
+    evaluated = {"checkpoint": os.fspath(result.checkpoint), "step": step, "kind": kind}
+    try:
+        write_json(workdir / "eval.json", report(experiment.config, evaluation, evaluated))
+    except UserError as error:
+        raise NotWrittenError(str(error), result) from error
+    if experiment.config.log.pictures:
+        source = experiment.inputs.source(split)
+        result.pictures.extend(reports.draw_all(workdir, evaluation, source, experiment.task.picture_of(source)))
     return result
 
 
-def _warn_of_other_names(path: str, class_names: tuple[str, ...] | None) -> None:
+def _warn_of_other_names(file: weights.WeightsFile, class_names: tuple[str, ...] | None) -> None:
     """Warns where a run begins with a classifier of as many classes as the data has, but other ones."""
-    before = weights.read_file(path).class_names
+    before = file.class_names
     if before is not None and class_names is not None and before != class_names and len(before) == len(class_names):
         label = next(label for label, names in enumerate(zip(before, class_names, strict=True)) if len(set(names)) > 1)
         log.warning(
             "%s has a classifier for other classes (label %d: %s there, %s in the data); training begins with it",
-            *(path, label, before[label], class_names[label]),
+            *(file.path, label, before[label], class_names[label]),
         )
 
 

@@ -7,6 +7,7 @@ import ast
 import contextlib
 import importlib.util
 import inspect
+import os
 import re
 import sys
 import traceback
@@ -38,7 +39,7 @@ def find(text: str) -> tuple[Path, str | None]:
     """
     place, colon, arg = text.partition(":")
     known = packaged()
-    path = known.get(place) or Path(place).expanduser()
+    path = known.get(place) or Path(os.path.expanduser(place))
     if not path.is_file():
         found = "a folder" if place and path.is_dir() else "no such file"
         raise UserError(
@@ -60,14 +61,14 @@ def load(text: str) -> ml_collections.ConfigDict:
         raise UserError(f"config {str(path)!r}: expected a Python file, with the suffix .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look for their module there
-    with _failing(path):
+    with _failing(spec.origin):
         spec.loader.exec_module(module)
     get_config = getattr(module, "get_config", None)
     if get_config is None:
         raise UserError(f"config {str(path)!r} is not a recipe: it has no get_config")
     if arg is not None and not inspect.signature(get_config).parameters:
         raise UserError(f"config {str(path)!r} takes no argument, found {arg!r}")
-    with _failing(path):
+    with _failing(spec.origin):
         config = get_config() if arg is None else get_config(arg)
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(f"config {str(path)!r}: get_config returns a {type(config).__name__}, expected a ConfigDict")
@@ -75,29 +76,29 @@ def load(text: str) -> ml_collections.ConfigDict:
 
 
 @contextlib.contextmanager
-def _failing(path: Path) -> Iterator[None]:
-    """Runs the code of a recipe within the context. Its errors become one that names the line."""
+def _failing(path: str) -> Iterator[None]:
+    """Runs the code of a recipe, a file, within the context. Its errors become one that names the line."""
     try:
         yield
     except UserError:
         raise
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != "configs":
-            raise UserError(f"config {str(path)!r} imports {error.name!r}, which is not installed") from error
+            raise UserError(f"config {path!r} imports {error.name!r}, which is not installed") from error
         raise UserError(
-            f"config {str(path)!r} imports {error.name!r}; defaults() and use_official_augmentation() are in"
+            f"config {path!r} imports {error.name!r}; defaults() and use_official_augmentation() are in"
             " polaformer_jax.config, parse_arg() and load() in polaformer_jax.training.recipes"
         ) from error
     except Exception as error:
-        if isinstance(error, SyntaxError):
+        if isinstance(error, SyntaxError) and error.filename == path:
             line, said = error.lineno, error.msg
         else:
             steps = traceback.extract_tb(error.__traceback__)
-            line = next((step.lineno for step in reversed(steps) if step.filename == str(path)), None)
+            line = next((step.lineno for step in reversed(steps) if step.filename == path), None)
             said = error
             while isinstance(said, BaseException) and len(said.args) == 1:  # the text of a KeyError is in quotes
                 said = said.args[0]
-        place = f"config {str(path)!r}" if line is None else f"config {str(path)!r}, line {line}"
+        place = f"config {path!r}" if line is None else f"config {path!r}, line {line}"
         # ml_collections lists the whole config before it names the field that may be meant.
         said, _, rest = str(said).partition("Other fields present:")
         said += "".join(re.findall("Did you mean .*", rest)[-1:])

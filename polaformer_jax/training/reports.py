@@ -210,7 +210,7 @@ def describe_dry(experiment: Experiment) -> str:
         json.dumps(as_json(config), indent=2),
         parameter_overview.get_parameter_overview(params, include_stats=False),
         f"steps: {length.total:,} of {config.train.batch_size} examples, {length.warmup:,} of them warm-up;"
-        f" {inputs.num_train_examples:,} examples to train on, {len(inputs.eval_source):,} to evaluate",
+        f" {inputs.epoch_examples:,} examples to train on, {len(inputs.eval_source):,} to evaluate",
         *(f"batch[{name!r}]: {leaf.dtype} {leaf.shape}, {leaf.sharding.spec}" for name, leaf in batch.items()),
         f"devices: {experiment.mesh.size} x {jax.devices()[0].device_kind}, as mesh {dict(experiment.mesh.shape)}",
         f"memory of the training step on each device: arguments {memory.argument_size_in_bytes / MIB:.1f} MiB"

@@ -123,9 +123,14 @@ def read(workdir: epath.PathLike) -> RunData | None:
         return None
     try:
         content = json.loads(path.read_text())
-        names, changes = content["class_names"], tuple(content["changes"])
-        splits, epoch_examples = dict(content["splits"]), int(content["epoch_examples"])
-        return RunData(None if names is None else tuple(names), splits, epoch_examples, changes)
+        names = content["class_names"]
+        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise TypeError(f"class_names {names!r}")
+        for name, split in content["splits"].items():
+            if not isinstance(split["examples"], int) or not isinstance(split["digest"], str):
+                raise TypeError(f"split {name}")
+        epoch_examples, changes = int(content["epoch_examples"]), tuple(content["changes"])
+        return RunData(None if names is None else tuple(names), content["splits"], epoch_examples, changes)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is damaged ({error}): remove it, and the run goes on without knowing what data it began with"
@@ -150,16 +155,22 @@ def check_agreement(data: RunData) -> None:
         )
 
 
-def epoch_examples(workdir: epath.Path, data: RunData) -> int:
-    """The number of training examples by which the run in `workdir` counts epochs: on all processes that of process 0.
+def has_begun(workdir: epath.Path) -> bool:
+    """Whether there is a checkpoint. A run without one has nothing to lose: config and data may still change."""
+    checkpoints = workdir / "checkpoints"
+    return checkpoints.exists() and any(path.name.isdecimal() for path in checkpoints.iterdir())
 
-    Args:
-        data: as it is now, for a run that has no `data.json`.
+
+def epoch_examples(workdir: epath.Path) -> int | None:
+    """The number of training examples by which the run in `workdir` counts epochs; None if it has not begun.
+
+    With several processes, all get what process 0 finds.
     """
-    if jax.process_count() == 1:
-        return (read(workdir) or data).epoch_examples
-    here = 0 if jax.process_index() else (read(workdir) or data).epoch_examples
-    return int(multihost_utils.broadcast_one_to_all(np.int32(here)))
+    stored = read(workdir) if jax.process_index() == 0 and has_begun(workdir) else None
+    found = 0 if stored is None else stored.epoch_examples
+    if jax.process_count() > 1:
+        found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
+    return found or None
 
 
 def write(workdir: epath.Path, data: RunData) -> None:

@@ -49,21 +49,27 @@ def session(config) -> Iterator[None]:
         jax.distributed.shutdown()
         raise
     except BaseException as error:
-        which = f"process {jax.process_index()}"
-        if isinstance(error, UserError):
-            print(f"error: {which}: {error}", file=sys.stderr)
-        else:
-            traceback.print_exc()
-            print(
-                f"error: {which} of {jax.process_count()} ended with the exception above. If it is about a connection,"
-                " a barrier or a collective operation, another process is gone, and its output says why. The same"
-                " command for all processes resumes from the latest checkpoint",
-                file=sys.stderr,
-            )
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(getattr(error, "status", 1))  # a normal exit would wait for the others, which wait for this process
+        try:
+            _report(error)
+        finally:  # a normal exit would wait for the others, which wait for this process
+            os._exit(getattr(error, "status", 1))
     jax.distributed.shutdown()
+
+
+def _report(error: BaseException) -> None:
+    which = f"process {jax.process_index()}"
+    sys.stdout.flush()
+    if isinstance(error, UserError):
+        print(f"error: {which}: {error}", file=sys.stderr, flush=True)
+        return
+    traceback.print_exception(error)
+    print(
+        f"error: {which} of {jax.process_count()} ended with the exception above. If it is about a connection, a"
+        " barrier or a collective operation, another process is gone, and its output says why. The same command for all"
+        " processes resumes from the latest checkpoint",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _joined(config) -> bool:
@@ -161,14 +167,16 @@ class Watchdog:
         while not self._ended.wait(min(self._seconds / 4, 5.0)):
             still = time.monotonic() - self._since
             if still > self._seconds:
-                print(
-                    f"\nerror: stuck for {still:.0f} s in: {self._what} (watchdog.step_s={self._seconds:g}). The stacks"
-                    " of all threads follow; the same command resumes from the latest checkpoint.",
-                    file=sys.__stderr__,
-                    flush=True,
-                )
-                faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
-                os._exit(WATCHDOG_STATUS)
+                try:
+                    print(
+                        f"\nerror: stuck for {still:.0f} s in: {self._what} (watchdog.step_s={self._seconds:g}). The"
+                        " stacks of all threads follow; the same command resumes from the latest checkpoint.",
+                        file=sys.__stderr__,
+                        flush=True,
+                    )
+                    faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+                finally:  # also where nobody reads it any more
+                    os._exit(WATCHDOG_STATUS)
 
 
 def checked(config) -> contextlib.AbstractContextManager:

@@ -15,7 +15,6 @@ import contextlib
 import os
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Iterator
 
@@ -82,7 +81,7 @@ class StopRequests:
 
 def _say(text: str) -> None:
     with contextlib.suppress(OSError):  # a closed terminal must not keep the run from saving
-        os.write(sys.__stderr__.fileno(), f"\n{text}\n".encode())
+        os.write(2, f"\n{text}\n".encode())
 
 
 def _leave(status: int, text: str) -> None:

@@ -50,14 +50,17 @@ class Parameters:
     task: Task
     mesh: Mesh
 
-    def initial(self) -> Any:
+    def initial(self, file: weights.WeightsFile | None = None) -> Any:
         """From `init.weights` if given, otherwise drawn from the seed.
+
+        Args:
+            file: what `weights.read_file` returned for `init.weights`; None: it is read here.
 
         Raises:
             UserError: the weights are not this model's.
         """
         if self.config.init.weights is not None:
-            return self.read(self.config.init.weights, fits=self.task.fits)
+            return self.read(file or self.config.init.weights, fits=self.task.fits)
 
         # Eagerly, one parameter after the other: under jit, compiling the many draws takes five times as long as
         # drawing. Each goes from host memory to the devices that keep it, so that no device ever holds all.
@@ -110,10 +113,10 @@ class States:
     def shardings(self) -> TrainState:
         return jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
 
-    def initial(self) -> TrainState:
-        """The state before the first step, on all devices of the mesh."""
+    def initial(self, file: weights.WeightsFile | None = None) -> TrainState:
+        """The state before the first step, on all devices of the mesh; `file` as for `Parameters.initial`."""
         create = jax.jit(self._new, out_shardings=self.shardings, donate_argnums=0)
-        return create(self.params.initial())
+        return create(self.params.initial(file))
 
     def _new(self, params: Any) -> TrainState:
         ema = jax.tree.map(jnp.copy, params) if self.with_ema else None

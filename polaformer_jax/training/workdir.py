@@ -130,9 +130,7 @@ def _claimed(workdir: epath.Path, config: ml_collections.ConfigDict, data: RunDa
     with writable(workdir):
         atomic.make_folder(workdir)
     with _locked(workdir):
-        # A run without a checkpoint has nothing to lose: its config may be fixed after a failed start.
-        checkpoints = workdir / "checkpoints"
-        if checkpoints.exists() and any(path.name.isdecimal() for path in checkpoints.iterdir()):
+        if run_data.has_begun(workdir):
             stored = read_config(workdir)
             changed = differences(stored, config)
             if changed:

@@ -13,6 +13,7 @@ import numpy as np
 
 from polaformer_jax.errors import UserError, WeightsError
 from polaformer_jax.files import paths
+from polaformer_jax.files.names import shown
 from polaformer_jax.weights import kinds, safetensors_file, torch_zip
 
 Layout = Literal["ours", "torch"]
@@ -45,7 +46,7 @@ class WeightsFile:
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """The names of the classes in label order; None if the file does not say.
+        """The names of the classes in label order, such as can be printed; None if the file does not say.
 
         Raises:
             WeightsError: the metadata `classes` is not a list of names.
@@ -55,7 +56,7 @@ class WeightsFile:
             return None
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise WeightsError(f"{self.path}: metadata classes: expected a JSON list of names")
-        return tuple(names)
+        return tuple(map(shown, names))
 
 
 def read_file(path: str | os.PathLike) -> WeightsFile:

@@ -174,11 +174,13 @@ def test_a_recipe_for_version_0_1_is_refused_with_what_changed(tmp_path):
         ("def get_config(): pass", "own.py': get_config returns a NoneType"),
     ],
 )
-def test_a_recipe_that_fails_is_one_line_that_names_its_own(text, message, tmp_path):
+@pytest.mark.parametrize("place", ["own.py", "./own.py"])
+def test_a_recipe_that_fails_is_one_line_that_names_its_own(place, text, message, tmp_path, monkeypatch):
     own = tmp_path / "own.py"
     own.write_text(text)
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as error:
-        recipes.load(str(own))
+        recipes.load(place)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -241,6 +243,21 @@ def test_output_that_cannot_be_written_is_an_error():
         assert ended.returncode == 1 and ended.stderr == (
             "error: the output cannot be written: [Errno 28] No space left on device\n"
         )
+
+
+def test_a_result_that_was_printed_but_not_written_is_an_error_whatever_else_is():
+    program = (
+        "from polaformer_jax.cli import command\nfrom polaformer_jax.errors import UserError\n"
+        "def action():\n    print(1)\n    raise UserError('no disk')\nexit(command.run(action))"
+    )
+    command_line = f'{sys.executable} -c "$0" > /dev/full'
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+    ended = subprocess.run(["sh", "-c", command_line, program], cwd=ROOT, capture_output=True, text=True, env=buffered)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines() == [
+        "error: no disk",
+        "error: the output cannot be written: [Errno 28] No space left on device",
+    ]
 
 
 def test_a_process_without_standard_streams_works(tmp_path):

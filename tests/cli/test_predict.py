@@ -123,35 +123,33 @@ def test_a_model_without_classifier_predicts_nothing():
 
 
 def test_names_come_from_the_file_else_the_data_set_else_the_weights(tmp_path, digits_dir):
-    stored = {"classes": json.dumps([f"stored {i}" for i in range(10)])}
+    stored = tuple(f"stored {i}" for i in range(10))
     (tmp_path / "names.txt").write_text("".join(f"name {i}\n" for i in range(10)) + "\n")
     found = prediction.class_names(10, stored, file=tmp_path / "names.txt")
     assert found == tuple(f"name {i}" for i in range(10))
     found = prediction.class_names(10, stored, data="sklearn_digits", data_dir=digits_dir)
     assert found == tuple("0123456789")
     assert prediction.class_names(10, stored)[9] == "stored 9"
-    assert prediction.class_names(10, {}) is None
+    assert prediction.class_names(10, None) is None
 
 
 @pytest.mark.parametrize(
-    "metadata, arguments, message",
+    "stored, arguments, message",
     [
-        ({}, {"file": "{dir}/two.txt"}, "two.txt names 2 classes, but the model has 5"),
-        ({}, {"file": "{dir}/none.txt"}, "class names .*none.txt: .*No such file"),
-        ({}, {"file": "{dir}/two.txt", "data": "x", "data_dir": "y"}, "both name the classes"),
-        ({}, {"data": "sklearn_digits"}, "data and data_dir belong together"),
-        ({}, {"data": "sklearn_digits", "data_dir": "{dir}"}, "is not prepared below"),
-        ({"classes": '["a"]'}, {}, "the metadata of the weights names 1 classes, but the model has 5"),
-        ({"classes": '{"a": 1}'}, {}, "expected a JSON list of names"),
-        ({"classes": "a, b"}, {}, "metadata classes: not valid JSON"),
+        (None, {"file": "{dir}/two.txt"}, "two.txt names 2 classes, but the model has 5"),
+        (None, {"file": "{dir}/none.txt"}, "class names .*none.txt: .*No such file"),
+        (None, {"file": "{dir}/two.txt", "data": "x", "data_dir": "y"}, "both name the classes"),
+        (None, {"data": "sklearn_digits"}, "data and data_dir belong together"),
+        (None, {"data": "sklearn_digits", "data_dir": "{dir}"}, "is not prepared below"),
+        (("a",), {}, "the metadata of the weights names 1 classes, but the model has 5"),
     ],
     ids=str,
 )
-def test_refuses_names_that_do_not_fit(metadata, arguments, message, tmp_path):
+def test_refuses_names_that_do_not_fit(stored, arguments, message, tmp_path):
     (tmp_path / "two.txt").write_text("a\nb\n")
     arguments = {key: value.format(dir=tmp_path) for key, value in arguments.items()}
     with pytest.raises(UserError, match=message):
-        prediction.class_names(5, metadata, **arguments)
+        prediction.class_names(5, stored, **arguments)
 
 
 @pytest.mark.parametrize(

@@ -77,13 +77,15 @@ def test_workers_are_deaf_to_signals_and_end_on_close():
 
 
 def test_memory_that_workers_will_not_have_is_named_before_they_start(monkeypatch):
-    monkeypatch.setattr(workers.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=64 * 2**20))
+    monkeypatch.setattr(workers.shutil, "disk_usage", lambda path: types.SimpleNamespace(total=2**26, free=2**26))
     sizes = {"training": 19 * 2**20, "evaluation": 2**20}
     workers.check_shared_memory(0, 1, sizes)
     workers.check_shared_memory(1, 1, sizes)
     with pytest.raises(UserError) as error:
         workers.check_shared_memory(8, 1, sizes)
     assert "/dev/shm has 64 MiB free, but the data workers need at least 320 MiB there" in str(error.value)
+    monkeypatch.setattr(workers.shutil, "disk_usage", lambda path: types.SimpleNamespace(total=0, free=0))
+    workers.check_shared_memory(8, 1, sizes)  # not limited
     assert "304 MiB for training, 16 MiB for evaluation" in str(error.value)
     assert "--shm-size" in str(error.value) and "data.workers=0" in str(error.value)
 

@@ -18,6 +18,8 @@ from polaformer_jax.files import atomic, paths
         ("~/runs", "/home/user/runs"),
         ("~", "/home/user"),
         ("a~/b", "a~/b"),
+        ("./~", "~"),
+        ("./~nobody_of_this_name/a", "~nobody_of_this_name/a"),
         ("gs://bucket/runs", "gs://bucket/runs"),
         ("a:b/c", "a:b/c"),
         ("run [1] *?", "run [1] *?"),
@@ -74,8 +76,22 @@ def test_a_target_is_tried_and_left_as_it_was(tmp_path):
         atomic.check_target(target.parent, "result")
     with pytest.raises(UserError, match="result .*below.json' cannot be written: .*File exists"):
         atomic.check_target(target / "below.json", "result", argument="json_path")
+    with pytest.raises(UserError, match="/dev/null is no regular file: name a file"):
+        atomic.check_target("/dev/null", "result")
     with pytest.raises(UserError, match="cannot be written: .*No such file or directory"):
         atomic.check_target("/proc/none/result.json", "result")
+
+
+def test_a_folder_that_is_held_is_told_from_another_of_its_name(tmp_path):
+    folder = paths.given(tmp_path / "run")
+    folder.mkdir()
+    held = paths.Held(folder)
+    assert held.is_in_place()
+    folder.rename(tmp_path / "moved")
+    assert not held.is_in_place()
+    folder.mkdir()
+    assert not held.is_in_place()
+    held.close()
 
 
 def test_without_a_home_the_cache_is_that_of_the_machine(monkeypatch):

@@ -158,7 +158,14 @@ def test_long_lists_are_shown_where_they_differ():
     run_data.check_names(there, None, "the run", "the data")  # without names nothing is known
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"class_names": 3, "splits": {}, "epoch_examples": 1}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "{", "[]", "{}"),
+        '{"class_names": "cat", "splits": {}, "epoch_examples": 1, "changes": []}',
+        '{"class_names": null, "splits": {"train": {}}, "epoch_examples": 1, "changes": []}',
+    ],
+)
 def test_a_damaged_file_is_named(content, tmp_path):
     (tmp_path / "data.json").write_text(content)
     with pytest.raises(UserError, match="data.json is damaged"):

@@ -206,6 +206,23 @@ def test_values_that_are_not_finite_are_refused(value, how, tmp_path):
         weights.load_weights(tiny(), source)
 
 
+@pytest.mark.parametrize(("stored", "names"), [(None, None), ('["a", "b\\n"]', ("a", r"b\n"))], ids=["none", "names"])
+def test_a_file_names_its_classes(stored, names, tmp_path):
+    path = tmp_path / "a.safetensors"
+    weights.save_weights(tiny(), path, metadata={} if stored is None else {"classes": stored})
+    assert weights.read_file(path).class_names == names
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"), [('{"a": 1}', "expected a JSON list of names"), ("a, b", "'classes' is not JSON")]
+)
+def test_names_that_are_no_list_are_refused(stored, message, tmp_path):
+    path = tmp_path / "a.safetensors"
+    weights.save_weights(tiny(), path, metadata={"classes": stored})
+    with pytest.raises(weights.WeightsError, match=message):
+        _ = weights.read_file(path).class_names
+
+
 def test_weights_of_another_family_are_named(tmp_path):
     weights.save_weights(small_models.build("swin"), tmp_path / "a.safetensors")
     with pytest.raises(weights.WeightsError, match="holds the weights of a PolaSwin, and the model is a PolaPVT"):

@@ -12,6 +12,7 @@ evaluated. The values here do not depend on the version of Pillow.
 import math
 
 import numpy as np
+from absl import logging
 from numba import njit
 
 _BITS = 22  # of the fixed-point weights: what 8 bits of a pixel and 2 of headroom leave of 32
@@ -86,7 +87,13 @@ def _compiled(**options):
     def decorate(function):
         try:
             return njit(function, cache=True, nogil=True, **options)
-        except RuntimeError:  # neither beside this file nor below a home can be written: compiled in each process
+        except RuntimeError as error:  # it can write neither beside this file nor below a home
+            logging.log_first_n(
+                logging.WARNING,
+                "every process compiles its resampling anew, for a few seconds (%s); NUMBA_CACHE_DIR may name a folder",
+                1,
+                error,
+            )
             return njit(function, nogil=True, **options)
 
     return decorate

@@ -19,6 +19,7 @@ from polaformer_jax.data import tfds_source
 from polaformer_jax.data.lra import store
 from polaformer_jax.data.lra.facts import TASKS, missing_message
 from polaformer_jax.errors import UserError
+from polaformer_jax.files import paths
 
 Examples = list[tuple[bytes, int]]  # of content and label
 
@@ -77,13 +78,13 @@ def prepare_retrieval(data_dir: epath.PathLike, folder: str | None) -> None:
     """
     if folder is None:
         raise UserError(f"lra_retrieval needs the folder of its files. {missing_message('retrieval', data_dir)}")
-    paths = {split: Path(folder).expanduser() / name for split, name in PAIR_FILES.items()}
-    missing = [str(path) for path in paths.values() if not path.is_file()]
+    files = {split: Path(paths.given(folder, "source")) / name for split, name in PAIR_FILES.items()}
+    missing = [str(path) for path in files.values() if not path.is_file()]
     if missing:
         raise UserError(f"missing: {', '.join(missing)}. {missing_message('retrieval', data_dir)}")
     cut = TASKS["retrieval"].cut
     with store.writing("lra_retrieval", data_dir, origin="AAN pairs", settings={}) as writer:
-        for split, path in paths.items():
+        for split, path in files.items():
             problems = []
             with path.open("rb") as file:
                 for number, line in enumerate(tqdm(file, desc=path.name, unit=" pairs", disable=None), start=1):
