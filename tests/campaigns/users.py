@@ -514,7 +514,7 @@ def a_file_system_without_locks(path: Path) -> None:
 @situation("surroundings")
 def a_small_shared_memory(path: Path) -> None:
     here = Situation(path)
-    mount = 'mount -t tmpfs -o size=256k tmpfs /dev/shm && exec "$@"'
+    mount = 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"'
     unshare = ["unshare", "--mount", "sh", "-c", mount, "sh"]
     if shutil.which("unshare") is None or subprocess.run([*unshare, "true"], capture_output=True).returncode:
         raise LeftOut("no mounts of one's own")
