@@ -9,6 +9,7 @@ import ml_collections
 from flax import nnx
 from jax.sharding import Mesh
 
+from polaformer_jax import weights
 from polaformer_jax.config import check
 from polaformer_jax.errors import UserError
 from polaformer_jax.files import paths
@@ -188,7 +189,7 @@ def _check_paths(config: ml_collections.ConfigDict) -> None:
     for field, path in (("data.data_dir", config.data.data_dir), ("init.weights", config.init.weights)):
         if path is not None:
             try:
-                paths.given(path)
+                weights.hub.Address.parse(path) if weights.hub.is_address(path) else paths.given(path)
             except UserError as error:
                 raise UserError(f"{field}={path!r}: {error}") from None
 

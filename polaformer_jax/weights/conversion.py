@@ -247,7 +247,7 @@ def convert_all(files: Sequence[str], *, out: str | None, out_dir: str | None, o
         files: `[IN, OUT]` if the second of two is the name of a `.safetensors` file that does not exist yet; otherwise
             all are converted, each to its name with that suffix.
         out: where the only file is written.
-        out_dir: where all are written; None: next to each.
+        out_dir: where all are written; None: next to each, or for files of the Hub in the current folder.
         options: arguments of `convert`.
 
     Raises:
@@ -289,8 +289,11 @@ def _targets(files: Sequence[str], out: str | None, out_dir: str | None) -> list
     folder = None if out_dir is None else paths.given(out_dir, "out_dir")
     pairs = []
     for source in files:
-        name = f"{os.path.splitext(os.path.basename(source))[0]}.safetensors"
-        pairs.append((source, os.path.join(os.path.dirname(source) if folder is None else folder, name)))
+        # What comes from the Hub is written to the current folder: there is none of its own beside it.
+        path = weights.hub.Address.parse(source).file if weights.hub.is_address(source) else source
+        beside = os.path.dirname(path) if path is source else ""
+        name = f"{os.path.splitext(os.path.basename(path))[0]}.safetensors"
+        pairs.append((source, os.path.join(beside if folder is None else folder, name)))
     targets = [target for _, target in pairs]
     if twice := {target for target in targets if targets.count(target) > 1}:
         raise UserError(f"several files would be written to {', '.join(sorted(twice))}: convert them one by one")

@@ -10,6 +10,7 @@ from flax import nnx
 from polaformer_jax.errors import UserError
 from polaformer_jax.models import registry
 from polaformer_jax.models.registry import Model
+from polaformer_jax.weights import hub
 from polaformer_jax.weights.files import WeightsFile, read_file
 from polaformer_jax.weights.fitting import Fit, summary
 from polaformer_jax.weights.identify import identify, num_classes_of
@@ -34,7 +35,8 @@ def create_model(
     """Creates a model by name with random weights, or with the weights of a file.
 
     Args:
-        name: one of `list_models()`; None: the model that the weights file holds.
+        name: one of `list_models()`; None: the model that the weights file holds; or an address on the Hugging Face Hub
+            (`hf://OWNER/REPOSITORY`), which is taken as `weights`.
         weights: whatever `load_weights` takes. Position tables are resized for an `img_size` or windows given here, and
             the classifier is replaced by zeros for a `num_classes` given here; each change is logged as a warning.
         num_classes, img_size, drop_path: None keeps the model's own value (1000 classes), or the file's; with a name
@@ -49,6 +51,10 @@ def create_model(
         UserError: unknown name or argument, a combination that cannot be built, or neither weights nor rngs.
         WeightsError: see `load_weights`; or the file does not say which model it holds, and there is no name.
     """
+    if name is not None and hub.is_address(name):
+        if weights is not None:
+            raise UserError(f"{name} and weights={weights!r} both name weights: give one of them")
+        name, weights = None, name
     given = {"num_classes": num_classes, "img_size": img_size, "drop_path": drop_path, **overrides}
     computation = {"dtype": dtype, "param_dtype": param_dtype, "attention_impl": attention_impl}
     if weights is None:

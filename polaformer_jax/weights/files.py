@@ -14,7 +14,7 @@ import numpy as np
 from polaformer_jax.errors import UserError, WeightsError
 from polaformer_jax.files import paths
 from polaformer_jax.files.names import shown
-from polaformer_jax.weights import kinds, safetensors_file, torch_zip
+from polaformer_jax.weights import hub, kinds, safetensors_file, torch_zip
 
 Layout = Literal["ours", "torch"]
 
@@ -65,12 +65,15 @@ def read_file(path: str | os.PathLike) -> WeightsFile:
     Nothing in the file is executed. Tensors are mapped, not copied, and checked against the file's checksums.
 
     Args:
-        path: local, or in a bucket (`gs://`), from which it is copied to a temporary file first.
+        path: local; in a bucket (`gs://`), from which it is copied to a temporary file first; or an address on the
+            Hugging Face Hub (`hf://`, see `hub.Address.parse`).
 
     Raises:
         WeightsError: there is no such file, it is of another kind, it is damaged, or it holds no weights.
     """
     name = os.fspath(path)
+    if hub.is_address(name):
+        return _read_local(hub.fetch(name), name)
     try:
         path = paths.given(path)
     except UserError as error:
