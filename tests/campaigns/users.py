@@ -514,7 +514,7 @@ def a_file_system_without_locks(path: Path) -> None:
 @situation("surroundings")
 def a_small_shared_memory(path: Path) -> None:
     here = Situation(path)
-    mount = 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"'
+    mount = 'mount -t tmpfs -o size=3m tmpfs /dev/shm && exec "$@"'
     unshare = ["unshare", "--mount", "sh", "-c", mount, "sh"]
     if shutil.which("unshare") is None or subprocess.run([*unshare, "true"], capture_output=True).returncode:
         raise LeftOut("no mounts of one's own")
@@ -523,7 +523,7 @@ def a_small_shared_memory(path: Path) -> None:
     words = [sys.executable, "-m", "polaformer_jax.cli", "train", "--config", str(here.recipe), f"--workdir={here.run}"]
     outcome = process([*unshare, *words, "--config.data.workers=2"], cwd=path, env={"JAX_PLATFORMS": "cpu"})
     assert outcome.status == 1 and outcome.is_message, outcome
-    assert "/dev/shm has 1 MiB free" in outcome.err and "--shm-size" in outcome.err, outcome
+    assert "/dev/shm has 2 MiB free" in outcome.err and "--shm-size" in outcome.err, outcome
 
 
 _DIGITS = """
