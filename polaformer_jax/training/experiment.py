@@ -186,12 +186,20 @@ class Experiment:
 
 def _check_paths(config: ml_collections.ConfigDict) -> None:
     """Raises a UserError if a path of the config cannot work, whatever is there."""
-    for field, path in (("data.data_dir", config.data.data_dir), ("init.weights", config.init.weights)):
+    checks = {
+        "data.data_dir": (config.data.data_dir, paths.given),
+        "init.weights": (config.init.weights, _check_weights),
+    }
+    for field, (path, check_path) in checks.items():
         if path is not None:
             try:
-                weights.hub.Address.parse(path) if weights.hub.is_address(path) else paths.given(path)
+                check_path(path)
             except UserError as error:
                 raise UserError(f"{field}={path!r}: {error}") from None
+
+
+def _check_weights(path: str) -> None:
+    weights.hub.Address.parse(path) if weights.hub.is_address(path) else paths.given(path)
 
 
 def create_abstract_model(config: ml_collections.ConfigDict) -> nnx.Module:
