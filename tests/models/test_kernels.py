@@ -157,7 +157,8 @@ def check_mask(tokens, lengths):
     agree(outcome(given, "a sequence", "pallas", mask), outcome(given, "a sequence", "xla", mask), 1e-12)
 
 
-@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_in_fewer_bits_it_is_as_near_to_the_truth(dtype, x64):
     """As the operations are, but for a factor; in bfloat16 the convolved values are rounded once more."""
     shape = "heads share a group"
@@ -176,6 +177,7 @@ def test_in_fewer_bits_it_is_as_near_to_the_truth(dtype, x64):
         assert fused[name] <= 2 * error + slack * float(jnp.max(jnp.abs(truth[name]))), name
 
 
+@pytest.mark.slow
 def test_over_a_mesh_each_device_has_its_examples():
     shape, mesh = "heads share a group", mesh_of(4, 2)
     given = arguments(shape, np.float32, batch=16)
@@ -267,6 +269,7 @@ def test_an_unknown_implementation_is_refused():
         small_models.build("pvt", attention_impl="fast")
 
 
+@pytest.mark.slow
 def test_the_training_step_of_a_tpu_has_the_kernel(monkeypatch):
     """The step says on which mesh the batch lies."""
     monkeypatch.setattr(kernels, "for_tpu", lambda: True)  # the devices of that mesh are this machine's
