@@ -9,9 +9,9 @@ import re
 import select
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from polaformer_jax.errors import Interrupted, UserError
+from polaformer_jax.errors import Interrupted, NotWrittenError, UserError
 
 if TYPE_CHECKING:
     import ml_collections
@@ -213,6 +213,14 @@ def _status(action: Callable[[], int | None], options: Mapping[str, str]) -> int
             raise
         _say(f"error: {problem}")
         return 1
+
+
+def outcome(action: Callable[[], Any]) -> tuple[Any, NotWrittenError | None]:
+    """The result of an action, and why it could not be written, to be raised once the result has been printed."""
+    try:
+        return action(), None
+    except NotWrittenError as error:
+        return error.result, error
 
 
 def _open_standard_streams() -> None:

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Sequence
 
 from polaformer_jax.cli import command
-from polaformer_jax.errors import NotWrittenError
 
 # Options whose names are not those of the parameters of `evaluation.evaluate`.
 OPTIONS = {"json_path": "--json", "predictions_path": "--predictions", "weights_path": "--save-weights"}
@@ -47,10 +46,7 @@ def _main(parser: command.Parser, argv: Sequence[str]) -> None:
     progress.set_up_logging(verbose=args.verbose)
     # Without --config, the hosts are those that the environment names: those of the training may be others.
     with runtime.session((config or defaults()).distributed):
-        try:
-            result, problem = _evaluate(config, args), None
-        except NotWrittenError as error:
-            result, problem = error.result, error
+        result, problem = command.outcome(lambda: _evaluate(config, args))
         if jax.process_index() == 0:
             print(json.dumps(result, indent=2))
     if problem is not None:  # after all processes have ended their work

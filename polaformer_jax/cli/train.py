@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from polaformer_jax.cli import command
-from polaformer_jax.errors import NotWrittenError, UserError
+from polaformer_jax.errors import UserError
 from polaformer_jax.training.signals import StopRequests
 
 
@@ -48,10 +48,7 @@ def _train(config, args, stop: StopRequests) -> None:
         if args.dry_run:
             print(reports.describe_dry(Experiment(config)))
             return
-        try:
-            result, problem = loop.train(config, args.workdir, stop=stop), None
-        except NotWrittenError as error:
-            result, problem = error.result, error
+        result, problem = command.outcome(lambda: loop.train(config, args.workdir, stop=stop))
         if jax.process_index() == 0:
             print(reports.describe(result, args.workdir))
     if problem is not None:  # after all processes have ended their work
