@@ -73,10 +73,10 @@ class StopRequests:
     def _receive(self, number: signal.Signals) -> None:
         if self.requested:
             _leave(128 + number, f"{number.name} again: ending at once")
-        self.requested = True
         if not self._deferred:
             _leave(Interrupted.status, f"{number.name}: ending; there was nothing to save")
         _say(f"{number.name}: a checkpoint will be saved before the end (another signal ends at once)")
+        self.requested = True  # last: on it the main thread may end the process
 
 
 def _say(text: str) -> None:
