@@ -24,6 +24,8 @@ _EXPORTS = {
     "PolaSwinConfig": "models.pola_swin",
     "PolarityAttention": "models.attention",
     "polarity_attention": "models.attention",
+    "predict": "inference.prediction",
+    "preprocess": "inference.images",
     "load_weights": "weights",
     "save_weights": "weights",
 }

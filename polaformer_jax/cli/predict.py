@@ -1,7 +1,7 @@
 """Classifies image files, and shows where the model looks.
 
     polaformer predict --weights pola_swin_t.safetensors photo.jpg
-    polaformer predict --weights pola_swin_t.pth --classes imagenet_classes.txt --json *.jpg
+    polaformer predict --weights pola_swin_t.pth --json *.jpg
     polaformer predict --weights digits.safetensors --data sklearn_digits --data-dir data 7.png
     polaformer predict --weights pola_swin_t.pth --picture maps.png --stage 1 --token 14,10 photo.jpg
 
@@ -18,7 +18,7 @@ from polaformer_jax.errors import UserError
 def main(argv: Sequence[str] | None = None) -> int:
     parser = command.Parser("predict", __doc__)
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="anything that Pillow opens")
-    parser.add_argument("--weights", required=True, help="our .safetensors, or an official .pth")
+    parser.add_argument("--weights", required=True, help="our .safetensors, an official .pth, or hf://...")
     parser.add_argument("--model", help="name of the model, where the weights do not tell")
     parser.add_argument("--top", type=command.positive_integer, default=5, help="classes to name for each image [5]")
     parser.add_argument("--classes", metavar="FILE", help="text file with the names of the classes, one on each line")
@@ -42,9 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _predict(args) -> None:
     # Imported here: JAX takes a second, which a wrong flag need not wait for.
-    from polaformer_jax import create_model, weights
+    from polaformer_jax import create_model
     from polaformer_jax.files import figures
-    from polaformer_jax.inference import pictures, prediction
+    from polaformer_jax.inference import images, pictures, prediction
     from polaformer_jax.training import progress
 
     progress.set_up_logging()
@@ -52,17 +52,12 @@ def _predict(args) -> None:
         pictures.check_request(args.picture, images=len(args.images))
     elif any(value is not None for value in (args.stage, args.block, args.token)):
         raise UserError("--stage, --block and --token say what --picture shows: give --picture OUT.png")
-    file = weights.read_file(args.weights)
-    model = create_model(args.model, weights=file)
-    transform = prediction.evaluation_transform(model, file.metadata)
-    names = prediction.class_names(
-        transform.num_classes, file.class_names, file=args.classes, data=args.data, data_dir=args.data_dir
-    )
+    model = create_model(args.model, weights=args.weights)
+    num_classes = images.evaluation_transform(model).num_classes
+    names = prediction.read_class_names(num_classes, file=args.classes, data=args.data, data_dir=args.data_dir)
     token = None if args.token is None else args.token.split(",")
     where = pictures.choose(model, stage=args.stage, block=args.block, token=token)
-    results = prediction.predict(
-        model, args.images, transform=transform, names=names, top=args.top, batch_size=args.batch_size
-    )
+    results = prediction.predict(model, args.images, class_names=names, top=args.top, batch_size=args.batch_size)
     print(json.dumps(results, indent=2) if args.json else prediction.table(results))
     if args.picture is not None:
-        figures.save(pictures.draw(model, args.images, results, transform=transform, where=where), args.picture)
+        figures.save(pictures.draw(model, args.images, results, where=where), args.picture)

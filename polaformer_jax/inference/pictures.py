@@ -20,11 +20,10 @@ from polaformer_jax.analysis.attention_maps import (
     resolve_token,
 )
 from polaformer_jax.data.images.normalisation import normalise
-from polaformer_jax.data.images.transforms import EvalImageTransform
 from polaformer_jax.errors import UserError
 from polaformer_jax.files import figures
 from polaformer_jax.files.figures import FAINT, INK
-from polaformer_jax.inference.prediction import read_image
+from polaformer_jax.inference.images import evaluation_transform, read_image
 from polaformer_jax.models.attention import PolarityAttention
 from polaformer_jax.models.backbone import Backbone
 from polaformer_jax.models.model_config import STRIDES
@@ -78,7 +77,6 @@ def draw(
     files: Sequence[epath.PathLike],
     results: Sequence[Mapping[str, Any]],
     *,
-    transform: EvalImageTransform,
     where: Where,
 ) -> Figure:
     """One row per image: the model's input and prediction, and a map of each stream of the block, its heads averaged.
@@ -86,8 +84,8 @@ def draw(
     Args:
         files: the images.
         results: what `prediction.predict` returned for them.
-        transform: the one that `prediction.predict` was called with.
     """
+    transform = evaluation_transform(model)
     images = [read_image(file, transform) for file in files]
     maps = [
         attention_maps(model, normalise(image[None]), stage=where.stage, block=where.block, token=where.token)

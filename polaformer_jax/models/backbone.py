@@ -9,6 +9,7 @@ from flax import nnx
 from polaformer_jax.models.initializers import Keys
 from polaformer_jax.models.layers import Block, accumulation_dtype, linear, rematerialised
 from polaformer_jax.models.model_config import STRIDES, ModelConfig
+from polaformer_jax.models.model_info import ModelInfo
 
 
 class Backbone(nnx.Module):
@@ -24,10 +25,12 @@ class Backbone(nnx.Module):
         dtype: of activations and matrix products.
         head: the classifier, or None.
         remat: recompute each block's activations in the backward pass instead of storing them.
+        info: what is known of the model besides its function, such as the names of its classes.
     """
 
     config: ModelConfig
     remat: bool = False
+    info: ModelInfo
 
     def __call__(self, images: jax.Array, train: bool = False, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Logits of normalised images.

@@ -34,6 +34,7 @@ from polaformer_jax.models.model_config import (
     check_computation,
     resolve_config,
 )
+from polaformer_jax.models.model_info import ModelInfo
 
 EPSILON = 1e-6  # of the blocks' LayerNorm; those after patch embedding and spatial reduction use 1e-5
 
@@ -216,7 +217,7 @@ class PolaPVT(Backbone):
                 ),
             )
         self.head = classifier(config.embed_dims[-1], config.num_classes, **types)
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype, self.info = config, dtype, ModelInfo()
 
     def blocks(self, stage: int) -> Sequence[Block]:
         return getattr(self, f"block{stage + 1}")

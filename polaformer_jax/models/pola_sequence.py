@@ -27,6 +27,7 @@ from polaformer_jax.models.layers import (
     uniform_init,
 )
 from polaformer_jax.models.model_config import Checks, ModelConfig, check_computation, resolve_config
+from polaformer_jax.models.model_info import ModelInfo
 from polaformer_jax.models.plain_attention import PlainAttention
 
 EPSILON = 1e-5  # of every LayerNorm
@@ -185,7 +186,7 @@ class PolaSequence(nnx.Module):
         self.norm = layer_norm(dim, epsilon=EPSILON, **types)
         self.head = Head(dim if config.texts == 1 else 4 * dim, config.head_dim, config.num_classes, **types)
         _draw_as_pytorch(self, types["rngs"])
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype, self.info = config, dtype, ModelInfo()
 
     def __call__(self, sequences: Sequences, train: bool = False, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Logits (B, num_classes), at least float32.

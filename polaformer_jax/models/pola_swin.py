@@ -32,6 +32,7 @@ from polaformer_jax.models.model_config import (
     check_computation,
     resolve_config,
 )
+from polaformer_jax.models.model_info import ModelInfo
 from polaformer_jax.models.window_attention import SwinBlock, WindowAttention
 
 EPSILON = 1e-5
@@ -230,7 +231,7 @@ class PolaSwin(Backbone):
         self.layers = nnx.List(stages)
         self.norm = layer_norm(config.embed_dim * 8, epsilon=EPSILON, **types)
         self.head = classifier(config.embed_dim * 8, config.num_classes, **types)
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype, self.info = config, dtype, ModelInfo()
 
     def blocks(self, stage: int) -> Sequence[Block]:
         return self.layers[stage].blocks

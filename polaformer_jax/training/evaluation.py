@@ -22,7 +22,7 @@ from polaformer_jax.errors import NotWrittenError, UserError
 from polaformer_jax.files import atomic, paths
 from polaformer_jax.training import checkpoints, run_data
 from polaformer_jax.training.experiment import Experiment
-from polaformer_jax.training.export import weights_metadata
+from polaformer_jax.training.export import model_info
 from polaformer_jax.training.metrics import Mean
 from polaformer_jax.training.progress import bar, log
 from polaformer_jax.training.sharding import to_devices
@@ -246,12 +246,18 @@ def evaluate(
         result = evaluator(params)
     content = report(config, result, evaluated)
     facts = {**({} if workdir is None else {"step": step}), **result.metrics}
-    metadata = weights_metadata(config, source.class_names, facts)
+    info = model_info(config, source.class_names, facts)
+
+    def write_weights(path: epath.Path) -> None:
+        model = experiment.model(params)
+        model.info = info
+        weights.save_weights(model, path)
+
     outputs.write(
         content,
         json_path=lambda path: write_json(path, content),
         predictions_path=lambda path: write_predictions(path, result, source),
-        weights_path=lambda path: weights.save_weights(experiment.model(params), path, metadata=metadata),
+        weights_path=write_weights,
     )
     return content
 

@@ -15,6 +15,7 @@ from flax import nnx
 from polaformer_jax import weights
 from polaformer_jax.errors import UserError
 from polaformer_jax.files import atomic
+from polaformer_jax.models.model_info import ModelInfo
 from polaformer_jax.training import checkpoints, run_data, sharding
 from polaformer_jax.training.experiment import create_abstract_model
 from polaformer_jax.training.progress import log
@@ -22,13 +23,19 @@ from polaformer_jax.training.tasks import task_of
 from polaformer_jax.training.workdir import read_config
 
 
-def weights_metadata(
+def model_info(
     config: ml_collections.ConfigDict, class_names: tuple[str, ...] | None, facts: Mapping[str, Any]
-) -> dict[str, str]:
-    """Metadata of a weights file besides its model: how inputs are prepared, the class names, and facts."""
-    metadata = {name: json.dumps(value) for name, value in task_of(config).metadata().items()}
-    metadata["facts"] = json.dumps({"data": config.data.name, **facts})
-    return metadata if class_names is None else {**metadata, "classes": json.dumps(class_names)}
+) -> ModelInfo:
+    """What is known of a trained model besides its function.
+
+    Args:
+        facts: of the weights; the data's name is added.
+    """
+    prepared = dict(task_of(config).metadata())
+    preprocess = prepared.pop("preprocess", None)
+    other = {name: json.dumps(value) for name, value in prepared.items()}
+    facts = {"data": config.data.name, **facts}
+    return ModelInfo(class_names=class_names, preprocess=preprocess, facts=facts, other=other)
 
 
 def export(
@@ -64,8 +71,9 @@ def export(
     params, step = checkpoints.read_params(
         workdir, abstract, checkpoint, best_metric=checkpoints.metric_name(config), kind=kind
     )
-    metadata = weights_metadata(config, _class_names(workdir, config), {"step": step, "kind": kind})
-    weights.save_weights(nnx.merge(graphdef, params), path, layout=layout, metadata=metadata)
+    model = nnx.merge(graphdef, params)
+    model.info = model_info(config, _class_names(workdir, config), {"step": step, "kind": kind})
+    weights.save_weights(model, path, layout=layout)
     return step
 
 

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import json
 import os
 import sys
 import time
@@ -23,6 +22,8 @@ from polaformer_jax.files import paths
 from polaformer_jax.models.model_config import ModelConfig
 from polaformer_jax.models.pola_sequence import PolaSequenceConfig, Sequences
 from polaformer_jax.weights import creation
+from polaformer_jax.weights.loading import fitted_info
+from polaformer_jax.weights.metadata import metadata_of
 
 TOLERANCE = 1e-5  # relative L2 error of float32 logits against a reference; PyTorch's own is at most 2.6e-6
 
@@ -135,11 +136,8 @@ def _write(
     except WeightsError as error:
         raise WeightsError(f"{file.path}: {error}") from error
 
-    metadata = {**file.metadata, **weights.model_metadata(built), "facts": json.dumps(file.facts)}
-    if num_classes is not None:
-        metadata.pop("classes", None)
-    if img_size is not None:
-        metadata.pop("preprocess", None)
+    info = fitted_info(file.info, built.config, checked.changes, fits)
+    metadata = {**metadata_of(info), **weights.model_metadata(built)}
     arrays = checked.tensors if layout == "ours" else weights.in_official_layout(checked.tensors, built)
     weights.write_file(target, arrays, layout=layout, metadata=metadata)
     return Conversion(

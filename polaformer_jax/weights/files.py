@@ -1,7 +1,6 @@
 """Reads weights files of any kind into one form: tensors by name, and what else the file says about them."""
 
 import dataclasses
-import json
 import math
 import os
 import tempfile
@@ -13,8 +12,9 @@ import numpy as np
 
 from polaformer_jax.errors import UserError, WeightsError
 from polaformer_jax.files import paths
-from polaformer_jax.files.names import shown
-from polaformer_jax.weights import hub, kinds, safetensors_file, torch_zip
+from polaformer_jax.models.model_info import ModelInfo
+from polaformer_jax.weights import hub, imagenet, kinds, safetensors_file, torch_zip
+from polaformer_jax.weights.metadata import facts_of, info_of
 
 Layout = Literal["ours", "torch"]
 
@@ -45,18 +45,35 @@ class WeightsFile:
     facts: Mapping[str, Any]
 
     @property
+    def info(self) -> ModelInfo:
+        """What the file says of its model besides config and parameters.
+
+        An official checkpoint does not name its classes: 1000 of them are assumed to be those of ImageNet-1k, unless
+        its config names another data set.
+
+        Raises:
+            WeightsError: the metadata is damaged.
+        """
+        info = info_of(self.metadata, self.path)
+        if info.class_names is None and self._is_of_imagenet():
+            info = dataclasses.replace(info, class_names=tuple(imagenet.classes()))
+        return dataclasses.replace(info, facts=self.facts)
+
+    @property
     def class_names(self) -> tuple[str, ...] | None:
         """The names of the classes in label order, such as can be printed; None if the file does not say.
 
         Raises:
-            WeightsError: the metadata `classes` is not a list of names.
+            WeightsError: the metadata is damaged.
         """
-        names = _json(self.metadata, "classes", None)
-        if names is None:
-            return None
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise WeightsError(f"{self.path}: metadata classes: expected a JSON list of names")
-        return tuple(map(shown, names))
+        return info_of(self.metadata, self.path).class_names
+
+    def _is_of_imagenet(self) -> bool:
+        bias, config = self.tensors.get("head.bias"), self.facts.get("config")
+        data = config.get("DATA") if isinstance(config, Mapping) else None
+        named = data.get("DATASET", "imagenet") if isinstance(data, Mapping) else "imagenet"
+        official = not self.metadata or config is not None
+        return official and named == "imagenet" and bias is not None and bias.shape == (len(imagenet.classes()),)
 
 
 def read_file(path: str | os.PathLike) -> WeightsFile:
@@ -121,7 +138,7 @@ def _read_local(path: Path, name: str) -> WeightsFile:
             )
         if layout == "torch":
             tensors, _ = unwrap(tensors, name)
-        return WeightsFile(name, layout, tensors, metadata, _json(metadata, "facts", {}))
+        return WeightsFile(name, layout, tensors, metadata, facts_of(metadata, name))
     tensors, facts = unwrap(torch_zip.read(path, name=name), name)
     return WeightsFile(name, "torch", tensors, {}, facts)
 
@@ -188,10 +205,3 @@ def plain(value: object, name: str) -> Any:
         return type(value).__name__
 
     return convert(value, 0)
-
-
-def _json(metadata: Mapping[str, str], key: str, default: Any) -> Any:
-    try:
-        return json.loads(metadata[key]) if key in metadata else default
-    except json.JSONDecodeError as error:
-        raise WeightsError(f"the metadata {key!r} is not JSON: {error}") from error

@@ -1,5 +1,6 @@
 """Loads weights into models, strictly: all parameters or none."""
 
+import dataclasses
 import logging
 import os
 from collections.abc import Collection, Mapping, Sequence
@@ -8,6 +9,7 @@ from flax import nnx
 
 from polaformer_jax.errors import WeightsError
 from polaformer_jax.models.model_config import ModelConfig
+from polaformer_jax.models.model_info import ModelInfo
 from polaformer_jax.weights.files import WeightsFile, read_file
 from polaformer_jax.weights.fitting import Change, Fit
 from polaformer_jax.weights.identify import stored_arguments
@@ -19,7 +21,7 @@ log = logging.getLogger(__name__)
 def load_weights(
     model: nnx.Module, source: Mapping[str, object] | str | os.PathLike | WeightsFile, *, fit: Collection[Fit] = ()
 ) -> list[Change]:
-    """Replaces all parameters of `model`, or none if anything does not fit.
+    """Replaces all parameters of `model`, and its `info`, or nothing if anything does not fit.
 
     Args:
         source: the path of an official `.pth` checkpoint or of `.safetensors` in either layout; what `read_file`
@@ -39,9 +41,21 @@ def load_weights(
     """
     if not isinstance(getattr(model, "config", None), ModelConfig):
         raise TypeError(f"model is a {type(model).__name__}, expected a PolaPVT, PolaSwin or PolaSequence")
-    params, changes = params_from(source, nnx.to_pure_dict(nnx.state(model, nnx.Param)), model.config, fit=fit)
+    file = source if isinstance(source, Mapping | WeightsFile) else read_file(source)
+    info = ModelInfo() if isinstance(file, Mapping) else file.info
+    params, changes = params_from(file, nnx.to_pure_dict(nnx.state(model, nnx.Param)), model.config, fit=fit)
     nnx.update(model, params)
+    model.info = fitted_info(info, model.config, changes, fit)
     return changes
+
+
+def fitted_info(info: ModelInfo, config: ModelConfig, changes: Sequence[Change], fit: Collection[Fit]) -> ModelInfo:
+    """What still holds of a file's info for a model whose weights were changed to fit."""
+    if any(change.name == "head" for change in changes):
+        info = dataclasses.replace(info, class_names=None)
+    if "tables" in fit and info.preprocess is not None and info.preprocess["crop"] != getattr(config, "img_size", None):
+        info = dataclasses.replace(info, preprocess=None)
+    return info
 
 
 def params_from(

@@ -11,6 +11,7 @@ from polaformer_jax.files import atomic
 from polaformer_jax.models import registry
 from polaformer_jax.weights import safetensors_file
 from polaformer_jax.weights.files import Layout
+from polaformer_jax.weights.metadata import RESERVED, metadata_of
 from polaformer_jax.weights.official import to_torch
 from polaformer_jax.weights.params import flatten
 
@@ -22,12 +23,13 @@ def save_weights(
     layout: Layout = "ours",
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a model's parameters to `path` (`.safetensors`) atomically. The file names its own model.
+    """Writes a model's parameters and its `info` to `path` (`.safetensors`) atomically. The file names its own model.
 
     Args:
         layout: "ours", or "torch" for the official names and memory layouts, buffers included, which the official model
             loads with `load_state_dict(safetensors.torch.load_file(path), strict=True)`.
-        metadata: further strings for the file's header, under other names than those that describe the model.
+        metadata: further strings for the file's header, under other names than those that describe the model; they
+            replace what `info` has under the same names.
 
     Raises:
         WeightsError: the path has another suffix.
@@ -39,10 +41,10 @@ def save_weights(
     for key, value in (metadata or {}).items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise ValueError(f"metadata {key!r}: {value!r}: expected strings")
-        if key in described or key in ("format", "layout", "checksum"):
+        if key in RESERVED:
             raise ValueError(f"metadata {key!r}: this name describes the file's content and is reserved")
     arrays = to_torch(model) if layout == "torch" else flatten(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-    write_file(path, arrays, layout=layout, metadata={**described, **(metadata or {})})
+    write_file(path, arrays, layout=layout, metadata={**described, **metadata_of(model.info), **(metadata or {})})
 
 
 def write_file(

@@ -18,16 +18,21 @@ from polaformer_jax.data.images.normalisation import normalise
 from polaformer_jax.errors import UserError, WeightsError
 from polaformer_jax.files import figures
 from polaformer_jax.inference import pictures, prediction
+from polaformer_jax.inference.images import evaluation_transform
+from polaformer_jax.models.model_info import ModelInfo
 from tests.support import ROOT
 from tests.support.small_models import build
 
 NAMES = ("ant", "bee", "cat", "dog", "eel")
 PREPROCESS = {"preprocess": '{"resize": 40, "crop": 32}'}
+INFO = ModelInfo(preprocess={"resize": 40, "crop": 32})
 
 
 @pytest.fixture(scope="module")
 def model():
-    return build("swin")
+    model = build("swin")
+    model.info = INFO
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +46,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(model, files):
-    transform = prediction.evaluation_transform(model, PREPROCESS)
-    return prediction.predict(model, files, transform=transform, names=NAMES, top=9, batch_size=2)
+    return prediction.predict(model, files, class_names=NAMES, top=9, batch_size=2)
 
 
 def test_predictions_are_the_models_own(model, files, results):
@@ -67,8 +71,7 @@ def test_no_more_classes_are_named_than_there_are(results):
 
 
 def test_without_names_classes_go_by_their_numbers(model, files, results):
-    transform = prediction.evaluation_transform(model, PREPROCESS)
-    for result in prediction.predict(model, files, transform=transform, top=9, batch_size=2):
+    for result in prediction.predict(model, files, top=9, batch_size=2):
         assert all(found["name"] == str(found["class"]) for found in result["predictions"])
 
 
@@ -76,9 +79,8 @@ def test_all_unreadable_images_are_named_in_one_error(model, files, tmp_path):
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "half.png").write_bytes(Path(files[0]).read_bytes()[:500])
     bad = [tmp_path / "none.png", tmp_path / "text.png", tmp_path / "half.png", tmp_path]
-    transform = prediction.evaluation_transform(model, PREPROCESS)
     with pytest.raises(UserError) as raised:
-        prediction.predict(model, [files[0], *bad, files[1]], transform=transform, batch_size=2)
+        prediction.predict(model, [files[0], *bad, files[1]], batch_size=2)
     assert str(raised.value).startswith("4 of 6 images cannot be read")
     for path, reason in zip(bad, ["No such file", "of no known format", "truncated", "Is a directory"], strict=True):
         assert f"{path}: " in str(raised.value) and reason in str(raised.value)
@@ -99,7 +101,8 @@ def test_the_table_names_an_image_once(results):
 def test_the_official_rule_of_resize_and_crop(model, size, resize, monkeypatch):
     resized = types.SimpleNamespace(img_size=size)
     monkeypatch.setattr(model, "config", resized)
-    transform = prediction.evaluation_transform(model, {})
+    monkeypatch.setattr(model, "info", ModelInfo())
+    transform = evaluation_transform(model)
     assert (transform.resize, transform.crop, transform.num_classes) == (resize, size, 5)
 
 
@@ -112,44 +115,42 @@ def test_the_official_rule_of_resize_and_crop(model, size, resize, monkeypatch):
         ('{"resize": 256, "crop": 224}', "its crop does not fit the model's img_size, 32"),
     ],
 )
-def test_refuses_preprocessing_that_cannot_be(model, text, message):
+def test_refuses_preprocessing_that_cannot_be(model, text, message, tmp_path):
+    pf.save_weights(model, tmp_path / "a.safetensors", metadata={"preprocess": text})
     with pytest.raises(WeightsError, match=message):
-        prediction.evaluation_transform(model, {"preprocess": text})
+        pf.predict(tmp_path / "a.safetensors", np.zeros((32, 32, 3), np.uint8))
 
 
 def test_a_model_without_classifier_predicts_nothing():
     with pytest.raises(UserError, match="no classifier"):
-        prediction.evaluation_transform(build("pvt", num_classes=0), {})
+        evaluation_transform(build("pvt", num_classes=0))
 
 
-def test_names_come_from_the_file_else_the_data_set_else_the_weights(tmp_path, digits_dir):
-    stored = tuple(f"stored {i}" for i in range(10))
+def test_names_come_from_a_file_or_a_data_set(tmp_path, digits_dir):
     (tmp_path / "names.txt").write_text("".join(f"name {i}\n" for i in range(10)) + "\n")
-    found = prediction.class_names(10, stored, file=tmp_path / "names.txt")
+    found = prediction.read_class_names(10, file=tmp_path / "names.txt")
     assert found == tuple(f"name {i}" for i in range(10))
-    found = prediction.class_names(10, stored, data="sklearn_digits", data_dir=digits_dir)
+    found = prediction.read_class_names(10, data="sklearn_digits", data_dir=digits_dir)
     assert found == tuple("0123456789")
-    assert prediction.class_names(10, stored)[9] == "stored 9"
-    assert prediction.class_names(10, None) is None
+    assert prediction.read_class_names(10) is None
 
 
 @pytest.mark.parametrize(
-    "stored, arguments, message",
+    "arguments, message",
     [
-        (None, {"file": "{dir}/two.txt"}, "two.txt names 2 classes, but the model has 5"),
-        (None, {"file": "{dir}/none.txt"}, "class names .*none.txt: .*No such file"),
-        (None, {"file": "{dir}/two.txt", "data": "x", "data_dir": "y"}, "both name the classes"),
-        (None, {"data": "sklearn_digits"}, "data and data_dir belong together"),
-        (None, {"data": "sklearn_digits", "data_dir": "{dir}"}, "is not prepared below"),
-        (("a",), {}, "the metadata of the weights names 1 classes, but the model has 5"),
+        ({"file": "{dir}/two.txt"}, "two.txt names 2 classes, but the model has 5"),
+        ({"file": "{dir}/none.txt"}, "class names .*none.txt: .*No such file"),
+        ({"file": "{dir}/two.txt", "data": "x", "data_dir": "y"}, "both name the classes"),
+        ({"data": "sklearn_digits"}, "data and data_dir belong together"),
+        ({"data": "sklearn_digits", "data_dir": "{dir}"}, "is not prepared below"),
     ],
     ids=str,
 )
-def test_refuses_names_that_do_not_fit(stored, arguments, message, tmp_path):
+def test_refuses_names_that_do_not_fit(arguments, message, tmp_path):
     (tmp_path / "two.txt").write_text("a\nb\n")
     arguments = {key: value.format(dir=tmp_path) for key, value in arguments.items()}
     with pytest.raises(UserError, match=message):
-        prediction.class_names(5, stored, **arguments)
+        prediction.read_class_names(5, **arguments)
 
 
 @pytest.mark.parametrize(
@@ -162,10 +163,9 @@ def test_refuses_names_that_do_not_fit(stored, arguments, message, tmp_path):
     ids=["last linear block", "linear", "softmax"],
 )
 def test_a_picture_has_a_row_an_image_and_a_panel_a_stream(chosen, panels, marked, model, results, tmp_path):
-    transform = prediction.evaluation_transform(model, PREPROCESS)
     where = pictures.choose(model, **chosen)
     files = [result["image"] for result in results[:2]]
-    figure = pictures.draw(model, files, results[:2], transform=transform, where=where)
+    figure = pictures.draw(model, files, results[:2], where=where)
     drawn = [axes for axes in figure.axes if axes.images]
     assert len(drawn) == 2 * panels
     assert [len(axes.patches) for axes in drawn] == [int(marked)] * len(drawn)

@@ -14,7 +14,7 @@ from polaformer_jax import weights
 from polaformer_jax.analysis import augmentation
 from polaformer_jax.config import ATTENTIONS
 from polaformer_jax.errors import UserError
-from polaformer_jax.inference.prediction import evaluation_transform
+from polaformer_jax.inference.images import evaluation_transform
 from polaformer_jax.models.plain_attention import relu_attention
 from polaformer_jax.models.pola_sequence import Sequences
 from polaformer_jax.weights.conversion import convert_all
@@ -284,7 +284,7 @@ def test_a_file_is_converted_and_run_as_those_of_images_are(tmp_path, texts, cap
 
 def test_what_is_for_images_refuses_it(saved):
     with pytest.raises(UserError, match="PolaSequence, which does not classify images"):
-        evaluation_transform(saved[0], {})
+        evaluation_transform(saved[0])
     with pytest.raises(
         UserError, match="the model is a PolaSequence, expected an image model: maps are drawn over images"
     ):

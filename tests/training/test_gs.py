@@ -16,7 +16,7 @@ from polaformer_jax.data.lra import prepare as lra_prepare
 from polaformer_jax.data.lra.source import SequenceSource
 from polaformer_jax.errors import UserError
 from polaformer_jax.files import atomic
-from polaformer_jax.inference.prediction import evaluation_transform, read_image
+from polaformer_jax.inference.images import evaluation_transform, read_image
 from polaformer_jax.training import evaluation, loop, metrics
 from polaformer_jax.training.checkpoints import Checkpoints
 from polaformer_jax.training.export import export
@@ -200,7 +200,7 @@ def test_images_to_predict_are_read_from_the_bucket(bucket):
     picture = io.BytesIO()
     Image.new("RGB", (40, 40), (200, 10, 60)).save(picture, "png")
     bucket.put("images/red.png", picture.getvalue())
-    transform = evaluation_transform(tiny_weights.tiny(), {})
+    transform = evaluation_transform(tiny_weights.tiny())
     assert (read_image("gs://bucket/images/red.png", transform) == (200, 10, 60)).all()
     with pytest.raises(UserError, match="gs://bucket/images/none.png"):
         read_image("gs://bucket/images/none.png", transform)

@@ -214,7 +214,7 @@ def test_a_file_names_its_classes(stored, names, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("stored", "message"), [('{"a": 1}', "expected a JSON list of names"), ("a, b", "'classes' is not JSON")]
+    ("stored", "message"), [('{"a": 1}', "expected a JSON list of names"), ("a, b", "classes: not valid JSON")]
 )
 def test_names_that_are_no_list_are_refused(stored, message, tmp_path):
     path = tmp_path / "a.safetensors"

@@ -39,12 +39,21 @@ def decode(data: bytes) -> np.ndarray:
         # `open` reads only the header; the pixels must be decoded here, where a failure can be attributed to this
         # image.
         image.load()
-        image = _eight_bits(image)
-        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+        return to_rgb(image)
     except Exception as error:
         # Pillow's own message for this error holds only a memory address.
         reason = "of no known format" if isinstance(error, UnidentifiedImageError) else error
         raise CorruptRecordError(f"corrupt image ({len(data)} bytes): {reason}") from error
+
+
+def to_rgb(image: Image.Image) -> np.ndarray:
+    """The pixels of a Pillow image, (h, w, 3) uint8; grey ones of 16 bits are scaled to 8.
+
+    Raises:
+        ValueError: the range of its pixels is not known. Or what Pillow raises on broken data.
+    """
+    image = _eight_bits(image)
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -232,5 +241,8 @@ class EvalImageTransform(_ImageTransform):
 
     def __call__(self, record: Record, rng: np.random.Generator | None = None) -> Example:
         label = check_label(record["label"], self.num_classes)
-        image = resampling.resize(decode(record["image"]), (self.resize, self.resize))
-        return self._example(center_crop(image, self.crop), label)
+        return self._example(self.prepared(decode(record["image"])), label)
+
+    def prepared(self, image: np.ndarray) -> np.ndarray:
+        """(h, w, 3) uint8 -> (crop, crop, 3) uint8"""
+        return center_crop(resampling.resize(image, (self.resize, self.resize)), self.crop)
