@@ -26,10 +26,11 @@ _EXPORTS = {
     "polarity_attention": "models.attention",
     "predict": "inference.prediction",
     "preprocess": "inference.images",
+    "push_to_hub": "export",
     "load_weights": "weights",
     "save_weights": "weights",
 }
-_SUBPACKAGES = ("analysis", "config", "data", "errors", "inference", "models", "training", "weights")
+_SUBPACKAGES = ("analysis", "config", "data", "errors", "export", "inference", "models", "training", "weights")
 
 __all__ = sorted(_EXPORTS)
 

@@ -60,20 +60,18 @@ def evaluation_transform(model: Backbone) -> EvalImageTransform:
     not kept.
 
     Raises:
-        UserError: the model does not classify images.
+        UserError: the model does not take images.
         WeightsError: `preprocess` does not fit the model's image size.
     """
     if not isinstance(model, Backbone):
-        raise UserError(f"the weights are of a {type(model).__name__}, which does not classify images")
-    if model.head is None:
-        raise UserError("the model has no classifier (num_classes=0), so there is nothing to predict")
+        raise UserError(f"the model is a {type(model).__name__}, which does not take images")
     size = model.config.img_size
     resize, crop = size if size >= 384 else round(size * 256 / 224), size
     if (given := model.info.preprocess) is not None:
         resize, crop = given["resize"], given["crop"]
         if crop != size:
             raise WeightsError(f"metadata preprocess={given!r}: its crop does not fit the model's img_size, {size}")
-    return EvalImageTransform(resize=resize, crop=crop, num_classes=model.head.out_features)
+    return EvalImageTransform(resize=resize, crop=crop, num_classes=max(model.config.num_classes, 1))
 
 
 def as_list(images: ImageLike | Iterable[ImageLike]) -> list[ImageLike]:

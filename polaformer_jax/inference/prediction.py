@@ -65,6 +65,8 @@ def predict(
     if not isinstance(model, nnx.Module):
         model = create_model(weights=model)
     transform = evaluation_transform(model)
+    if model.head is None:
+        raise UserError("the model has no classifier (num_classes=0), so there is nothing to predict")
     if class_names is None and model.info.class_names is not None:
         class_names = imagenet.in_words(model.info.class_names)
     names = _checked(class_names, transform.num_classes, "the model")

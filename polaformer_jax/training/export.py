@@ -38,6 +38,33 @@ def model_info(
     return ModelInfo(class_names=class_names, preprocess=preprocess, facts=facts, other=other)
 
 
+def load_trained(
+    workdir: epath.PathLike, *, checkpoint: str | None = None, kind: checkpoints.Kind | None = None
+) -> nnx.Module:
+    """The model of a checkpoint, with its info: class names, preprocessing, and in `facts` data, step and kind.
+
+    Args:
+        workdir: work directory of a training.
+        checkpoint: "best" (the default), "latest" or a step.
+        kind: "raw", or "ema" for the moving average; None: the run's `eval.weights`.
+
+    Raises:
+        UserError: there is no such training or checkpoint.
+    """
+    config = read_config(workdir)
+    checkpoints.check_choice(workdir, checkpoint)
+    graphdef, state = nnx.split(create_abstract_model(config))
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = sharding.with_shardings(nnx.to_pure_dict(state), place)
+    kind = config.eval.weights if kind is None else kind
+    params, step = checkpoints.read_params(
+        workdir, abstract, checkpoint, best_metric=checkpoints.metric_name(config), kind=kind
+    )
+    model = nnx.merge(graphdef, params)
+    model.info = model_info(config, _class_names(workdir, config), {"step": step, "kind": kind})
+    return model
+
+
 def export(
     workdir: epath.PathLike,
     path: epath.PathLike,
@@ -49,9 +76,7 @@ def export(
     """Writes the weights of a checkpoint to `path` (`.safetensors`), atomically.
 
     Args:
-        workdir: work directory of a training.
-        checkpoint: "best" (the default), "latest" or a step.
-        kind: "raw", or "ema" for the moving average; None: the run's `eval.weights`.
+        workdir, checkpoint, kind: see `load_trained`.
         layout: "ours", or "torch": official names and layouts.
 
     Returns:
@@ -61,20 +86,12 @@ def export(
         UserError: there is no such training or checkpoint, or `path` has another suffix or cannot be written.
     """
     weights.check_suffix(path)
-    config = read_config(workdir)
+    read_config(workdir)  # a folder is made for `path` only if there is something to write
     checkpoints.check_choice(workdir, checkpoint)
     path = atomic.check_target(path, "weights", argument="out")
-    graphdef, state = nnx.split(create_abstract_model(config))
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = sharding.with_shardings(nnx.to_pure_dict(state), place)
-    kind = config.eval.weights if kind is None else kind
-    params, step = checkpoints.read_params(
-        workdir, abstract, checkpoint, best_metric=checkpoints.metric_name(config), kind=kind
-    )
-    model = nnx.merge(graphdef, params)
-    model.info = model_info(config, _class_names(workdir, config), {"step": step, "kind": kind})
+    model = load_trained(workdir, checkpoint=checkpoint, kind=kind)
     weights.save_weights(model, path, layout=layout)
-    return step
+    return model.info.facts["step"]
 
 
 def _class_names(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> tuple[str, ...] | None:

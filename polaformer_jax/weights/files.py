@@ -82,8 +82,8 @@ def read_file(path: str | os.PathLike) -> WeightsFile:
     Nothing in the file is executed. Tensors are mapped, not copied, and checked against the file's checksums.
 
     Args:
-        path: local; in a bucket (`gs://`), from which it is copied to a temporary file first; or an address on the
-            Hugging Face Hub (`hf://`, see `hub.Address.parse`).
+        path: local, of a file or of a folder that has a `model.safetensors`; in a bucket (`gs://`), from which it is
+            copied to a temporary file first; or an address on the Hugging Face Hub (`hf://`, see `hub.Address.parse`).
 
     Raises:
         WeightsError: there is no such file, it is of another kind, it is damaged, or it holds no weights.
@@ -111,10 +111,12 @@ def read_file(path: str | os.PathLike) -> WeightsFile:
 def _read_local(path: Path, name: str) -> WeightsFile:
     try:
         if path.is_dir():
-            raise WeightsError(
-                f"{name!r} is a folder, expected a file of weights (.safetensors or .pth); `polaformer export` "
-                "writes the weights of a training run to such a file"
-            )
+            if not (path / hub.WEIGHTS).is_file():
+                raise WeightsError(
+                    f"{name!r} is a folder, expected a file of weights (.safetensors or .pth), or a folder that has a"
+                    f" {hub.WEIGHTS}; `polaformer export` writes the weights of a training run to such a file"
+                )
+            path, name = path / hub.WEIGHTS, os.path.join(name, hub.WEIGHTS)
         if path.exists() and not path.is_file():  # reading a pipe would wait forever
             raise WeightsError(f"{name} is not a regular file, expected .safetensors or .pth")
         with open(path, "rb") as file:

@@ -1,6 +1,6 @@
-"""Files on the Hugging Face Hub, by addresses such as `hf://ZachMeng/PolaFormer/pola_swin_t.pth@main`.
+"""Files on the Hugging Face Hub, such as `hf://ZachMeng/PolaFormer/pola_swin_t.pth@main`, to fetch and to upload.
 
-Downloads, the cache, tokens and the offline mode are those of `huggingface_hub`: its environment variables (`HF_TOKEN`,
+Transfers, the cache, tokens and the offline mode are those of `huggingface_hub`: its environment variables (`HF_TOKEN`,
 `HF_HUB_OFFLINE`, `HF_HOME`, `HF_ENDPOINT`) and `hf auth login` apply. What it hands out is checked here against the
 checksum by which the Hub names the content: a file that was damaged in the cache, or on the way, is refused.
 """
@@ -16,6 +16,7 @@ from polaformer_jax.errors import WeightsError
 WEIGHTS = "model.safetensors"  # the file of weights in a repository that holds one model
 _SCHEME = "hf://"
 _ADDRESS = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<file>[^@]+?))?(?:@(?P<revision>[^@]+))?")
+_REPO = re.compile(r"(?:hf://)?([\w-][\w.-]*/[\w-][\w.-]*)")
 _SHA1, _SHA256 = re.compile("[0-9a-f]{40}"), re.compile("[0-9a-f]{64}")
 _CHUNK = 1 << 20
 
@@ -63,7 +64,7 @@ def fetch(text: str) -> Path:
             it is neither in the cache nor can it be downloaded; or its content is not what the Hub has.
     """
     address = Address.parse(text)
-    hub = _library()
+    hub = library()
     try:
         path = hub.hf_hub_download(address.repo, address.file, revision=address.revision, library_name="polaformer_jax")
     except Exception as error:  # of the library, and of what it is built on
@@ -72,7 +73,42 @@ def fetch(text: str) -> Path:
     return Path(path)
 
 
-def _library():
+def checked_repo(text: str) -> str:
+    """The repository `OWNER/NAME`, which may be written as an address, `hf://OWNER/NAME`.
+
+    Raises:
+        WeightsError: it is not of this form.
+    """
+    match = _REPO.fullmatch(text)
+    if match is None:
+        raise WeightsError(f"{text!r}: expected OWNER/NAME, a repository on the Hub", argument="repo")
+    return match[1]
+
+
+def upload(folder: str, repo: str, *, private: bool, revision: str | None, message: str) -> str:
+    """Uploads the files of a folder in one commit; the repository is created if there is none.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        WeightsError: the Hub cannot be reached, or refuses it.
+    """
+    hub = library()
+    try:
+        hub.create_repo(repo, private=private, exist_ok=True)
+        commit = hub.upload_folder(repo_id=repo, folder_path=folder, revision=revision, commit_message=message)
+    except Exception as error:  # of the library, and of what it is built on
+        raise WeightsError(f"{_SCHEME}{repo}: {_explained(error, Address(repo, '', revision))}") from error
+    return commit.commit_url
+
+
+def library():
+    """The package `huggingface_hub`.
+
+    Raises:
+        WeightsError: it is not installed.
+    """
     try:
         import huggingface_hub
     except ImportError as error:
@@ -98,9 +134,13 @@ def _explained(error: Exception, address: Address) -> str:
         (errors.EntryNotFoundError, f"the repository has no file {address.file!r}"),
         (errors.OfflineModeIsEnabled, "it is not in the cache, and HF_HUB_OFFLINE is set"),
         (errors.HFValidationError, "that is no name of a repository"),
+        (errors.LocalTokenNotFoundError, f"it needs a token: {login}"),
     )
     meant = next((text for kind, text in kinds if isinstance(error, kind)), None)
-    said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if meant is None and getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+        meant = f"the Hub refuses it: {login}, with a token that may do this"
+    caused = f" ({type(error.__cause__).__name__}: {error.__cause__})" if error.__cause__ is not None else ""
+    said = " ".join(f"{type(error).__name__}: {error}{caused}".split())
     return said if meant is None else f"{meant} ({type(error).__name__})"
 
 

@@ -28,6 +28,7 @@ ALLOWED = {
     "training": {"data", "weights", "models", "files", "hardware", "config", "errors"},
     "analysis": {"training", "data", "weights", "models", "files", "config", "errors"},
     "inference": {"analysis", "data", "weights", "models", "files", "errors"},
+    "export": {"inference", "analysis", "data", "weights", "models", "files", "config", "errors"},
     "benchmark": {"training", "data", "weights", "models", "files", "hardware", "config", "errors"},
     "aot": {"training", "data", "models", "files", "hardware", "config", "errors"},
 }

@@ -1,11 +1,13 @@
-"""A Hugging Face Hub on the loopback, for the real client library: repositories of files, read by revision.
+"""A Hugging Face Hub on the loopback, for the real client library: repositories of files, to read and to commit to.
 
 The library reads the address of the Hub from the environment when it is imported, so that this module must be imported
 before it. Its cache is in a temporary folder.
 """
 
+import base64
 import hashlib
 import http.server
+import json
 import os
 import tempfile
 import threading
@@ -22,6 +24,8 @@ class Hub:
         gated: repositories whose terms must be accepted.
         small: repositories whose files are kept by git, which names them by SHA-1.
         broken: whether contents are cut off on their way, the last byte changed.
+        writers: owners whose repositories may be written to.
+        commits: summary of each commit, and the paths that it changed.
         requests: method and path of each request.
         token: that of the last request.
     """
@@ -34,6 +38,9 @@ class Hub:
         self.gated: set[str] = set()
         self.small: set[str] = set()
         self.broken = False
+        self.writers: set[str] = {"user"}
+        self.commits: list[tuple[str, set[str]]] = []
+        self.stored: dict[str, bytes] = {}  # contents of large files by SHA-256, until a commit names them
         self.requests: list[tuple[str, str]] = []
         self.token: str | None = None
 
@@ -81,6 +88,78 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if with_content:
             self.wfile.write(content)
+
+    def do_PUT(self):
+        content = self._body()
+        hub.stored[hashlib.sha256(content).hexdigest()] = content
+        self._json({})
+
+    def do_POST(self):
+        """What the library asks to commit: https://huggingface.co/docs/hub/api, and the batch API of Git LFS."""
+        path = urllib.parse.unquote(self.path)
+        hub.requests.append(("POST", path))
+        hub.token = (self.headers.get("authorization") or "").removeprefix("Bearer ") or None
+        body = self._body()
+        address = f"http://127.0.0.1:{_server.server_port}"
+        if path == "/api/validate-yaml":
+            return self._json({"errors": [], "warnings": []})
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            repo = f"{asked.get('organization', 'user')}/{asked['name']}"
+            if repo.split("/")[0] not in hub.writers:
+                return self._error(403, "Forbidden")
+            status = 409 if repo in hub.files else 200
+            hub.files.setdefault(repo, {})
+            return self._json({"url": f"{address}/{repo}"}, status)
+        if path.endswith(".git/info/lfs/objects/batch"):
+            upload = {
+                oid: {"href": f"{address}/put/{oid}"} for oid in (one["oid"] for one in json.loads(body)["objects"])
+            }
+            sizes = {one["oid"]: one["size"] for one in json.loads(body)["objects"]}
+            objects = [{"oid": oid, "size": sizes[oid], "actions": {"upload": upload[oid]}} for oid in upload]
+            return self._json({"transfer": "basic", "objects": objects})
+        _, _, owner, name, action, revision = path.strip("/").split("/", 5)  # api/models/OWNER/NAME/ACTION/REVISION
+        repo = f"{owner}/{name}"
+        if repo not in hub.files:
+            return self._error(404, "RepoNotFound")
+        if revision != "main":
+            return self._error(404, "RevisionNotFound")
+        if action == "preupload":
+            modes = [
+                {"path": one["path"], "uploadMode": "lfs" if ".safetensors" in one["path"] else "regular"}
+                for one in json.loads(body)["files"]
+            ]
+            return self._json({"files": [{**mode, "shouldIgnore": False} for mode in modes]})
+        changed, summary = {}, ""
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "header":
+                summary = value["summary"]
+            elif line["key"] == "file":
+                changed[value["path"]] = base64.b64decode(value["content"])
+            else:
+                changed[value["path"]] = hub.stored[value["oid"]]
+        hub.files[repo] |= changed
+        hub.commits.append((summary, set(changed)))
+        return self._json({"success": True, "commitUrl": f"{address}/{repo}/commit/{COMMIT}", "commitOid": COMMIT})
+
+    def _body(self) -> bytes:
+        if self.headers.get("transfer-encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("content-length", 0)))
+        content = b""
+        while size := int(self.rfile.readline(), 16):
+            content += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return content
+
+    def _json(self, content: dict, status: int = 200) -> None:
+        text = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
 
     def _error(self, status: int, code: str) -> None:
         self.send_response(status)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import shutil
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from flax import nnx
 
 import polaformer_jax as pf
-from polaformer_jax import weights
+from polaformer_jax import cli, weights
 from polaformer_jax.cli import export as command
 from polaformer_jax.training import evaluation
 from polaformer_jax.training.checkpoints import Checkpoints
@@ -181,3 +182,20 @@ def test_another_alpha_is_refused(digits_dir, tmp_path):
     config = config_of(digits_dir, **{"init.weights": str(tmp_path / "a.safetensors")})
     with pytest.raises(weights.WeightsError, match="config.model.alpha"):
         Experiment(config).params.initial()
+
+
+def test_a_training_is_pushed_with_the_accuracy_of_its_own_evaluation(trained, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained[0], workdir)
+    words = ["push", "user/name", "--workdir", str(workdir), "--dry-run"]
+    assert cli.main([*words, str(tmp_path / "unknown")]) == 0
+    assert "the model card will have no accuracy: there is no" in capsys.readouterr().err
+    evaluated = {"data": "sklearn_digits", "split": "test", "step": 1, "kind": "raw", "accuracy": 0.75, "images": 360}
+    (workdir / "eval.json").write_text(json.dumps(evaluated))
+    assert cli.main([*words, str(tmp_path / "known")]) == 0
+    card = (tmp_path / "known/README.md").read_text()
+    assert "| sklearn_digits | test | 360 | 75.00 % |" in card and "- Step: 1" in card
+    assert_same(of_file(tmp_path / "known"), trained[1][1])
+    assert cli.main([*words, str(tmp_path / "latest"), "--checkpoint=latest"]) == 1
+    assert "is of other weights (step 1 kind raw) than those to push (step 2 kind raw)" in capsys.readouterr().err
+    assert not (tmp_path / "latest").exists()
