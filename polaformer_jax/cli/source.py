@@ -19,9 +19,7 @@ def add_arguments(parser: command.Parser) -> None:
 def check(args: argparse.Namespace) -> None:
     """Raises a UserError if the options do not name one model."""
     if (args.workdir is None) == (args.source is None):
-        raise UserError(
-            "which model? Give --workdir DIR for that of a training, or --source FILE for weights"
-        )
+        raise UserError("which model? Give --workdir DIR for that of a training, or --source FILE for weights")
     if args.source is not None and (args.checkpoint is not None or args.weights is not None):
         raise UserError("--checkpoint and --weights say which weights of a training: give --workdir DIR")
     if args.workdir is not None and args.model is not None:

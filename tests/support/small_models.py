@@ -83,3 +83,13 @@ def all_finite(tree) -> bool:
 
 def noise(*shape, seed=1):
     return jax.random.normal(jax.random.key(seed), shape)
+
+
+def perturbed(model, *, scale=0.2):
+    """The model with noise added to all its parameters: those that begin as zeros or ones matter as well."""
+    params = nnx.state(model, nnx.Param)
+    leaves, structure = jax.tree.flatten(params)
+    rng = np.random.default_rng(0)
+    noisy = [np.asarray(leaf) + scale * rng.standard_normal(leaf.shape, np.float32) for leaf in leaves]
+    nnx.update(model, jax.tree.unflatten(structure, noisy))
+    return model

@@ -101,7 +101,8 @@ def test_the_data_may_be_elsewhere(trained, tmp_path, caplog, monkeypatch):
 @pytest.mark.parametrize(
     "out, options, status, message",
     [
-        ("a.pth", [], 2, "weights are written as .safetensors, not as 'a.pth'"),
+        ("a.pth", [], 1, "a.pth': expected a name that ends in .safetensors, .stablehlo, .onnx"),
+        ("a.safetensors", ["--preprocess"], 1, "--preprocess is an option of the formats stablehlo, onnx"),
         ("a.safetensors", ["--checkpoint", "7"], 1, "has no checkpoint 7; it has the steps [1, 2]"),
         ("a.safetensors", ["--checkpoint", "newest"], 1, "--checkpoint: 'newest': expected best, latest or a step"),
     ],

@@ -1,0 +1,71 @@
+"""The mean attention maps of a linear block, as an output of a program: cheap, and made of ordinary operations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from polaformer_jax.analysis.attention_maps import resolve_block
+from polaformer_jax.errors import UserError
+from polaformer_jax.models.attention import NORMALISER_EPS, PolarityAttention, signed_features
+from polaformer_jax.models.backbone import Backbone
+from polaformer_jax.models.layers import accumulation_dtype, product
+from polaformer_jax.models.model_config import STRIDES
+from polaformer_jax.models.window_attention import SwinBlock
+
+
+def mean_maps(model: Backbone, images: jax.Array, *, stage: int, block: int) -> tuple[jax.Array, jax.Array]:
+    """How much the query tokens of a block take from each key token, on average over queries and heads.
+
+    The mean of the rows that `attention_maps` returns, without forming them: the mean over i of
+    (Q_i K_j / n) / (Q_i mean_n(K) + 1e-6) is linear in K_j.
+
+    Args:
+        images: normalised, as the model takes them.
+        stage, block: counted from 0, or from the end where negative; the block must be a linear one.
+
+    Returns:
+        For the same-signed and the opposite-signed stream (batch, side, side) on the grid of the keys, at least
+        float32, in units of uniform attention: 1 everywhere if all tokens attend equally to all keys within reach.
+
+    Raises:
+        UserError: the block does not exist, or is not linear.
+    """
+    try:
+        stage, block = resolve_block(model, stage, block)
+    except ValueError as error:
+        raise UserError(str(error), argument="maps") from error
+    chosen = model.blocks(stage)[block]
+    attn = chosen.attn
+    if not isinstance(attn, PolarityAttention):
+        raise UserError(f"block {block} of stage {stage} is a softmax block, which has no two maps", argument="maps")
+    x = chosen.norm1(model.tokens_before(images, stage=stage, block=block))
+    order = np.arange((model.config.img_size // STRIDES[stage]) ** 2)
+    if isinstance(chosen, SwinBlock):
+        x = chosen.to_windows(x)
+        with jax.ensure_compile_time_eval():
+            order = np.asarray(chosen.to_windows(jnp.asarray(order).reshape(1, -1, 1))).ravel()
+    q, k, _, _ = attn.project(x)
+    table = attn.positional_encoding[...]
+    q, k = signed_features(
+        q, k, power=attn.power[...], scale=attn.scale[...], positional_encoding=table, alpha=attn.alpha
+    )
+    same = _mean_rows(q, k)
+    opposite = _mean_rows(jnp.roll(q, q.shape[-1] // 2, axis=-1), k)
+    keys = order.size if isinstance(chosen, SwinBlock) else k.shape[1]  # those of all windows, or reduced ones
+    return tuple(_placed(rows.reshape(-1, keys), order) for rows in (same, opposite))
+
+
+def _mean_rows(q: jax.Array, k: jax.Array) -> jax.Array:
+    """(B', N, h, 2d), (B', n, h, 2d) -> (B', n), the mean over queries and heads; 1 is uniform."""
+    k_mean = jnp.mean(k, axis=1, dtype=accumulation_dtype(k.dtype)).astype(k.dtype)
+    normaliser = product("bmhk,bhk->bmh", q, k_mean) + NORMALISER_EPS
+    q_mean = jnp.mean(q / normaliser[..., None], axis=1)  # (B', h, 2d)
+    return product("bhk,bnhk->bnh", q_mean.astype(k.dtype), k).mean(axis=-1)
+
+
+def _placed(rows: jax.Array, order: np.ndarray) -> jax.Array:
+    """(B, n) in the order of windows -> (B, side, side)"""
+    side = int(rows.shape[1] ** 0.5)
+    if order.size == rows.shape[1]:
+        rows = rows[:, np.argsort(order)]
+    return rows.reshape(-1, side, side)
