@@ -45,6 +45,10 @@ def write(
         converted, shapes, opset=opset, input_names=list(inputs), output_names=list(outputs), normalization_mode="prefer_native"
     )
     del model.graph.value_info[:]
+    for value, variable in zip(model.graph.output, program.jaxpr.outvars, strict=True):
+        dims = [size if isinstance(size, int) else str(size) for size in variable.aval.shape]
+        kind = onnx.helper.np_dtype_to_tensor_dtype(variable.aval.dtype)
+        value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, kind, dims))
     onnx.checker.check_model(model, full_check=True)
     with atomic.writing(path) as file:
         file.write(model.SerializeToString())

@@ -43,6 +43,9 @@ weight_p = _operation("weight", _weight_shape)
 # x (..., C), scale (C,), bias (C,) -> (..., C); epsilon.
 layer_norm_p = _operation("layer_norm", _like_first)
 
+# x (..., in), kernel (in, out), bias (out,) -> (..., out)
+linear_p = _operation("linear", lambda x, kernel, bias: jax.core.ShapedArray((*x.shape[:-1], kernel.shape[1]), x.dtype))
+
 # x -> the exact GELU of x.
 gelu_p = _operation("gelu", _like_first)
 
@@ -59,7 +62,7 @@ def _given_shape(*operands, shape, **params):
 
 
 # Operations of `lax` with a lowering of our own, by their names.
-_OWN = {name: _operation(name, _given_shape) for name in ("dot_general", "reshape")}
+_OWN = {name: _operation(name, _given_shape) for name in ("dot_general", "reshape", "slice")}
 
 
 def own_form(primitive: core.Primitive, params: dict, outputs: list) -> tuple[core.Primitive, dict]:
@@ -69,4 +72,4 @@ def own_form(primitive: core.Primitive, params: dict, outputs: list) -> tuple[co
     shape = outputs[0].aval.shape
     if primitive.name == "reshape":
         return own, {"shape": shape}
-    return own, {"shape": shape, "dimension_numbers": params["dimension_numbers"]}
+    return own, {**params, "shape": shape}

@@ -138,6 +138,9 @@ def replacements(jaxpr: core.Jaxpr) -> dict[core.Var, Replaced]:
     producers = {v: e for e in jaxpr.eqns for v in e.outvars}
     found = {}
     for equation in jaxpr.eqns:
+        if equation.primitive.name == "add" and (linear := _linear(equation, producers)) is not None:
+            found[equation.outvars[0]] = linear
+    for equation in jaxpr.eqns:
         kind = _ROOTS.get(equation.primitive.name)
         out = equation.outvars[0]
         if kind is None or out.aval.ndim < 2 or out.aval.dtype != jnp.float32:
@@ -145,6 +148,18 @@ def replacements(jaxpr: core.Jaxpr) -> dict[core.Var, Replaced]:
         if (matched := match(kind.reference(out.aval.shape), [out], producers)) is not None:
             found[out] = Replaced(kind.primitive, matched[0], dict(zip(kind.params, matched[1], strict=True)))
     return found
+
+
+def _linear(equation: core.JaxprEqn, producers: Mapping) -> Replaced | None:
+    """x W + b, where b was given the axes of x."""
+    product, bias = (producers.get(v) if isinstance(v, core.Var) else None for v in equation.invars)
+    if product is None or bias is None or product.primitive.name != "dot_general" or bias.primitive.name != "reshape":
+        return None
+    x, kernel = product.invars
+    axes = ((x.aval.ndim - 1,), (0,)), ((), ())
+    if product.params["dimension_numbers"] != axes or kernel.aval.shape[1:] != bias.invars[0].aval.shape:
+        return None
+    return Replaced(onnx_operations.linear_p, [x, kernel, bias.invars[0]], {})
 
 
 class _Kind(NamedTuple):

@@ -74,7 +74,23 @@ def _gelu(graph, eqn, x):
 
 
 def _softmax(graph, eqn, x):
-    return graph.Softmax(x, axis=-1)
+    y = graph.Softmax(x, axis=-1)
+    return graph.ThresholdedRelu(y, alpha=1e-30) if eqn.invars[0].aval.ndim > 2 else y
+
+
+def _slice(graph, eqn, x):
+    starts, limits, strides = (eqn.params[name] for name in ("start_indices", "limit_indices", "strides"))
+    axes = [i for i, size in enumerate(eqn.invars[0].aval.shape) if isinstance(size, int)]
+    cut = [i for i in axes if (starts[i], limits[i]) != (0, eqn.invars[0].aval.shape[i]) or (strides or {i: 1})[i] != 1]
+    steps = [1 if strides is None else int(strides[i]) for i in cut]
+    return graph.Slice(x, [int(starts[i]) for i in cut], [int(limits[i]) for i in cut], cut, steps) if cut else x
+
+
+def _linear(graph, eqn, x, kernel, bias):
+    *leading, features = eqn.invars[0].aval.shape
+    if len(leading) == 1:
+        return graph.Gemm(x, kernel, bias)
+    return graph.reshape(graph.Gemm(graph.Reshape(x, [-1, features]), kernel, bias), *leading, eqn.outvars[0].aval.shape[-1])
 
 
 def _reshape(graph, eqn, x):
@@ -88,10 +104,25 @@ def _dot_general(graph, eqn, a, b):
         return graph.MatMul(a, b)
     free_a = [i for i in range(len(shape_a)) if i not in (*contract_a, *batch_a)]
     free_b = [i for i in range(len(shape_b)) if i not in (*contract_b, *batch_b)]
-    batch = [shape_a[i] for i in batch_a]
-    a = _matrices(graph, a, shape_a, batch_a, free_a, contract_a)
-    b = _matrices(graph, b, shape_b, batch_b, contract_b, free_b)
-    return graph.reshape(graph.MatMul(a, b), *eqn.params["shape"])
+    # MatMul is fastest where neither matrix is transposed: a has its rows before its columns, b too.
+    if _transposed(free_a, contract_a) + _transposed(contract_b, free_b) == 2:
+        a = _matrices(graph, a, shape_a, batch_a, contract_a, free_a)
+        b = _matrices(graph, b, shape_b, batch_b, free_b, contract_b)
+        product = graph.MatMul(b, a)
+        axes = len(batch_a)
+        product = graph.Transpose(product, perm=[*range(axes), axes + 1, axes])
+    else:
+        a = _matrices(graph, a, shape_a, batch_a, free_a, contract_a)
+        b = _matrices(graph, b, shape_b, batch_b, contract_b, free_b)
+        product = graph.MatMul(a, b)
+    if len(free_a) == len(free_b) == 1:
+        return product
+    return graph.reshape(product, *eqn.params["shape"])
+
+
+def _transposed(rows: Sequence[int], columns: Sequence[int]) -> bool:
+    """Whether a matrix of these axes is stored with its columns before its rows."""
+    return max(columns, default=-1) < min(rows, default=math.inf)
 
 
 def _matrices(graph, x, shape: Sequence, batch: Sequence[int], rows: Sequence[int], columns: Sequence[int]):
@@ -121,7 +152,8 @@ def _polarity_attention(graph, eqn, q, k, v, g, table, s, p, kernel, bias, mask=
     def features(x, length):
         """(B, C, length) -> [relu(z)^p, relu(-z)^p] of z = x / s, (B, h, 2d, length)."""
         z = graph.Div(graph.reshape(x, -1, heads, 1, width, length), s)
-        signed = graph.Mul(graph.Exp(graph.Mul(graph.Log(graph.Abs(z)), p)), graph.Sign(z))
+        size = graph.Max(graph.Abs(z), np.float32(np.finfo(np.float32).tiny))
+        signed = graph.Mul(graph.Exp(graph.Mul(graph.Log(size), p)), graph.Div(z, size))
         signs = np.array([1, -1], np.float32).reshape(1, 1, 2, 1, 1)
         return graph.reshape(graph.Relu(graph.Mul(signed, signs)), -1, heads, 2 * width, length)
 
@@ -171,6 +203,8 @@ _NODES = {
     "gelu": _gelu,
     "softmax": _softmax,
     "reshape": _reshape,
+    "slice": _slice,
+    "linear": _linear,
     "dot_general": _dot_general,
     "polarity_attention": _polarity_attention,
 }
