@@ -43,8 +43,13 @@ weight_p = _operation("weight", _weight_shape)
 # x (..., C), scale (C,), bias (C,) -> (..., C); epsilon.
 layer_norm_p = _operation("layer_norm", _like_first)
 
-# x (..., in), kernel (in, out), bias (out,) -> (..., out)
-linear_p = _operation("linear", lambda x, kernel, bias: jax.core.ShapedArray((*x.shape[:-1], kernel.shape[1]), x.dtype))
+
+def _linear_shape(x, kernel, bias=None, *, start, size):
+    return jax.core.ShapedArray((*x.shape[:-1], size), x.dtype)
+
+
+# x (..., in), kernel (in, out), maybe a bias (out,) -> (..., size), the outputs from `start` on.
+linear_p = _operation("linear", _linear_shape)
 
 # x -> the exact GELU of x.
 gelu_p = _operation("gelu", _like_first)

@@ -138,8 +138,15 @@ def replacements(jaxpr: core.Jaxpr) -> dict[core.Var, Replaced]:
     producers = {v: e for e in jaxpr.eqns for v in e.outvars}
     found = {}
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "add" and (linear := _linear(equation, producers)) is not None:
+        if (linear := _linear(equation, producers)) is not None:
             found[equation.outvars[0]] = linear
+    for equation in jaxpr.eqns:
+        whole = found.get(equation.invars[0]) if equation.primitive.name == "split" else None
+        if whole is not None and equation.params["axis"] == equation.invars[0].aval.ndim - 1:
+            sizes = [int(size) for size in equation.params["sizes"]]
+            starts = [sum(sizes[:i]) for i in range(len(sizes))]
+            for variable, start, size in zip(equation.outvars, starts, sizes, strict=True):
+                found[variable] = whole._replace(params={"start": start, "size": size})
     for equation in jaxpr.eqns:
         kind = _ROOTS.get(equation.primitive.name)
         out = equation.outvars[0]
@@ -151,15 +158,22 @@ def replacements(jaxpr: core.Jaxpr) -> dict[core.Var, Replaced]:
 
 
 def _linear(equation: core.JaxprEqn, producers: Mapping) -> Replaced | None:
-    """x W + b, where b was given the axes of x."""
-    product, bias = (producers.get(v) if isinstance(v, core.Var) else None for v in equation.invars)
-    if product is None or bias is None or product.primitive.name != "dot_general" or bias.primitive.name != "reshape":
+    """x W, or x W + b, where b was given the axes of x."""
+    product, bias = equation, []
+    if equation.primitive.name == "add":
+        product, reshaped = (producers.get(v) if isinstance(v, core.Var) else None for v in equation.invars)
+        if product is None or reshaped is None or reshaped.primitive.name != "reshape":
+            return None
+        bias = [reshaped.invars[0]]
+    if product.primitive.name != "dot_general":
         return None
     x, kernel = product.invars
     axes = ((x.aval.ndim - 1,), (0,)), ((), ())
-    if product.params["dimension_numbers"] != axes or kernel.aval.shape[1:] != bias.invars[0].aval.shape:
+    if product.params["dimension_numbers"] != axes or kernel.aval.ndim != 2:
         return None
-    return Replaced(onnx_operations.linear_p, [x, kernel, bias.invars[0]], {})
+    if bias and bias[0].aval.shape != kernel.aval.shape[1:]:
+        return None
+    return Replaced(onnx_operations.linear_p, [x, kernel, *bias], {"start": 0, "size": kernel.aval.shape[1]})
 
 
 class _Kind(NamedTuple):

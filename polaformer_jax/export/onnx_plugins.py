@@ -86,11 +86,15 @@ def _slice(graph, eqn, x):
     return graph.Slice(x, [int(starts[i]) for i in cut], [int(limits[i]) for i in cut], cut, steps) if cut else x
 
 
-def _linear(graph, eqn, x, kernel, bias):
+def _linear(graph, eqn, x, kernel, *bias):
     *leading, features = eqn.invars[0].aval.shape
-    if len(leading) == 1:
-        return graph.Gemm(x, kernel, bias)
-    return graph.reshape(graph.Gemm(graph.Reshape(x, [-1, features]), kernel, bias), *leading, eqn.outvars[0].aval.shape[-1])
+    start, size = eqn.params["start"], eqn.params["size"]
+    if (start, size) != (0, eqn.invars[1].aval.shape[1]):  # a part of the constants, which runtimes take once
+        kernel, *bias = (graph.Slice(w, [start], [start + size], [-1]) for w in (kernel, *bias))
+    if len(leading) > 1:
+        x = graph.Reshape(x, [-1, features])
+    y = graph.Gemm(x, kernel, *bias)
+    return y if len(leading) == 1 else graph.reshape(y, *leading, size)
 
 
 def _reshape(graph, eqn, x):

@@ -82,11 +82,12 @@ def _live(jaxpr: core.Jaxpr, replaced: Mapping[core.Var, Replaced]) -> list[_Ste
     for equation in reversed(jaxpr.eqns):
         if not needed.intersection(equation.outvars):
             continue
-        step = _Step(equation.primitive, equation.params, equation.invars, equation.outvars)
-        if (new := replaced.get(equation.outvars[0])) is not None:
-            step = _Step(new.primitive, new.params, new.inputs, equation.outvars)
-        kept.append(step)
-        needed.update(v for v in step.inputs if isinstance(v, core.Var))
+        steps = [_Step(equation.primitive, equation.params, equation.invars, equation.outvars)]
+        if equation.outvars[0] in replaced:
+            new = [(replaced[v], v) for v in equation.outvars if v in needed]
+            steps = [_Step(each.primitive, each.params, each.inputs, [v]) for each, v in new]
+        kept += steps
+        needed.update(v for step in steps for v in step.inputs if isinstance(v, core.Var))
     return kept[::-1]
 
 
