@@ -44,11 +44,12 @@ weight_p = _operation("weight", _weight_shape)
 layer_norm_p = _operation("layer_norm", _like_first)
 
 
-def _linear_shape(x, kernel, bias=None, *, start, size):
-    return jax.core.ShapedArray((*x.shape[:-1], size), x.dtype)
+def _linear_shape(x, kernel, bias=None, *, start, size, channels_first):
+    return jax.core.ShapedArray((x.shape[0], size, x.shape[1]) if channels_first else (*x.shape[:-1], size), x.dtype)
 
 
-# x (..., in), kernel (in, out), maybe a bias (out,) -> (..., size), the outputs from `start` on.
+# x (..., in), kernel (in, out), maybe a bias (out,) -> (..., size), the outputs from `start` on;
+# (B, N, in) -> (B, size, N) with `channels_first`.
 linear_p = _operation("linear", _linear_shape)
 
 # x -> the exact GELU of x.
@@ -57,8 +58,9 @@ gelu_p = _operation("gelu", _like_first)
 # x -> softmax along the last axis.
 softmax_p = _operation("softmax", _like_first)
 
-# q, k, v, g, table (1, n, C), s (h, d), p (h, d), kernel (C, 1, *sizes), bias (C,), and maybe a mask (B, N):
-# `polarity_attention` with s and p computed and the convolution's kernel repeated for all heads; grid.
+# q (B, C, N), k and v (B, C, n), g (B, C, N), table (1, C, n), s and p (h, d), kernel (C, 1, *sizes), bias (C,), and
+# maybe a mask (B, N) -> (B, C, N). `polarity_attention` with channels before tokens, s and p computed, and the
+# convolution's kernel repeated for all heads; grid.
 polarity_p = _operation("polarity_attention", _like_first)
 
 

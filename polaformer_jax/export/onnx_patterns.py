@@ -107,9 +107,9 @@ def _polarity_attention(call: flat.Call) -> list[jax.Array] | None:
     channels = shapes["q"][2]
     kernel = arrays["kernel"].reshape(-1, arrays["kernel"].shape[-1]).T  # (d, taps)
     kernel = jnp.tile(kernel, (s.shape[0], 1)).reshape(channels, 1, *shapes["kernel"][: len(grid)])
-    operands = [arrays[name] for name in ("q", "k", "v", "g", "positional_encoding")]
+    operands = [jnp.swapaxes(arrays[name], 1, 2) for name in ("q", "k", "v", "g", "positional_encoding")]
     operands += [s, p, kernel, jnp.tile(arrays["bias"], s.shape[0]), *([arrays["mask"]] if "mask" in arrays else [])]
-    return [onnx_operations.polarity_p.bind(*operands, grid=grid)]
+    return [jnp.swapaxes(onnx_operations.polarity_p.bind(*operands, grid=grid), 1, 2)]
 
 
 def _grids(tokens: int, axes: int):
@@ -146,7 +146,11 @@ def replacements(jaxpr: core.Jaxpr) -> dict[core.Var, Replaced]:
             sizes = [int(size) for size in equation.params["sizes"]]
             starts = [sum(sizes[:i]) for i in range(len(sizes))]
             for variable, start, size in zip(equation.outvars, starts, sizes, strict=True):
-                found[variable] = whole._replace(params={"start": start, "size": size})
+                found[variable] = whole._replace(params={**whole.params, "start": start, "size": size})
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "transpose" and equation.params["permutation"] == (0, 2, 1):
+            if (linear := found.get(equation.invars[0])) is not None:
+                found[equation.outvars[0]] = linear._replace(params={**linear.params, "channels_first": True})
     for equation in jaxpr.eqns:
         kind = _ROOTS.get(equation.primitive.name)
         out = equation.outvars[0]
@@ -173,7 +177,7 @@ def _linear(equation: core.JaxprEqn, producers: Mapping) -> Replaced | None:
         return None
     if bias and bias[0].aval.shape != kernel.aval.shape[1:]:
         return None
-    return Replaced(onnx_operations.linear_p, [x, kernel, *bias], {"start": 0, "size": kernel.aval.shape[1]})
+    return Replaced(onnx_operations.linear_p, [x, kernel, *bias], {"start": 0, "size": kernel.aval.shape[1], "channels_first": False})
 
 
 class _Kind(NamedTuple):

@@ -91,6 +91,12 @@ def _linear(graph, eqn, x, kernel, *bias):
     start, size = eqn.params["start"], eqn.params["size"]
     if (start, size) != (0, eqn.invars[1].aval.shape[1]):  # a part of the constants, which runtimes take once
         kernel, *bias = (graph.Slice(w, [start], [start + size], [-1]) for w in (kernel, *bias))
+    if eqn.params["channels_first"]:
+        y = graph.MatMul(graph.Transpose(kernel, perm=[1, 0]), graph.Transpose(x, perm=[0, 2, 1]))
+        return graph.Add(y, graph.Unsqueeze(bias[0], [1])) if bias else y
+    if x.producer() is not None and x.producer().op_type == "Transpose":  # which runtimes make a part of MatMul
+        y = graph.MatMul(x, kernel)
+        return graph.Add(y, bias[0]) if bias else y
     if len(leading) > 1:
         x = graph.Reshape(x, [-1, features])
     y = graph.Gemm(x, kernel, *bias)
@@ -143,11 +149,10 @@ def _matrices(graph, x, shape: Sequence, batch: Sequence[int], rows: Sequence[in
 def _polarity_attention(graph, eqn, q, k, v, g, table, s, p, kernel, bias, mask=None):
     """Channels come before tokens throughout: heads are then adjacent rows, and no axes of heads are moved."""
     grid = eqn.params["grid"]
-    (_, tokens, channels), (_, keys, _) = (x.aval.shape for x in eqn.invars[:2])
+    (_, channels, tokens), (_, _, keys) = (x.aval.shape for x in eqn.invars[:2])
     heads, width = eqn.invars[5].aval.shape
     half = width // 2
 
-    q, k, v, g, table = (graph.Transpose(x, perm=[0, 2, 1]) for x in (q, k, v, g, table))  # (B, C, N)
     if mask is not None:
         mask = graph.Cast(graph.Unsqueeze(mask, [1]), to=1)  # (B, 1, N)
         v = graph.Mul(v, mask)
@@ -181,7 +186,7 @@ def _polarity_attention(graph, eqn, q, k, v, g, table, s, p, kernel, bias, mask=
 
     o = graph.reshape(graph.Concat(stream(same), stream(opposite), axis=2), -1, channels, tokens)
     u = _convolution(graph, _upsample(graph, v, channels, keys, tokens), kernel, bias, channels, grid)
-    return graph.Transpose(graph.Mul(graph.Add(o, u), g), perm=[0, 2, 1])
+    return graph.Mul(graph.Add(o, u), g)
 
 
 def _upsample(graph, v, channels: int, keys: int, tokens: int):
