@@ -1,10 +1,10 @@
-"""What becomes a few chosen ONNX nodes: operations that stand for the models' functions while a model is exported.
+"""What becomes a few chosen ONNX nodes: operations that stand for parts of a model while it is exported.
 
-They exist between tracing and conversion only. They have a shape and a lowering to ONNX (`onnx_plugins`), and are never
-computed by JAX.
+They exist between tracing and conversion. They have shapes and a form in ONNX (`onnx_plugins`); JAX never computes
+them. All are of float32, except for masks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -13,22 +13,8 @@ from jax.extend import core
 PREFIX = "polaformer_"
 
 
-def _operation(name: str, shape: Callable) -> core.Primitive:
-    primitive = core.Primitive(PREFIX + name)
-    primitive.def_abstract_eval(shape)
-    return primitive
-
-
-def _like_first(first, *others, **params):
-    return jax.core.ShapedArray(first.shape, first.dtype)
-
-
-def _weight_shape(*, weight: "Weight"):
-    return jax.core.ShapedArray(weight.array.shape, weight.array.dtype)
-
-
 class Weight:
-    """An array to store in the file under a name. Equal only to itself, so that it can be a parameter."""
+    """An array to store in the file. Equal only to itself, so that it can be a parameter of an operation."""
 
     def __init__(self, name: str, array: np.ndarray):
         self.name, self.array = name, array
@@ -37,46 +23,71 @@ class Weight:
         return self.name
 
 
-# () -> the array.
-weight_p = _operation("weight", _weight_shape)
-
-# x (..., C), scale (C,), bias (C,) -> (..., C); epsilon.
-layer_norm_p = _operation("layer_norm", _like_first)
-
-
-def _linear_shape(x, kernel, bias=None, *, start, size, channels_first):
-    return jax.core.ShapedArray((x.shape[0], size, x.shape[1]) if channels_first else (*x.shape[:-1], size), x.dtype)
+def _operation(name: str, shape: Callable) -> core.Primitive:
+    """An operation whose result has the `shape` of its operands and parameters, and the dtype of the first operand."""
+    primitive = core.Primitive(PREFIX + name)
+    primitive.def_abstract_eval(
+        lambda *operands, **params: jax.core.ShapedArray(tuple(shape(*operands, **params)), operands[0].dtype)
+    )
+    return primitive
 
 
-# x (..., in), kernel (in, out), maybe a bias (out,) -> (..., size), the outputs from `start` on;
-# (B, N, in) -> (B, size, N) with `channels_first`.
+def _shape_of_first(first, *others, **params):
+    return first.shape
+
+
+def _linear_shape(x, kernel, bias=None, *, start: int, size: int, channels_first: bool):
+    return (x.shape[0], size, x.shape[1]) if channels_first else (*x.shape[:-1], size)
+
+
+def _given_shape(*operands, shape: Sequence, **params):
+    return shape
+
+
+# () -> the array of `weight`
+weight_p = core.Primitive(PREFIX + "weight")
+weight_p.def_abstract_eval(lambda *, weight: jax.core.ShapedArray(weight.array.shape, weight.array.dtype))
+
+# x (..., in), kernel (in, out), and maybe bias (out,) -> (..., size), the outputs from `start` on.
+# With `channels_first`: x (B, N, in) -> (B, size, N).
 linear_p = _operation("linear", _linear_shape)
 
-# x -> the exact GELU of x.
-gelu_p = _operation("gelu", _like_first)
+# x (..., C), scale (C,), bias (C,) -> (..., C); `epsilon`
+layer_norm_p = _operation("layer_norm", _shape_of_first)
 
-# x -> softmax along the last axis.
-softmax_p = _operation("softmax", _like_first)
+# x -> the same shape
+gelu_p = _operation("gelu", _shape_of_first)
 
-# q (B, C, N), k and v (B, C, n), g (B, C, N), table (1, C, n), s and p (h, d), kernel (C, 1, *sizes), bias (C,), and
-# maybe a mask (B, N) -> (B, C, N). `polarity_attention` with channels before tokens, s and p computed, and the
-# convolution's kernel repeated for all heads; grid.
-polarity_p = _operation("polarity_attention", _like_first)
+# x -> the same shape, along the last axis
+softmax_p = _operation("softmax", _shape_of_first)
+
+# `polarity_attention` with channels before tokens: q (B, C, N), k and v (B, C, n), g (B, C, N), table (1, C, n), s and
+# p (h, d), kernel (C, 1, *sizes) and bias (C,) of all heads, and maybe a mask (B, N) -> (B, C, N); `grid`.
+polarity_p = _operation("polarity_attention", _shape_of_first)
+
+# Operations of `lax` whose form in ONNX is ours.
+dot_general_p = _operation("dot_general", _given_shape)
+reshape_p = _operation("reshape", _given_shape)
+
+# x -> the block from `starts` to `limits`, by axes that are cut, and without axes of size 1 that `shape` does not have
+slice_p = _operation("slice", _given_shape)
 
 
-def _given_shape(*operands, shape, **params):
-    return jax.core.ShapedArray(shape, operands[0].dtype)
+def in_our_form(primitive: core.Primitive, params: Mapping, shape: Sequence) -> tuple[core.Primitive, Mapping]:
+    """The operation and parameters that stand for an operation with a result of this shape: the same for most."""
+    if primitive.name == "reshape" and params["dimensions"] is None:
+        return reshape_p, {"shape": shape}
+    if primitive.name == "dot_general":
+        return dot_general_p, {"shape": shape, "dimension_numbers": params["dimension_numbers"]}
+    if primitive.name == "slice" and set(params["strides"] or [1]) == {1}:
+        axes = [axis for axis, limit in enumerate(params["limit_indices"]) if isinstance(limit, int)]
+        starts, limits = ({axis: params[name][axis] for axis in axes} for name in ("start_indices", "limit_indices"))
+        return block(starts, limits, shape)
+    return primitive, params
 
 
-# Operations of `lax` with a lowering of our own, by their names.
-_OWN = {name: _operation(name, _given_shape) for name in ("dot_general", "reshape", "slice")}
-
-
-def own_form(primitive: core.Primitive, params: dict, outputs: list) -> tuple[core.Primitive, dict]:
-    """The operation and its parameters with which one of `lax` is exported."""
-    if (own := _OWN.get(primitive.name)) is None:
-        return primitive, params
-    shape = outputs[0].aval.shape
-    if primitive.name == "reshape":
-        return own, {"shape": shape}
-    return own, {**params, "shape": shape}
+def block(
+    starts: Mapping[int, int], limits: Mapping[int, int], shape: Sequence
+) -> tuple[core.Primitive, Mapping[str, tuple]]:
+    """`slice_p` and its parameters."""
+    return slice_p, {"starts": tuple(starts.items()), "limits": tuple(limits.items()), "shape": tuple(shape)}

@@ -1,11 +1,11 @@
-"""Recognises functions of the models in what they were traced to, and replaces them by operations of `onnx_operations`.
+"""Recognises parts of the models in what they were traced to, and replaces them by operations of `onnx_operations`.
 
-A function is recognised by its whole computation: it is traced again for the shapes at hand, and every operation of
-this reference must be found, with equal parameters and in the same places. The name of a call only says what to try.
+A function is recognised by its whole computation: it is traced again for the shapes at hand, and each operation of this
+reference must be found in its place, with equal parameters. The name of a call only says which function to try.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,77 +14,98 @@ import numpy as np
 from flax import nnx
 from jax.extend import core
 
-from polaformer_jax.export import flat, onnx_operations
+from polaformer_jax.export import flat_program, onnx_operations
 from polaformer_jax.models.attention import polarity_attention, rescaling
 from polaformer_jax.models.layers import gelu, layer_norm
 
 _ANY = 0.8125  # stands in a reference for a number that is to be found
 
 
+class Match(NamedTuple):
+    """Where a pattern was found.
+
+    Attributes:
+        arguments: the variables that stand for the pattern's arguments.
+        numbers: those that stand for `_ANY`.
+    """
+
+    arguments: list[core.Var]
+    numbers: list[float]
 
 
-def match(pattern: core.Jaxpr, target: Sequence, producers: Mapping) -> tuple[list, list] | None:
-    """Finds a flat program in another.
+class Replaced(NamedTuple):
+    """The operation that computes a variable, in place of those that did.
+
+    Attributes:
+        primitive, params: of the operation.
+        inputs: its operands, variables of the program.
+    """
+
+    primitive: core.Primitive
+    inputs: Sequence[core.Var]
+    params: Mapping
+
+
+def match(pattern: core.Jaxpr, results: Sequence, producers: Mapping[core.Var, core.JaxprEqn]) -> Match | None:
+    """Finds a flat program, which has no constants, in another.
 
     Args:
-        pattern: without constants.
-        target: the variables that the pattern's results should be.
-        producers: the equations of the searched program, by the variables that they compute.
-
-    Returns:
-        What stands for each argument of the pattern, and the numbers that stand for `_ANY`; None: it is not there.
+        results: the variables of the other program that the pattern's results should be.
+        producers: the equations of the other program, by the variables that they compute.
     """
-    made = {v: e for e in pattern.eqns for v in e.outvars}
-    bound: dict[core.Var, object] = dict.fromkeys(pattern.invars)
+    made = _producers(pattern)
+    bound: dict[core.Var, core.Var] = {}
     numbers: list[float] = []
-    todo = list(zip(pattern.outvars, target, strict=True))
+    todo = list(zip(pattern.outvars, results, strict=True))
     while todo:
         ours, theirs = todo.pop()
-        if isinstance(ours, core.Literal):
-            if not isinstance(theirs, core.Literal) or np.shape(ours.val) != np.shape(theirs.val):
+        if isinstance(ours, core.Literal) or isinstance(theirs, core.Literal):
+            if not (isinstance(ours, core.Literal) and isinstance(theirs, core.Literal)):
                 return None
-            if ours.val == np.float32(_ANY):
+            if np.shape(ours.val) == np.shape(theirs.val) == () and ours.val == _ANY:
                 numbers.append(float(theirs.val))
-            elif not np.array_equal(ours.val, theirs.val, equal_nan=True):
+            elif not np.array_equal(ours.val, theirs.val):
                 return None
-        elif bound.get(ours) is not None:
+        elif ours in bound:
             if bound[ours] is not theirs:
                 return None
-        elif ours in made:
-            mine = made[ours]
-            if isinstance(theirs, core.Literal) or (found := producers.get(theirs)) is None:
-                return None
-            if mine.primitive is not found.primitive or mine.params != found.params:
-                return None
-            for a, b in zip(mine.outvars, found.outvars, strict=True):
-                if bound.setdefault(a, b) is not b:
-                    return None
-            todo += zip(mine.invars, found.invars, strict=True)
-        else:
-            if isinstance(theirs, core.Literal) or ours.aval.shape != theirs.aval.shape:
+        elif ours not in made:
+            if (ours.aval.shape, ours.aval.dtype) != (theirs.aval.shape, theirs.aval.dtype):
                 return None
             bound[ours] = theirs
-    return [bound[v] for v in pattern.invars], numbers
+        else:
+            mine, found = made[ours], producers.get(theirs)
+            if found is None or mine.primitive is not found.primitive or mine.params != found.params:
+                return None
+            bound.update(zip(mine.outvars, found.outvars, strict=True))
+            if bound[ours] is not theirs:
+                return None
+            todo += zip(mine.invars, found.invars, strict=True)
+    return Match([bound[v] for v in pattern.invars], numbers)
 
 
-def rules() -> dict[str, flat.Rule]:
-    """For `flat.flattened`: the calls that are replaced."""
+def _producers(jaxpr: core.Jaxpr) -> dict[core.Var, core.JaxprEqn]:
+    return {variable: equation for equation in jaxpr.eqns for variable in equation.outvars}
+
+
+def rules() -> dict[str, flat_program.Rule]:
+    """For `flat_program.flattened`: the calls that are replaced."""
     return {"gelu": _gelu, "polarity_attention": _polarity_attention}
 
 
-def _matches(call: flat.Call, reference: Callable) -> tuple[list, list] | None:
-    pattern, found = flat.flattened(reference, call.shapes, {}).jaxpr, flat.inlined(call.program, {}).jaxpr
-    producers = {v: e for e in found.eqns for v in e.outvars}
-    if (match_ := match(pattern, found.outvars, producers)) is None or match_[0] != list(found.invars):
-        return None
-    return match_
+def _call_of(reference: Callable, call: flat_program.Call) -> Match | None:
+    """Whether this is a call of `reference`, with the arguments in the same order."""
+    pattern = flat_program.flattened(reference, call.shapes, {}).jaxpr
+    found = flat_program.inlined(call.program, {}).jaxpr
+    matched = match(pattern, found.outvars, _producers(found))
+    return matched if matched is not None and matched.arguments == found.invars else None
 
 
-def _gelu(call: flat.Call) -> list[jax.Array] | None:
-    return None if _matches(call, gelu) is None else [onnx_operations.gelu_p.bind(*call.values)]
+def _gelu(call: flat_program.Call) -> list[jax.Array] | None:
+    return [onnx_operations.gelu_p.bind(*call.values)] if _call_of(gelu, call) else None
 
 
-def _polarity_attention(call: flat.Call) -> list[jax.Array] | None:
+def _polarity_attention(call: flat_program.Call) -> list[jax.Array] | None:
     names = ["q", "k", "v", "g", "bias", "kernel", "mask", "positional_encoding", "power", "scale"]
     if len(call.values) == len(names) - 1:
         names.remove("mask")
@@ -92,73 +113,65 @@ def _polarity_attention(call: flat.Call) -> list[jax.Array] | None:
         return None
     shapes = {name: shape.shape for name, shape in zip(names, call.shapes, strict=True)}
 
-    for grid in _grids(shapes["q"][1], len(shapes["kernel"]) - 2):
-
-        def reference(*values, grid=grid):
+    def by(grid):
+        def reference(*values):
             arrays = dict(zip(names, values, strict=True))
             return polarity_attention(**arrays, grid=grid, alpha=_ANY, implementation="xla")
 
-        if (found := _matches(call, reference)) is not None:
-            break
-    else:
+        return reference
+
+    grids = _grids(shapes["q"][1], len(shapes["kernel"]) - 2)
+    found = next(((grid, matched) for grid in grids if (matched := _call_of(by(grid), call))), None)
+    if found is None:
         return None
+    grid, matched = found
     arrays = dict(zip(names, call.values, strict=True))
-    s, p = rescaling(arrays["power"], arrays["scale"], found[1][0], jnp.float32)
-    channels = shapes["q"][2]
-    kernel = arrays["kernel"].reshape(-1, arrays["kernel"].shape[-1]).T  # (d, taps)
-    kernel = jnp.tile(kernel, (s.shape[0], 1)).reshape(channels, 1, *shapes["kernel"][: len(grid)])
+    s, p = rescaling(arrays["power"], arrays["scale"], matched.numbers[0], jnp.float32)
+    heads, width = s.shape
+    kernel = arrays["kernel"].reshape(-1, width).T  # (d, taps)
+    kernel = jnp.tile(kernel, (heads, 1)).reshape(heads * width, 1, *shapes["kernel"][: len(grid)])
     operands = [jnp.swapaxes(arrays[name], 1, 2) for name in ("q", "k", "v", "g", "positional_encoding")]
-    operands += [s, p, kernel, jnp.tile(arrays["bias"], s.shape[0]), *([arrays["mask"]] if "mask" in arrays else [])]
+    operands += [s, p, kernel, jnp.tile(arrays["bias"], heads), *([arrays["mask"]] if "mask" in arrays else [])]
     return [jnp.swapaxes(onnx_operations.polarity_p.bind(*operands, grid=grid), 1, 2)]
 
 
-def _grids(tokens: int, axes: int):
+def _grids(tokens: int, axes: int) -> Iterator[tuple[int, ...]]:
     """The grids of this many tokens, the squarest first."""
     if axes == 1:
-        return [(tokens,)]
+        return iter([(tokens,)])
     sides = [(side, tokens // side) for side in range(1, tokens + 1) if tokens % side == 0]
-    return sorted(sides, key=lambda sides: abs(sides[0] - sides[1]))
-
-
-class Replaced(NamedTuple):
-    """An operation in place of those that computed a variable.
-
-    Attributes:
-        primitive, params: of the operation.
-        inputs: variables of the program.
-    """
-
-    primitive: core.Primitive
-    inputs: list[core.Var]
-    params: dict
+    return iter(sorted(sides, key=lambda sides: abs(sides[0] - sides[1])))
 
 
 def replacements(jaxpr: core.Jaxpr) -> dict[core.Var, Replaced]:
-    """The layer normalisations and softmaxes of a flat program, by the variables that they compute."""
-    producers = {v: e for e in jaxpr.eqns for v in e.outvars}
-    found = {}
+    """The layers of a flat program that have an operation of their own, by the variables that they compute."""
+    producers = _producers(jaxpr)
+    found: dict[core.Var, Replaced] = {}
     for equation in jaxpr.eqns:
+        result, operands = equation.outvars[0], [v for v in equation.invars if isinstance(v, core.Var)]
         if (linear := _linear(equation, producers)) is not None:
-            found[equation.outvars[0]] = linear
-    for equation in jaxpr.eqns:
-        whole = found.get(equation.invars[0]) if equation.primitive.name == "split" else None
-        if whole is not None and equation.params["axis"] == equation.invars[0].aval.ndim - 1:
-            sizes = [int(size) for size in equation.params["sizes"]]
-            starts = [sum(sizes[:i]) for i in range(len(sizes))]
-            for variable, start, size in zip(equation.outvars, starts, sizes, strict=True):
-                found[variable] = whole._replace(params={**whole.params, "start": start, "size": size})
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "transpose" and equation.params["permutation"] == (0, 2, 1):
-            if (linear := found.get(equation.invars[0])) is not None:
-                found[equation.outvars[0]] = linear._replace(params={**linear.params, "channels_first": True})
-    for equation in jaxpr.eqns:
-        kind = _ROOTS.get(equation.primitive.name)
-        out = equation.outvars[0]
-        if kind is None or out.aval.ndim < 2 or out.aval.dtype != jnp.float32:
-            continue
-        if (matched := match(kind.reference(out.aval.shape), [out], producers)) is not None:
-            found[out] = Replaced(kind.primitive, matched[0], dict(zip(kind.params, matched[1], strict=True)))
+            found[result] = linear
+        elif operands and operands[0] in found:
+            found.update(_parts(equation, found[operands[0]]))
+        elif (kind := _KINDS.get(equation.primitive.name)) is not None:
+            found.update(_of_kind(kind, result, producers))
     return found
+
+
+def _parts(equation: core.JaxprEqn, whole: Replaced) -> dict[core.Var, Replaced]:
+    """What splits the outputs of a linear layer, or moves them before the tokens, is a linear layer too."""
+    if whole.primitive is not onnx_operations.linear_p or whole.params["channels_first"]:
+        return {}
+    if equation.primitive.name == "transpose" and equation.params["permutation"] == (0, 2, 1):
+        return {equation.outvars[0]: whole._replace(params={**whole.params, "channels_first": True})}
+    if equation.primitive.name != "split" or equation.params["axis"] != equation.invars[0].aval.ndim - 1:
+        return {}
+    parts, start = {}, whole.params["start"]
+    for variable in equation.outvars:
+        size = variable.aval.shape[-1]
+        parts[variable] = whole._replace(params={**whole.params, "start": start, "size": size})
+        start += size
+    return parts
 
 
 def _linear(equation: core.JaxprEqn, producers: Mapping) -> Replaced | None:
@@ -177,25 +190,47 @@ def _linear(equation: core.JaxprEqn, producers: Mapping) -> Replaced | None:
         return None
     if bias and bias[0].aval.shape != kernel.aval.shape[1:]:
         return None
-    return Replaced(onnx_operations.linear_p, [x, kernel, *bias], {"start": 0, "size": kernel.aval.shape[1], "channels_first": False})
+    return Replaced(
+        onnx_operations.linear_p,
+        [x, kernel, *bias],
+        {"start": 0, "size": kernel.aval.shape[1], "channels_first": False},
+    )
 
 
 class _Kind(NamedTuple):
+    """A layer that is found by the operation that ends it.
+
+    Attributes:
+        primitive: of the layer.
+        reference: its flat program, for a shape.
+        params: the names of the numbers to find.
+    """
+
     primitive: core.Primitive
-    reference: Callable  # of a shape: its flat program
-    params: tuple[str, ...]  # the names of the numbers to find
+    reference: Callable[[tuple], core.Jaxpr]
+    params: tuple[str, ...]
+
+
+def _of_kind(kind: _Kind, result: core.Var, producers: Mapping) -> dict[core.Var, Replaced]:
+    if result.aval.ndim < 2 or result.aval.dtype != jnp.float32 or not isinstance(result.aval.shape[-1], int):
+        return {}
+    if (matched := match(kind.reference(result.aval.shape), [result], producers)) is None:
+        return {}
+    params = dict(zip(kind.params, matched.numbers, strict=True))
+    return {result: Replaced(kind.primitive, matched.arguments, params)}
 
 
 @functools.cache
 def _layer_norm(shape: tuple) -> core.Jaxpr:
     types = {"dtype": jnp.float32, "param_dtype": jnp.float32, "rngs": nnx.Rngs(0)}
-    graphdef, state = nnx.split(layer_norm(shape[-1], epsilon=_ANY, **types))
+    graphdef, params = nnx.split(layer_norm(shape[-1], epsilon=_ANY, **types))
 
     def reference(x, scale, bias):
-        return nnx.merge(graphdef, nnx.State({"scale": state["scale"].replace(scale), "bias": state["bias"].replace(bias)}))(x)
+        nnx.replace_by_pure_dict(params, {"scale": scale, "bias": bias})
+        return nnx.merge(graphdef, params)(x)
 
     channels = jax.ShapeDtypeStruct(shape[-1:], jnp.float32)
-    return flat.flattened(reference, [jax.ShapeDtypeStruct(shape, jnp.float32), channels, channels], {}).jaxpr
+    return flat_program.flattened(reference, [jax.ShapeDtypeStruct(shape, jnp.float32), channels, channels], {}).jaxpr
 
 
 @functools.cache
@@ -203,11 +238,10 @@ def _softmax(shape: tuple) -> core.Jaxpr:
     def reference(x):
         return jax.nn.softmax(x, axis=-1)
 
-    return flat.flattened(reference, [jax.ShapeDtypeStruct(shape, jnp.float32)], {}).jaxpr
+    return flat_program.flattened(reference, [jax.ShapeDtypeStruct(shape, jnp.float32)], {}).jaxpr
 
 
-# By the operation that ends them.
-_ROOTS = {
+_KINDS = {
     "add": _Kind(onnx_operations.layer_norm_p, _layer_norm, ("epsilon",)),
     "div": _Kind(onnx_operations.softmax_p, _softmax, ()),
 }
