@@ -54,7 +54,13 @@ def write(
         raise UserError(f"{opset}: onnx {onnx.__version__} knows opsets up to {newest}", argument="opset")
 
     shapes = _shapes(inputs)
-    program = flat_program.flattened(function, shapes, onnx_patterns.rules())
+    try:
+        program = flat_program.flattened(function, shapes, onnx_patterns.rules())
+    except (TypeError, ValueError, jax.errors.InconclusiveDimensionOperation) as error:
+        raise UserError(
+            f"the function cannot be traced for inputs of any size: {error}. Models of this package can, unless they "
+            "run kernels: create them with attention_impl='xla'"
+        ) from error
     flat_program.check_float32(program)
     if len(program.jaxpr.outvars) != len(outputs):
         raise ValueError(f"the function has {len(program.jaxpr.outvars)} results, but {len(outputs)} names are given")
