@@ -5,16 +5,14 @@ The checkout is the user's (https://github.com/ZacharyMeng/PolaFormer); nothing 
 
 import argparse
 import functools
-import json
 import os
 import shutil
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from polaformer_jax.benchmark.ours import CLASSES, Case, Subject
+from polaformer_jax.benchmark.ours import CLASSES, Case
+from polaformer_jax.benchmark.workers import Worker
 from polaformer_jax.errors import UserError
 from polaformer_jax.files import paths
 from polaformer_jax.models import registry
@@ -68,9 +66,8 @@ def openers(args: argparse.Namespace) -> "dict[str, Opener]":
     if args.official is None:
         return {}
     checkout = Path(paths.given(args.official, "official"))
-    given = paths.given(args.official_python, "official_python")
-    python = shutil.which(given) or os.fspath(given)
-    _check(checkout, python)
+    python = interpreter(args.official_python, "official_python", "PyTorch")
+    _check(checkout)
 
     def start(case: Case, modes: Sequence[str], platform: str, *, compiled: bool) -> Official:
         return Official(
@@ -86,14 +83,26 @@ def openers(args: argparse.Namespace) -> "dict[str, Opener]":
     return {_NAMES[by]: functools.partial(start, compiled=by == "compiled") for by in args.official_by}
 
 
-def _check(path: Path, python: str) -> None:
+def interpreter(given: str, argument: str, package: str) -> str:
+    """The path of a Python that an option names.
+
+    Raises:
+        UserError: there is no such program.
+    """
+    path = paths.given(given, argument)
+    python = shutil.which(path) or os.fspath(path)
+    if not os.access(python, os.X_OK):
+        flag = "--" + argument.replace("_", "-")
+        raise UserError(f"{flag} {python}: there is no such program; expected a Python with {package}")
+    return python
+
+
+def _check(path: Path) -> None:
     if missing := [name for name in _FILES if not (path / name).is_file()]:
         raise UserError(f"--official {path}: there is no {missing[0]} in it; expected a checkout of the official code")
-    if not os.access(python, os.X_OK):
-        raise UserError(f"--official-python {python}: there is no such program; expected a Python with PyTorch")
 
 
-class Official:
+class Official(Worker):
     """One official model, built and warm, in a process that lives until `close`. Use as a context manager.
 
     Attributes:
@@ -125,80 +134,20 @@ class Official:
     ):
         if platform not in ("cpu", "gpu"):
             raise UserError(f"--official runs on a CPU or by CUDA, but JAX is on a {platform}: omit it")
-        self._path, self._case = path, case
-        # In a file, since a full pipe would stop the process; complete, since it may print much before it fails.
-        self._messages = tempfile.TemporaryFile("w+", prefix="benchmark_official_")
-        self._process = subprocess.Popen(
-            [python, os.fspath(_WORKER), os.fspath(Path(path).resolve())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._messages,
-            text=True,
-        )
         config = registry.model_config(case.model, num_classes=CLASSES, img_size=case.img_size)
-        try:
-            answer = self._ask(
-                {
-                    "family": config.family,
-                    "arguments": config.to_dict(),
-                    "batch": case.batch,
-                    "dtype": case.dtype,
-                    "device": "cuda" if platform == "gpu" else "cpu",
-                    "modes": list(modes),
-                    "threads": threads,
-                    "compiled": compiled,
-                }
-            )
-        except BaseException:
-            self.close()
-            raise
-        self.version: str = answer["version"]
-        self.subjects = {
-            mode: Subject(
-                run=functools.partial(self.run, mode),
-                compile_s=answer["compile_s"][mode],
-                memory=answer["memory"][mode],
-                memory_by="" if answer["memory"][mode] is None else "device",
-                flops=None,
-            )
-            for mode in modes
+        question = {
+            "family": config.family,
+            "arguments": config.to_dict(),
+            "batch": case.batch,
+            "dtype": case.dtype,
+            "device": "cuda" if platform == "gpu" else "cpu",
+            "modes": list(modes),
+            "threads": threads,
+            "compiled": compiled,
         }
-
-    def run(self, mode: str) -> float:
-        """Runs it once and returns the seconds."""
-        return self._ask(mode)["seconds"]
-
-    def _ask(self, question: object) -> dict:
-        try:
-            self._process.stdin.write(json.dumps(question) + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        answer = json.loads(line) if line else {"error": self._last_words()}
-        if "error" in answer:
-            raise UserError(
-                f"--official {self._path}: {self._case} does not run in its process: {answer['error']}. It needs "
-                "torch, timm and einops as its README says: give a Python with them as --official-python"
-            )
-        return answer
-
-    def _last_words(self) -> str:
-        status = self._process.wait()
-        self._messages.seek(0)
-        lines = self._messages.read().strip().splitlines()
-        return f"it ended with status {status}" + (f", saying {lines[-1]!r}" if lines else "")
-
-    def close(self) -> None:
-        """Ends the process."""
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.kill()
-        self._process.wait()
-        self._messages.close()
-
-    def __enter__(self) -> "Official":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.close()
+        failure = (
+            f"--official {path}: {case} does not run in its process: {{error}}. It needs torch, timm and einops as its "
+            "README says: give a Python with them as --official-python"
+        )
+        super().__init__([python, _WORKER, Path(path).resolve()], question, failure=failure)
+        self.version: str = self.answer["version"]

@@ -104,7 +104,7 @@ def polarity_attention(
         v = jnp.where(mask[:, :, None], v, 0)
     u = depthwise_conv(upsample_tokens(v, q.shape[1]), kernel, bias, grid=grid)
     arrays = {"q": q, "k": k, "v": v, "g": g, "u": u, "table": positional_encoding, "mask": mask}
-    arrays["s"], arrays["p"] = _rescaling(power, scale, alpha, u.dtype)
+    arrays["s"], arrays["p"] = rescaling(power, scale, alpha, u.dtype)
     if implementation == "xla" or q.shape[1] == 1:  # for one token there is nothing to fuse
         return _by_operations(arrays)
     if implementation == "pallas":
@@ -170,11 +170,11 @@ def signed_features(
     alpha: float,
 ) -> tuple[jax.Array, jax.Array]:
     """[q+, q-] (B, N, h, 2d) and [k+, k-] (B, n, h, 2d) of `polarity_attention`, in the dtype of `q`."""
-    s, p = _rescaling(power, scale, alpha, accumulation_dtype(q.dtype))
+    s, p = rescaling(power, scale, alpha, accumulation_dtype(q.dtype))
     return _signed_powers(q, None, s, p), _signed_powers(k, positional_encoding, s, p)
 
 
-def _rescaling(power: jax.Array, scale: jax.Array, alpha: float, full) -> tuple[jax.Array, jax.Array]:
+def rescaling(power: jax.Array, scale: jax.Array, alpha: float, full) -> tuple[jax.Array, jax.Array]:
     """s and p, (h, d)."""
     _, heads, _, width = power.shape
     s = jax.nn.softplus(scale.astype(full)).reshape(heads, width)
