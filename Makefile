@@ -1,18 +1,20 @@
 # make train       set up .venv, prepare the digits, train, evaluate the best checkpoint
 # make test        set up what is missing and run the tests        make test-all   the slow ones
 #                  make test ROOM=weights runs those of one package
+# make demo        build the page that classifies images in a browser (docs/demo), with the model of make train; needs npm
 # make docs        build the documentation site in docs/_build, from the notebooks as they are committed; any warning fails
 # make notebooks   build the notebooks of docs/ from their .py files and execute them; a few minutes
 
 PYTHON ?= python3
 VENV := .venv
+ONNX := .venv-onnx
 BIN := $(VENV)/bin
 DATA ?= data
 CONFIG ?= digits
 ROOM ?=
 WORKDIR ?= runs/digits
 
-.PHONY: train test test-all docs notebooks lint clean
+.PHONY: train test test-all demo docs notebooks lint clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.runtime
@@ -30,8 +32,12 @@ ROOMS := $(sort $(dir $(wildcard tests/*/test_*.py)))
 test: lint
 	$(PYTEST) -n 2 -m "not slow" $(addprefix tests/,$(ROOM))
 
-test-all: lint $(VENV)/.docs
+test-all: lint $(VENV)/.docs $(ONNX)/.ready
 	$(PYTEST) -n 3 -m slow $(if $(ROOM),$(addprefix tests/,$(ROOM)),$(LONG) $(filter-out $(LONG),$(ROOMS)))
+
+demo: $(VENV)/.runtime $(ONNX)/.ready
+	$(BIN)/polaformer export --workdir $(WORKDIR) $(WORKDIR)/demo.safetensors --overwrite
+	$(ONNX)/bin/python docs/demo/build.py --source $(WORKDIR)/demo.safetensors --out docs/_build/demo
 
 docs: $(VENV)/.docs
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -d docs/_build/doctrees docs docs/_build/html
@@ -63,5 +69,11 @@ $(VENV)/.docs: $(VENV)/.runtime
 	$(BIN)/python -m pip install --quiet --editable ".[train,docs]"
 	@touch $@
 
+# What writes ONNX files needs older versions of packages that training takes.
+$(ONNX)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(ONNX)
+	$(ONNX)/bin/python -m pip install --quiet --editable ".[onnx]" pytest scikit-learn
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(DATA) runs docs/_build *.egg-info
+	rm -rf $(VENV) $(ONNX) $(DATA) runs docs/_build *.egg-info

@@ -1,11 +1,13 @@
 """A model as a pure function of arrays, ready to be written for other runtimes, and what its file says about it."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from flax import nnx
 
 import polaformer_jax
@@ -13,6 +15,7 @@ from polaformer_jax.config import DTYPES
 from polaformer_jax.data.images.normalisation import IMAGENET_MEAN, IMAGENET_STD, normalise
 from polaformer_jax.errors import UserError
 from polaformer_jax.export.maps import mean_maps
+from polaformer_jax.files import atomic
 from polaformer_jax.inference.images import evaluation_transform
 from polaformer_jax.models import registry
 from polaformer_jax.models.backbone import Backbone
@@ -89,6 +92,15 @@ def program_of(
 
     inputs = _inputs(config, images, preprocess)
     return Program(function, flatten(like), inputs, outputs, _metadata(model, inputs, outputs, preprocess))
+
+
+def check_target(path: epath.PathLike, suffix: str) -> epath.Path:
+    """The path of a file to write; raises a UserError if it cannot be, or has another suffix."""
+    if not os.fspath(path).endswith(suffix):
+        raise UserError(
+            f"{os.path.basename(os.fspath(path))!r}: expected a name that ends in {suffix}", argument="path"
+        )
+    return atomic.check_target(path, "program", argument="path")
 
 
 def _portable(model: nnx.Module, dtype: str | None) -> nnx.Module:

@@ -4,11 +4,12 @@ The file is a zip archive of two entries: `program.bin`, which `jax.export.deser
 Weights are constants of the program, or lie beside the file in a NumPy archive (`.npz`).
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from flax import nnx
 from jax import export as jax_export
 
 from polaformer_jax.errors import UserError
-from polaformer_jax.export.program import Program, program_of
+from polaformer_jax.export.program import Program, check_target, program_of
 from polaformer_jax.files import atomic, paths
 
 FORMAT = "polaformer_jax/stablehlo/1"
@@ -65,7 +66,8 @@ def stablehlo(
     if batch_size is not None and batch_size < 1:
         raise UserError(f"{batch_size}, expected at least 1", argument="batch_size")
     program = program_of(model, preprocess=preprocess, dtype=dtype)
-    exported = _exported(program, tuple(platforms), batch_size, inside=weights == "inside")
+    with _without_locations():
+        exported = _exported(program, tuple(platforms), batch_size, inside=weights == "inside")
     metadata = {
         "format": FORMAT,
         **program.metadata,
@@ -84,15 +86,6 @@ def stablehlo(
     return metadata
 
 
-def check_target(path: epath.PathLike, suffix: str) -> epath.Path:
-    """The path of a file to write; raises a UserError if it cannot be, or has another suffix."""
-    if not os.fspath(path).endswith(suffix):
-        raise UserError(
-            f"{os.path.basename(os.fspath(path))!r}: expected a name that ends in {suffix}", argument="path"
-        )
-    return atomic.check_target(path, "program", argument="path")
-
-
 def _exported(
     program: Program, platforms: tuple[str, ...], batch_size: int | None, *, inside: bool
 ) -> jax_export.Exported:
@@ -108,6 +101,17 @@ def _exported(
         return jax_export.export(jax.jit(lambda *inputs: call(constants, *inputs)), platforms=platforms)(*inputs)
     params = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in program.params.items()}
     return jax_export.export(jax.jit(call), platforms=platforms)(params, *inputs)
+
+
+@contextlib.contextmanager
+def _without_locations() -> Iterator[None]:
+    """Programs do not name the files and lines that they come from: these are paths on this machine."""
+    before = jax.config.jax_traceback_in_locations_limit
+    jax.config.update("jax_traceback_in_locations_limit", 0)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_traceback_in_locations_limit", before)
 
 
 def _beside(path: epath.Path) -> epath.Path:

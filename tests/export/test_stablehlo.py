@@ -57,6 +57,13 @@ def test_it_computes_what_the_model_does_for_any_batch(swin):
     assert set(program.exported.platforms) == {"cpu", "cuda", "tpu"}
 
 
+def test_it_names_no_file_of_this_machine(swin):
+    with zipfile.ZipFile(swin[1]) as archive:
+        content = archive.read("program.bin")
+    assert b"site-packages" not in content and b".py" not in content and str(ROOT).encode() not in content
+    assert jax.config.jax_traceback_in_locations_limit != 0  # as before
+
+
 def test_weights_lie_beside_it_on_demand(tmp_path):
     model = built("pvt")
     pf.export.stablehlo(model, tmp_path / "a.stablehlo", weights="beside")
