@@ -1,6 +1,7 @@
 """A model as a pure function of arrays, ready to be written for other runtimes, and what its file says about it."""
 
 import dataclasses
+import importlib.metadata
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,7 +11,6 @@ import jax.numpy as jnp
 from etils import epath
 from flax import nnx
 
-import polaformer_jax
 from polaformer_jax.config import DTYPES
 from polaformer_jax.data.images.normalisation import IMAGENET_MEAN, IMAGENET_STD, normalise
 from polaformer_jax.errors import UserError
@@ -131,7 +131,7 @@ def _inputs(config: ModelConfig, images: bool, preprocess: bool) -> dict[str, tu
 def _metadata(model: nnx.Module, inputs: Mapping, outputs: tuple[str, ...], preprocess: bool) -> dict[str, Any]:
     described = model_metadata(model)
     content = {
-        "producer": f"polaformer_jax {polaformer_jax.__version__}",
+        "producer": f"polaformer_jax {importlib.metadata.version('polaformer_jax')}",
         "model": described["model"],
         "family": described["family"],
         "arguments": model.config.to_dict(),

@@ -99,7 +99,7 @@ def test_the_table_names_an_image_once(results):
 
 @pytest.mark.parametrize("size, resize", [(224, 256), (384, 384), (32, 37), (448, 448), (320, 366)])
 def test_the_official_rule_of_resize_and_crop(model, size, resize, monkeypatch):
-    resized = types.SimpleNamespace(img_size=size)
+    resized = types.SimpleNamespace(img_size=size, num_classes=5)
     monkeypatch.setattr(model, "config", resized)
     monkeypatch.setattr(model, "info", ModelInfo())
     transform = evaluation_transform(model)
@@ -123,7 +123,7 @@ def test_refuses_preprocessing_that_cannot_be(model, text, message, tmp_path):
 
 def test_a_model_without_classifier_predicts_nothing():
     with pytest.raises(UserError, match="no classifier"):
-        evaluation_transform(build("pvt", num_classes=0))
+        pf.predict(build("pvt", num_classes=0), np.zeros((32, 32, 3), np.uint8))
 
 
 def test_names_come_from_a_file_or_a_data_set(tmp_path, digits_dir):

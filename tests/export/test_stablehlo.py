@@ -101,7 +101,7 @@ def test_a_process_that_has_only_jax_loads_and_calls_it(swin, tmp_path):
     """By the program that the documentation shows."""
     _, path, expected = swin
     page = (ROOT / "docs/deployment.md").read_text()
-    (program,) = re.findall(r"```python\n(import json\n.*?)```", page, re.DOTALL)
+    (program,) = re.findall(r"```python\n(import json\nimport zipfile\n.*?)```", page, re.DOTALL)
     np.save(tmp_path / "images.npy", pixels(5)[:2])
     program = program.replace("pola_swin_t.stablehlo", str(path))
     lines = [

@@ -283,7 +283,7 @@ def test_a_file_is_converted_and_run_as_those_of_images_are(tmp_path, texts, cap
 
 
 def test_what_is_for_images_refuses_it(saved):
-    with pytest.raises(UserError, match="PolaSequence, which does not classify images"):
+    with pytest.raises(UserError, match="PolaSequence, which does not take images"):
         evaluation_transform(saved[0])
     with pytest.raises(
         UserError, match="the model is a PolaSequence, expected an image model: maps are drawn over images"
