@@ -45,6 +45,9 @@ class Replaced(NamedTuple):
     inputs: Sequence[core.Var]
     params: Mapping
 
+    def with_params(self, **params) -> "Replaced":
+        return self._replace(params={**self.params, **params})
+
 
 def match(pattern: core.Jaxpr, results: Sequence, producers: Mapping[core.Var, core.JaxprEqn]) -> Match | None:
     """Finds a flat program, which has no constants, in another.
@@ -94,7 +97,9 @@ def rules() -> dict[str, flat_program.Rule]:
 
 
 def _call_of(reference: Callable, call: flat_program.Call) -> Match | None:
-    """Whether this is a call of `reference`, with the arguments in the same order."""
+    """Whether this is a call of `reference` in float32, with the arguments in the same order."""
+    if {shape.dtype.name for shape in call.shapes} - {"float32", "bool"}:
+        return None
     pattern = flat_program.flattened(reference, call.shapes, {}).jaxpr
     found = flat_program.inlined(call.program, {}).jaxpr
     matched = match(pattern, found.outvars, _producers(found))
@@ -130,8 +135,11 @@ def _polarity_attention(call: flat_program.Call) -> list[jax.Array] | None:
     heads, width = s.shape
     kernel = arrays["kernel"].reshape(-1, width).T  # (d, taps)
     kernel = jnp.tile(kernel, (heads, 1)).reshape(heads * width, 1, *shapes["kernel"][: len(grid)])
-    operands = [jnp.swapaxes(arrays[name], 1, 2) for name in ("q", "k", "v", "g", "positional_encoding")]
-    operands += [s, p, kernel, jnp.tile(arrays["bias"], heads), *([arrays["mask"]] if "mask" in arrays else [])]
+    # Queries, keys and the keys' table are divided by s one by one: a linear layer before them does so by its weights.
+    q, k, table = (jnp.swapaxes(arrays[name], 1, 2) / s.reshape(1, -1, 1) for name in ("q", "k", "positional_encoding"))
+    v, g = (jnp.swapaxes(arrays[name], 1, 2) for name in ("v", "g"))
+    operands = [q, k, v, g, table, p, kernel, jnp.tile(arrays["bias"], heads)]
+    operands += [arrays["mask"]] if "mask" in arrays else []
     return [jnp.swapaxes(onnx_operations.polarity_p.bind(*operands, grid=grid), 1, 2)]
 
 
@@ -159,17 +167,22 @@ def replacements(jaxpr: core.Jaxpr) -> dict[core.Var, Replaced]:
 
 
 def _parts(equation: core.JaxprEqn, whole: Replaced) -> dict[core.Var, Replaced]:
-    """What splits the outputs of a linear layer, or moves them before the tokens, is a linear layer too."""
-    if whole.primitive is not onnx_operations.linear_p or whole.params["channels_first"]:
+    """What splits the outputs of a linear layer, moves them before the tokens, or divides them, is one as well."""
+    if whole.primitive is not onnx_operations.linear_p or whole.params["divided"]:
         return {}
-    if equation.primitive.name == "transpose" and equation.params["permutation"] == (0, 2, 1):
-        return {equation.outvars[0]: whole._replace(params={**whole.params, "channels_first": True})}
-    if equation.primitive.name != "split" or equation.params["axis"] != equation.invars[0].aval.ndim - 1:
+    name, params, result = equation.primitive.name, equation.params, equation.outvars[0]
+    if whole.params["channels_first"]:
+        if name != "div" or equation.invars[1].aval.shape != (1, whole.params["size"], 1):
+            return {}
+        return {result: whole._replace(inputs=[*whole.inputs, equation.invars[1]]).with_params(divided=True)}
+    if name == "transpose" and params["permutation"] == (0, 2, 1):
+        return {result: whole.with_params(channels_first=True)}
+    if name != "split" or params["axis"] != equation.invars[0].aval.ndim - 1:
         return {}
     parts, start = {}, whole.params["start"]
     for variable in equation.outvars:
         size = variable.aval.shape[-1]
-        parts[variable] = whole._replace(params={**whole.params, "start": start, "size": size})
+        parts[variable] = whole.with_params(start=start, size=size)
         start += size
     return parts
 
@@ -193,7 +206,7 @@ def _linear(equation: core.JaxprEqn, producers: Mapping) -> Replaced | None:
     return Replaced(
         onnx_operations.linear_p,
         [x, kernel, *bias],
-        {"start": 0, "size": kernel.aval.shape[1], "channels_first": False},
+        {"start": 0, "size": kernel.aval.shape[1], "channels_first": False, "divided": False},
     )
 
 
