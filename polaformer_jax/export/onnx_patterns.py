@@ -25,11 +25,11 @@ class Match(NamedTuple):
     """Where a pattern was found.
 
     Attributes:
-        arguments: the variables that stand for the pattern's arguments.
+        arguments: the variables that stand for the pattern's arguments; None for one that it does not use.
         numbers: those that stand for `_ANY`.
     """
 
-    arguments: list[core.Var]
+    arguments: list[core.Var | None]
     numbers: list[float]
 
 
@@ -84,7 +84,7 @@ def match(pattern: core.Jaxpr, results: Sequence, producers: Mapping[core.Var, c
             if bound[ours] is not theirs:
                 return None
             todo += zip(mine.invars, found.invars, strict=True)
-    return Match([bound[v] for v in pattern.invars], numbers)
+    return Match([bound.get(v) for v in pattern.invars], numbers)
 
 
 def _producers(jaxpr: core.Jaxpr) -> dict[core.Var, core.JaxprEqn]:
@@ -100,7 +100,10 @@ def _call_of(reference: Callable, call: flat_program.Call) -> Match | None:
     """Whether this is a call of `reference` in float32, with the arguments in the same order."""
     if {shape.dtype.name for shape in call.shapes} - {"float32", "bool"}:
         return None
-    pattern = flat_program.flattened(reference, call.shapes, {}).jaxpr
+    try:
+        pattern = flat_program.flattened(reference, call.shapes, {}).jaxpr
+    except (TypeError, ValueError):  # it does not take such arguments: the call is of another function of its name
+        return None
     found = flat_program.inlined(call.program, {}).jaxpr
     matched = match(pattern, found.outvars, _producers(found))
     return matched if matched is not None and matched.arguments == found.invars else None
@@ -117,6 +120,8 @@ def _polarity_attention(call: flat_program.Call) -> list[jax.Array] | None:
     if len(call.values) != len(names):
         return None
     shapes = {name: shape.shape for name, shape in zip(names, call.shapes, strict=True)}
+    if len(shapes["q"]) != 3 or len(shapes["kernel"]) not in (3, 4):
+        return None
 
     def by(grid):
         def reference(*values):
@@ -154,14 +159,15 @@ def _grids(tokens: int, axes: int) -> Iterator[tuple[int, ...]]:
 def replacements(jaxpr: core.Jaxpr) -> dict[core.Var, Replaced]:
     """The layers of a flat program that have an operation of their own, by the variables that they compute."""
     producers = _producers(jaxpr)
+    kinds = {name: kind._replace(reference=functools.cache(kind.reference)) for name, kind in _KINDS.items()}
     found: dict[core.Var, Replaced] = {}
     for equation in jaxpr.eqns:
         result, operands = equation.outvars[0], [v for v in equation.invars if isinstance(v, core.Var)]
         if (linear := _linear(equation, producers)) is not None:
             found[result] = linear
-        elif operands and operands[0] in found:
-            found.update(_parts(equation, found[operands[0]]))
-        elif (kind := _KINDS.get(equation.primitive.name)) is not None:
+        elif operands and operands[0] in found and (parts := _parts(equation, found[operands[0]])):
+            found.update(parts)
+        elif (kind := kinds.get(equation.primitive.name)) is not None:
             found.update(_of_kind(kind, result, producers))
     return found
 
@@ -233,7 +239,6 @@ def _of_kind(kind: _Kind, result: core.Var, producers: Mapping) -> dict[core.Var
     return {result: Replaced(kind.primitive, matched.arguments, params)}
 
 
-@functools.cache
 def _layer_norm(shape: tuple) -> core.Jaxpr:
     types = {"dtype": jnp.float32, "param_dtype": jnp.float32, "rngs": nnx.Rngs(0)}
     graphdef, params = nnx.split(layer_norm(shape[-1], epsilon=_ANY, **types))
@@ -246,7 +251,6 @@ def _layer_norm(shape: tuple) -> core.Jaxpr:
     return flat_program.flattened(reference, [jax.ShapeDtypeStruct(shape, jnp.float32), channels, channels], {}).jaxpr
 
 
-@functools.cache
 def _softmax(shape: tuple) -> core.Jaxpr:
     def reference(x):
         return jax.nn.softmax(x, axis=-1)
