@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads",
         type=int,
         default=threads_here(),
-        help="threads of the official code on a CPU [as many as JAX uses: the cores of this process, which taskset "
+        help="threads of other code than ours on a CPU [as many as JAX uses: the cores of this process, which taskset "
         "limits for both]",
     )
     parser.add_argument(

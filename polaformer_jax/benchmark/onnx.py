@@ -3,8 +3,8 @@
     polaformer benchmark onnx --models pola_pvt_t pola_swin_t --batch-sizes 1 8 --csv onnx.csv
     polaformer benchmark onnx --onnx-python ~/onnx/bin/python --official ~/PolaFormer
 
-Images are random. ONNX Runtime runs with its default options in a process of its own, where the file is written first.
-All measurements of one model and batch take turns.
+Images are random. ONNX Runtime runs in a process of its own, where the file is written first, with its default options
+except for the number of threads (`--threads`). All measurements of one model and batch take turns.
 """
 
 import argparse

@@ -36,7 +36,7 @@ def _shape_of_first(first, *others, **params):
     return first.shape
 
 
-def _linear_shape(x, kernel, bias=None, *, start: int, size: int, channels_first: bool):
+def _linear_shape(x, kernel, *others, start: int, size: int, channels_first: bool, divided: bool):
     return (x.shape[0], size, x.shape[1]) if channels_first else (*x.shape[:-1], size)
 
 
@@ -49,7 +49,7 @@ weight_p = core.Primitive(PREFIX + "weight")
 weight_p.def_abstract_eval(lambda *, weight: jax.core.ShapedArray(weight.array.shape, weight.array.dtype))
 
 # x (..., in), kernel (in, out), and maybe bias (out,) -> (..., size), the outputs from `start` on.
-# With `channels_first`: x (B, N, in) -> (B, size, N).
+# With `channels_first`: x (B, N, in) -> (B, size, N); if `divided`, by one more operand, (1, size, 1).
 linear_p = _operation("linear", _linear_shape)
 
 # x (..., C), scale (C,), bias (C,) -> (..., C); `epsilon`
@@ -61,8 +61,8 @@ gelu_p = _operation("gelu", _shape_of_first)
 # x -> the same shape, along the last axis
 softmax_p = _operation("softmax", _shape_of_first)
 
-# `polarity_attention` with channels before tokens: q (B, C, N), k and v (B, C, n), g (B, C, N), table (1, C, n), s and
-# p (h, d), kernel (C, 1, *sizes) and bias (C,) of all heads, and maybe a mask (B, N) -> (B, C, N); `grid`.
+# `polarity_attention` with channels before tokens: q / s (B, C, N), k / s and v (B, C, n), g (B, C, N), table / s
+# (1, C, n), p (h, d), kernel (C, 1, *sizes) and bias (C,) of all heads, and maybe a mask (B, N) -> (B, C, N); `grid`.
 polarity_p = _operation("polarity_attention", _shape_of_first)
 
 # Operations of `lax` whose form in ONNX is ours.

@@ -25,11 +25,11 @@ class Match(NamedTuple):
     """Where a pattern was found.
 
     Attributes:
-        arguments: the variables that stand for the pattern's arguments.
+        arguments: the variables that stand for the pattern's arguments; None for one that it does not use.
         numbers: those that stand for `_ANY`.
     """
 
-    arguments: list[core.Var]
+    arguments: list[core.Var | None]
     numbers: list[float]
 
 
@@ -44,6 +44,9 @@ class Replaced(NamedTuple):
     primitive: core.Primitive
     inputs: Sequence[core.Var]
     params: Mapping
+
+    def with_params(self, **params) -> "Replaced":
+        return self._replace(params={**self.params, **params})
 
 
 def match(pattern: core.Jaxpr, results: Sequence, producers: Mapping[core.Var, core.JaxprEqn]) -> Match | None:
@@ -81,7 +84,7 @@ def match(pattern: core.Jaxpr, results: Sequence, producers: Mapping[core.Var, c
             if bound[ours] is not theirs:
                 return None
             todo += zip(mine.invars, found.invars, strict=True)
-    return Match([bound[v] for v in pattern.invars], numbers)
+    return Match([bound.get(v) for v in pattern.invars], numbers)
 
 
 def _producers(jaxpr: core.Jaxpr) -> dict[core.Var, core.JaxprEqn]:
@@ -94,8 +97,13 @@ def rules() -> dict[str, flat_program.Rule]:
 
 
 def _call_of(reference: Callable, call: flat_program.Call) -> Match | None:
-    """Whether this is a call of `reference`, with the arguments in the same order."""
-    pattern = flat_program.flattened(reference, call.shapes, {}).jaxpr
+    """Whether this is a call of `reference` in float32, with the arguments in the same order."""
+    if {shape.dtype.name for shape in call.shapes} - {"float32", "bool"}:
+        return None
+    try:
+        pattern = flat_program.flattened(reference, call.shapes, {}).jaxpr
+    except (TypeError, ValueError):  # it does not take such arguments: the call is of another function of its name
+        return None
     found = flat_program.inlined(call.program, {}).jaxpr
     matched = match(pattern, found.outvars, _producers(found))
     return matched if matched is not None and matched.arguments == found.invars else None
@@ -112,6 +120,8 @@ def _polarity_attention(call: flat_program.Call) -> list[jax.Array] | None:
     if len(call.values) != len(names):
         return None
     shapes = {name: shape.shape for name, shape in zip(names, call.shapes, strict=True)}
+    if len(shapes["q"]) != 3 or len(shapes["kernel"]) not in (3, 4):
+        return None
 
     def by(grid):
         def reference(*values):
@@ -130,8 +140,11 @@ def _polarity_attention(call: flat_program.Call) -> list[jax.Array] | None:
     heads, width = s.shape
     kernel = arrays["kernel"].reshape(-1, width).T  # (d, taps)
     kernel = jnp.tile(kernel, (heads, 1)).reshape(heads * width, 1, *shapes["kernel"][: len(grid)])
-    operands = [jnp.swapaxes(arrays[name], 1, 2) for name in ("q", "k", "v", "g", "positional_encoding")]
-    operands += [s, p, kernel, jnp.tile(arrays["bias"], heads), *([arrays["mask"]] if "mask" in arrays else [])]
+    # Queries, keys and the keys' table are divided by s one by one: a linear layer before them does so by its weights.
+    q, k, table = (jnp.swapaxes(arrays[name], 1, 2) / s.reshape(1, -1, 1) for name in ("q", "k", "positional_encoding"))
+    v, g = (jnp.swapaxes(arrays[name], 1, 2) for name in ("v", "g"))
+    operands = [q, k, v, g, table, p, kernel, jnp.tile(arrays["bias"], heads)]
+    operands += [arrays["mask"]] if "mask" in arrays else []
     return [jnp.swapaxes(onnx_operations.polarity_p.bind(*operands, grid=grid), 1, 2)]
 
 
@@ -146,30 +159,36 @@ def _grids(tokens: int, axes: int) -> Iterator[tuple[int, ...]]:
 def replacements(jaxpr: core.Jaxpr) -> dict[core.Var, Replaced]:
     """The layers of a flat program that have an operation of their own, by the variables that they compute."""
     producers = _producers(jaxpr)
+    kinds = {name: kind._replace(reference=functools.cache(kind.reference)) for name, kind in _KINDS.items()}
     found: dict[core.Var, Replaced] = {}
     for equation in jaxpr.eqns:
         result, operands = equation.outvars[0], [v for v in equation.invars if isinstance(v, core.Var)]
         if (linear := _linear(equation, producers)) is not None:
             found[result] = linear
-        elif operands and operands[0] in found:
-            found.update(_parts(equation, found[operands[0]]))
-        elif (kind := _KINDS.get(equation.primitive.name)) is not None:
+        elif operands and operands[0] in found and (parts := _parts(equation, found[operands[0]])):
+            found.update(parts)
+        elif (kind := kinds.get(equation.primitive.name)) is not None:
             found.update(_of_kind(kind, result, producers))
     return found
 
 
 def _parts(equation: core.JaxprEqn, whole: Replaced) -> dict[core.Var, Replaced]:
-    """What splits the outputs of a linear layer, or moves them before the tokens, is a linear layer too."""
-    if whole.primitive is not onnx_operations.linear_p or whole.params["channels_first"]:
+    """What splits the outputs of a linear layer, moves them before the tokens, or divides them, is one as well."""
+    if whole.primitive is not onnx_operations.linear_p or whole.params["divided"]:
         return {}
-    if equation.primitive.name == "transpose" and equation.params["permutation"] == (0, 2, 1):
-        return {equation.outvars[0]: whole._replace(params={**whole.params, "channels_first": True})}
-    if equation.primitive.name != "split" or equation.params["axis"] != equation.invars[0].aval.ndim - 1:
+    name, params, result = equation.primitive.name, equation.params, equation.outvars[0]
+    if whole.params["channels_first"]:
+        if name != "div" or equation.invars[1].aval.shape != (1, whole.params["size"], 1):
+            return {}
+        return {result: whole._replace(inputs=[*whole.inputs, equation.invars[1]]).with_params(divided=True)}
+    if name == "transpose" and params["permutation"] == (0, 2, 1):
+        return {result: whole.with_params(channels_first=True)}
+    if name != "split" or params["axis"] != equation.invars[0].aval.ndim - 1:
         return {}
     parts, start = {}, whole.params["start"]
     for variable in equation.outvars:
         size = variable.aval.shape[-1]
-        parts[variable] = whole._replace(params={**whole.params, "start": start, "size": size})
+        parts[variable] = whole.with_params(start=start, size=size)
         start += size
     return parts
 
@@ -193,7 +212,7 @@ def _linear(equation: core.JaxprEqn, producers: Mapping) -> Replaced | None:
     return Replaced(
         onnx_operations.linear_p,
         [x, kernel, *bias],
-        {"start": 0, "size": kernel.aval.shape[1], "channels_first": False},
+        {"start": 0, "size": kernel.aval.shape[1], "channels_first": False, "divided": False},
     )
 
 
@@ -220,7 +239,6 @@ def _of_kind(kind: _Kind, result: core.Var, producers: Mapping) -> dict[core.Var
     return {result: Replaced(kind.primitive, matched.arguments, params)}
 
 
-@functools.cache
 def _layer_norm(shape: tuple) -> core.Jaxpr:
     types = {"dtype": jnp.float32, "param_dtype": jnp.float32, "rngs": nnx.Rngs(0)}
     graphdef, params = nnx.split(layer_norm(shape[-1], epsilon=_ANY, **types))
@@ -233,7 +251,6 @@ def _layer_norm(shape: tuple) -> core.Jaxpr:
     return flat_program.flattened(reference, [jax.ShapeDtypeStruct(shape, jnp.float32), channels, channels], {}).jaxpr
 
 
-@functools.cache
 def _softmax(shape: tuple) -> core.Jaxpr:
     def reference(x):
         return jax.nn.softmax(x, axis=-1)

@@ -72,15 +72,21 @@ def _weight(graph, eqn):
     return graph.initializer(eqn.params["weight"].name, eqn.params["weight"].array)
 
 
-def _linear(graph, eqn, x, kernel, *bias):
+def _linear(graph, eqn, x, kernel, *others):
     *leading, features = eqn.invars[0].aval.shape
-    start, size = eqn.params["start"], eqn.params["size"]
+    start, size, divided = (eqn.params[name] for name in ("start", "size", "divided"))
+    bias = others[: len(others) - divided]
     if size != eqn.invars[1].aval.shape[1]:  # the part of a constant is a constant to runtimes
         kernel, *bias = (graph.Slice(array, [start], [start + size], [-1]) for array in (kernel, *bias))
     # A Transpose before MatMul becomes part of it in ONNX Runtime, but not one before Gemm.
     if eqn.params["channels_first"]:
-        y = graph.MatMul(graph.Transpose(kernel, perm=[1, 0]), graph.Transpose(x, perm=[0, 2, 1]))
-        return graph.Add(y, graph.Unsqueeze(bias[0], [1])) if bias else y
+        constants = [graph.Transpose(kernel, perm=[1, 0]), *(graph.Unsqueeze(array, [1]) for array in bias)]
+        if divided:
+            divisor = graph.reshaped(others[-1], size, 1)
+            constants = [graph.Div(array, divisor) for array in constants]
+        kernel, *bias = constants  # (size, in), (size, 1)
+        y = graph.MatMul(kernel, graph.Transpose(x, perm=[0, 2, 1]))
+        return graph.Add(y, bias[0]) if bias else y
     producer = x.producer()
     if producer is not None and producer.op_type == "Transpose" and len(leading) == 2:
         y = graph.MatMul(x, kernel)
@@ -160,7 +166,7 @@ class _Operand:
         return graph.reshaped(x, *(self.shape[i] for i in batch), *sizes)
 
 
-def _polarity_attention(graph, eqn, q, k, v, g, table, s, p, kernel, bias, mask=None):
+def _polarity_attention(graph, eqn, q, k, v, g, table, p, kernel, bias, mask=None):
     """`polarity_attention` with channels before tokens: heads are adjacent rows, and no axes have to be moved."""
     (_, channels, tokens), (_, _, keys) = (variable.aval.shape for variable in eqn.invars[:2])
     heads, width = eqn.invars[5].aval.shape
@@ -168,11 +174,11 @@ def _polarity_attention(graph, eqn, q, k, v, g, table, s, p, kernel, bias, mask=
     if mask is not None:
         mask = graph.Cast(graph.Unsqueeze(mask, [1]), to=1)  # (B, 1, n), float32
         v = graph.Mul(v, mask)
-    s, p = (graph.reshaped(x, 1, heads, 1, width, 1) for x in (s, p))
+    p = graph.reshaped(p, 1, heads, 1, width, 1)
 
-    q_signed = _signed_powers(graph, graph.reshaped(q, -1, heads, 1, width, tokens), s, p)
+    q_signed = _signed_powers(graph, graph.reshaped(q, -1, heads, 1, width, tokens), p)
     q_signed = graph.reshaped(q_signed, -1, heads, 2 * width, tokens)  # (B, h, 2d, N)
-    k_signed = _signed_powers(graph, graph.reshaped(graph.Add(k, table), -1, heads, 1, width, keys), s, p)
+    k_signed = _signed_powers(graph, graph.reshaped(graph.Add(k, table), -1, heads, 1, width, keys), p)
     k_signed = graph.reshaped(k_signed, -1, heads, 2 * width, keys)  # (B, h, 2d, n)
     count = np.float32(keys)
     if mask is not None:
@@ -196,9 +202,8 @@ def _polarity_attention(graph, eqn, q, k, v, g, table, s, p, kernel, bias, mask=
     return graph.Mul(graph.Add(o, u), g)
 
 
-def _signed_powers(graph, x, s, p):
-    """[relu(z)^p, relu(-z)^p] of z = x / s, (B, h, 1, d, N) -> (B, h, 2, d, N); s and p are (1, h, 1, d, 1)."""
-    z = graph.Div(x, s)
+def _signed_powers(graph, z, p):
+    """[relu(z)^p, relu(-z)^p], (B, h, 1, d, N) -> (B, h, 2, d, N); p is (1, h, 1, d, 1)."""
     size = graph.Max(graph.Abs(z), _TINY)  # not 0, whose logarithm is infinite
     signed = graph.Mul(graph.Exp(graph.Mul(graph.Log(size), p)), graph.Div(z, size))  # sign(z) |z|^p, and 0 at 0
     signs = np.array([1, -1], np.float32).reshape(1, 1, 2, 1, 1)
