@@ -9,10 +9,11 @@ import pytest
 
 from polaformer_jax.models import initializers
 
-# What one test has compiled the next one reads back, scripts that tests start included.
-_COMPILED = tempfile.TemporaryDirectory(prefix="compiled-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name
-jax.config.update("jax_compilation_cache_dir", _COMPILED.name)
+# What one test has compiled the next one reads back, in whichever process it runs; so do scripts that tests start.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _COMPILED = tempfile.TemporaryDirectory(prefix="compiled-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 os.environ["JAX_PLATFORMS"] = "cpu"  # of processes that tests start: whatever else is installed or plugged in
 jax.config.update("jax_platforms", "cpu")
