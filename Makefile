@@ -26,7 +26,7 @@ train: $(VENV)/.runtime
 # cores in the slow tests, which often wait for processes that they start. Files go to the processes in order, those of the
 # longest slow tests first, so that no process is left with one of them at the end.
 PYTEST = XLA_FLAGS="$$($(BIN)/python tests/support/quick.py)" $(BIN)/python -m pytest -q --dist loadfile --no-loadscope-reorder
-LONG := tests/training/ tests/packaging/
+LONG := tests/export/ tests/training/ tests/packaging/
 ROOMS := $(sort $(dir $(wildcard tests/*/test_*.py)))
 
 test: lint
