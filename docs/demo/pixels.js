@@ -1,4 +1,5 @@
-// From a picked file to the model's pixels: the same, bit for bit, as `pf.preprocess` computes in Python.
+// From a picked file to the model's pixels: for opaque images the same, bit for bit, as `pf.preprocess` computes in Python.
+// (A canvas does not keep the colours of transparent pixels exactly.)
 //
 // The model was evaluated on images that Pillow resized. A browser's own resizing gives other pixels, so this is
 // Pillow's bicubic resampling, as polaformer_jax/data/images/resampling.py has it: antialiased, with weights of 22 bits,
@@ -83,14 +84,30 @@ export function centerCrop(pixels, size, crop) {
   return out;
 }
 
+/** The bytes of a JPEG file without its segments of Exif (APP1), which may ask to turn the image; others as they are. */
+function withoutExif(bytes) {
+  if (bytes[0] !== 0xff || bytes[1] !== 0xd8) return bytes;
+  const kept = [bytes.subarray(0, 2)];
+  let at = 2;
+  while (at + 4 <= bytes.length && bytes[at] === 0xff && bytes[at + 1] !== 0xda) {
+    const next = at + 2 + 256 * bytes[at + 2] + bytes[at + 3];
+    if (bytes[at + 1] !== 0xe1) kept.push(bytes.subarray(at, next));
+    at = next;
+  }
+  const out = new Uint8Array([...kept, bytes.subarray(at)].reduce((sum, part) => sum + part.length, 0));
+  let end = 0;
+  for (const part of [...kept, bytes.subarray(at)]) {
+    out.set(part, end);
+    end += part.length;
+  }
+  return out;
+}
+
 /** A file, or any other blob with an image -> what the model takes. Throws if the browser cannot decode it. */
 export async function prepared(blob, { resize: size, crop }) {
   // As stored: neither turned by what a camera noted, nor converted to the screen's colours.
-  const bitmap = await createImageBitmap(blob, {
-    imageOrientation: "none",
-    colorSpaceConversion: "none",
-    premultiplyAlpha: "none",
-  });
+  const stored = new Blob([withoutExif(new Uint8Array(await blob.arrayBuffer()))], { type: blob.type });
+  const bitmap = await createImageBitmap(stored, { colorSpaceConversion: "none", premultiplyAlpha: "none" });
   const { width, height } = bitmap;
   const canvas = new OffscreenCanvas(width, height);
   const context = canvas.getContext("2d", { willReadFrequently: true });

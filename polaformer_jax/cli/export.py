@@ -11,6 +11,7 @@ takes pixels (uint8, already resized and cropped) and returns probabilities; oth
 come out. ONNX needs packages of an environment of its own: pip install "polaformer_jax[onnx]".
 """
 
+import os
 from collections.abc import Sequence
 
 from polaformer_jax.cli import command, source
@@ -60,8 +61,11 @@ def _export(args) -> None:
     progress.set_up_logging()
     # Files only: a running training may hold the accelerator, and one host of a TPU pod would wait for the others.
     jax.config.update("jax_platforms", "cpu")
-    if paths.given(args.out, "out").exists() and not args.overwrite:
-        raise UserError(f"{args.out} exists: give another name, or --overwrite")
+    written = [paths.given(args.out, "out")]
+    if args.store_weights == "beside":
+        written.append(written[0].with_suffix(".npz"))
+    if not args.overwrite and (taken := [path for path in written if path.exists()]):
+        raise UserError(f"{', '.join(map(os.fspath, taken))} exists: give another name, or --overwrite")
     if kind == "weights":
         _weights(args)
     else:
@@ -87,7 +91,7 @@ def _program(args, kind: str, maps: tuple[int, int] | None) -> None:
     from polaformer_jax import export
 
     model = source.load(args)
-    options = {"preprocess": bool(args.preprocess), "dtype": args.dtype}
+    options = {"preprocess": bool(args.preprocess), **({"dtype": args.dtype} if args.dtype is not None else {})}
     if kind == "stablehlo":
         given = {"platforms": args.platforms, "batch_size": args.batch_size, "weights": args.store_weights}
         given = {name: value for name, value in given.items() if value is not None}

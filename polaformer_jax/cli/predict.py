@@ -44,7 +44,7 @@ def _predict(args) -> None:
     # Imported here: JAX takes a second, which a wrong flag need not wait for.
     from polaformer_jax import create_model
     from polaformer_jax.files import figures
-    from polaformer_jax.inference import images, pictures, prediction
+    from polaformer_jax.inference import pictures, prediction
     from polaformer_jax.training import progress
 
     progress.set_up_logging()
@@ -53,7 +53,7 @@ def _predict(args) -> None:
     elif any(value is not None for value in (args.stage, args.block, args.token)):
         raise UserError("--stage, --block and --token say what --picture shows: give --picture OUT.png")
     model = create_model(args.model, weights=args.weights)
-    num_classes = images.evaluation_transform(model).num_classes
+    num_classes = prediction.num_classes_of(model)
     names = prediction.read_class_names(num_classes, file=args.classes, data=args.data, data_dir=args.data_dir)
     token = None if args.token is None else args.token.split(",")
     where = pictures.choose(model, stage=args.stage, block=args.block, token=token)

@@ -13,6 +13,7 @@ from polaformer_jax.weights import hub, imagenet, model_metadata
 
 NAME = "README.md"
 PAPER = "https://arxiv.org/abs/2501.15061"
+_OF_SEQUENCES = ("text-classification", "feature-extraction")
 _SHOWN_CLASSES = 20  # names in the card; config.json has all
 _METRICS = {"accuracy": "top-1", "accuracy_top5": "top-5"}
 _CITATION = """\
@@ -28,12 +29,18 @@ _CITATION = """\
 
 
 def model_card(
-    model: nnx.Module, repo: str, evaluation: Mapping[str, Any] | None, license: str | None, *, official: str | None
+    model: nnx.Module,
+    repo: str,
+    evaluation: Mapping[str, Any] | None,
+    license: str | None,
+    *,
+    revision: str | None,
+    official: str | None,
 ) -> str:
     """The card as Markdown, its metadata in front, for the repository "user/name".
 
     Args:
-        evaluation: see `push_to_hub`.
+        evaluation, revision: see `push_to_hub`.
         official: name of the file that has the official layout; None: there is none.
     """
     facts = model.info.facts
@@ -42,7 +49,7 @@ def model_card(
         _header(model, repo, found, license),
         f"# {repo.partition('/')[2]}",
         _description(model),
-        _use(model, repo, official),
+        _use(model, repo if revision is None else f"{repo}@{revision}", official),
         _data(facts, found),
         *([_classes(model.info.class_names)] if model.info.class_names else []),
         f"## Licence\n\n{'Not stated.' if license is None else license}",
@@ -72,7 +79,8 @@ def _result(evaluation: Mapping[str, Any], *, given: bool) -> Mapping[str, Any] 
 
 def _header(model: nnx.Module, repo: str, found: Mapping[str, Any] | None, license: str | None) -> str:
     library = hub.library()
-    task = "image-classification" if isinstance(model, Backbone) else "text-classification"
+    kinds = ("image-classification", "image-feature-extraction") if isinstance(model, Backbone) else _OF_SEQUENCES
+    task = kinds[model.config.num_classes == 0]
     results = [
         library.EvalResult(
             task_type=task,

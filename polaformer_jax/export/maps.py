@@ -30,14 +30,9 @@ def mean_maps(model: Backbone, images: jax.Array, *, stage: int, block: int) -> 
     Raises:
         UserError: the block does not exist, or is not linear.
     """
-    try:
-        stage, block = resolve_block(model, stage, block)
-    except ValueError as error:
-        raise UserError(str(error), argument="maps") from error
+    stage, block = linear_block(model, stage, block)
     chosen = model.blocks(stage)[block]
     attn = chosen.attn
-    if not isinstance(attn, PolarityAttention):
-        raise UserError(f"block {block} of stage {stage} is a softmax block, which has no two maps", argument="maps")
     x = chosen.norm1(model.tokens_before(images, stage=stage, block=block))
     order = np.arange((model.config.img_size // STRIDES[stage]) ** 2)
     if isinstance(chosen, SwinBlock):
@@ -53,6 +48,17 @@ def mean_maps(model: Backbone, images: jax.Array, *, stage: int, block: int) -> 
     opposite = _mean_rows(jnp.roll(q, q.shape[-1] // 2, axis=-1), k)
     keys = order.size if isinstance(chosen, SwinBlock) else k.shape[1]  # those of all windows, or reduced ones
     return tuple(_placed(rows.reshape(-1, keys), order) for rows in (same, opposite))
+
+
+def linear_block(model: Backbone, stage: int, block: int) -> tuple[int, int]:
+    """The stage and block counted from 0. Raises a UserError if there is no such block, or it is not linear."""
+    try:
+        stage, block = resolve_block(model, stage, block)
+    except ValueError as error:
+        raise UserError(str(error), argument="maps") from error
+    if not isinstance(model.blocks(stage)[block].attn, PolarityAttention):
+        raise UserError(f"block {block} of stage {stage} is a softmax block, which has no two maps", argument="maps")
+    return stage, block
 
 
 def _mean_rows(q: jax.Array, k: jax.Array) -> jax.Array:

@@ -56,6 +56,8 @@ def write(
     shapes = _shapes(inputs)
     try:
         program = flat_program.flattened(function, shapes, onnx_patterns.rules())
+    except UserError:
+        raise
     except (TypeError, ValueError, jax.errors.InconclusiveDimensionOperation) as error:
         raise UserError(
             f"the function cannot be traced for inputs of any size: {error}. Models of this package can, unless they "
@@ -80,7 +82,7 @@ def write(
         raise UserError(f"the model cannot be written as ONNX: {error}") from error
     _finish(onnx, model, program.jaxpr, metadata)
     onnx.checker.check_model(model, full_check=True)
-    with atomic.writing(path) as file:
+    with atomic.reported("program", path), atomic.writing(path) as file:
         file.write(model.SerializeToString())
 
 

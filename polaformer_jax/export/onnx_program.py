@@ -20,7 +20,7 @@ def onnx(
     *,
     preprocess: bool = False,
     maps: tuple[int, int] | None = None,
-    dtype: str | None = None,
+    dtype: str = "float32",
     opset: int = onnx_file.OLDEST_OPSET,
 ) -> dict[str, Any]:
     """Writes a model's program in evaluation to an ONNX file, in float32 and for batches of any size.
@@ -35,7 +35,7 @@ def onnx(
             classifier returns features, a sequence model takes tokens and lengths.)
         maps: (stage, block) of a linear block: its mean attention maps are two further outputs, `same` and `opposite`,
             (batch, side, side), in units of uniform attention.
-        dtype: "float32", the only one; None is the same.
+        dtype: "float32", the only one.
         opset: version of ONNX's operators, 21 or later.
 
     Returns:
@@ -45,13 +45,13 @@ def onnx(
         UserError: the extra is not installed, an option does not fit the model, or the file cannot be written.
     """
     path = check_target(path, SUFFIX)
-    if dtype not in (None, "float32"):
+    if dtype != "float32":
         raise UserError(
             f"{dtype!r}: ONNX files are written in float32. Tools of the runtime make them smaller, such as"
             " onnxruntime.quantization for integers of 8 bits",
             argument="dtype",
         )
-    program = program_of(model, preprocess=preprocess, maps=maps, dtype="float32")
+    program = program_of(model, preprocess=preprocess, maps=maps, dtype=dtype)
     metadata = {"format": FORMAT, **program.metadata, "opset": opset}
     onnx_file.write(
         lambda *inputs: program.function(program.params, *inputs),

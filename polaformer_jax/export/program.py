@@ -14,7 +14,7 @@ from flax import nnx
 from polaformer_jax.config import DTYPES
 from polaformer_jax.data.images.normalisation import IMAGENET_MEAN, IMAGENET_STD, normalise
 from polaformer_jax.errors import UserError
-from polaformer_jax.export.maps import mean_maps
+from polaformer_jax.export.maps import linear_block, mean_maps
 from polaformer_jax.files import atomic
 from polaformer_jax.inference.images import evaluation_transform
 from polaformer_jax.models import registry
@@ -49,7 +49,7 @@ def program_of(
     *,
     preprocess: bool = False,
     maps: tuple[int, int] | None = None,
-    dtype: str | None = None,
+    dtype: str = "float32",
 ) -> Program:
     """The program of a model.
 
@@ -59,12 +59,13 @@ def program_of(
         preprocess: take images as uint8 pixels, already resized and cropped, and return probabilities; otherwise the
             input of image models is normalised, and the output logits. Sequence models take tokens and lengths.
         maps: (stage, block) of a linear block whose two mean attention maps are further outputs, see `mean_maps`.
-        dtype: of activations and matrix products; None: the model's own.
+        dtype: of activations and matrix products, whatever the model's own.
 
     Raises:
         UserError: the model has no classifier and probabilities are asked for, or another option does not fit it.
     """
     computed = _portable(model, dtype)
+    check_class_names(model)
     graphdef, params = nnx.split(computed)
     like = nnx.to_pure_dict(params)
     config = model.config
@@ -78,6 +79,8 @@ def program_of(
             " preprocessing, for the features that a classifier would take",
             argument="preprocess",
         )
+    if maps is not None:
+        linear_block(model, *maps)
     result = "probabilities" if preprocess else "logits" if config.num_classes else "features"
     outputs = (result,) if maps is None else (result, "same", "opposite")
 
@@ -103,12 +106,24 @@ def check_target(path: epath.PathLike, suffix: str) -> epath.Path:
     return atomic.check_target(path, "program", argument="path")
 
 
-def _portable(model: nnx.Module, dtype: str | None) -> nnx.Module:
+def check_class_names(model: nnx.Module) -> None:
+    """Raises a UserError if the model has names for another number of classes than it has."""
+    names, classes = model.info.class_names, model.config.num_classes
+    if names is not None and len(names) != classes:
+        raise UserError(f"model.info names {len(names)} classes, but the model has {classes}")
+
+
+def public_facts(model: nnx.Module) -> dict[str, Any]:
+    """The facts about a model's weights that are published: the config of an official checkpoint names folders."""
+    return {key: value for key, value in model.info.facts.items() if key != "config"}
+
+
+def _portable(model: nnx.Module, dtype: str) -> nnx.Module:
     """The same model, computed in this dtype and without kernels of ours."""
     config = getattr(model, "config", None)
     if not isinstance(config, ModelConfig):
         raise TypeError(f"model is a {type(model).__name__}, expected a PolaPVT, PolaSwin or PolaSequence")
-    if dtype is not None and dtype not in DTYPES:
+    if dtype not in DTYPES:
         raise UserError(
             f"{dtype!r}: expected one of {', '.join(DTYPES)}. Integers of 8 bits are not supported here; tools of the"
             " runtime may quantise the file, such as onnxruntime.quantization an ONNX file",
@@ -116,7 +131,7 @@ def _portable(model: nnx.Module, dtype: str | None) -> nnx.Module:
         )
     params = nnx.state(model, nnx.Param)
     stored = jax.tree.leaves(params)[0].dtype
-    abstract = registry.create_abstract(config, dtype=dtype or model.dtype, param_dtype=stored, attention_impl="xla")
+    abstract = registry.create_abstract(config, dtype=dtype, param_dtype=stored, attention_impl="xla")
     return nnx.merge(nnx.graphdef(abstract), params)
 
 
@@ -138,7 +153,7 @@ def _metadata(model: nnx.Module, inputs: Mapping, outputs: tuple[str, ...], prep
         "inputs": {name: {"shape": ["batch", *shape], "dtype": dtype.name} for name, (shape, dtype) in inputs.items()},
         "outputs": list(outputs),
         "classes": None if model.info.class_names is None else list(imagenet.in_words(model.info.class_names)),
-        "facts": {key: value for key, value in model.info.facts.items() if key != "config"},
+        "facts": public_facts(model),
     }
     if isinstance(model, Backbone):
         transform = evaluation_transform(model)

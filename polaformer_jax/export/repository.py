@@ -12,6 +12,7 @@ from flax import nnx
 from polaformer_jax.data.images.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from polaformer_jax.errors import UserError
 from polaformer_jax.export import card
+from polaformer_jax.export.program import check_class_names, public_facts
 from polaformer_jax.files import atomic, paths
 from polaformer_jax.inference.images import evaluation_transform
 from polaformer_jax.models.backbone import Backbone
@@ -37,7 +38,8 @@ def push_to_hub(
 
     The repository gets `model.safetensors` (parameters bit for bit, class names, preprocessing), `config.json` in the
     form that timm uses, and a model card, `README.md`. It is created if there is none; files of these names are
-    replaced in one commit, others are kept. Tokens are those of `huggingface_hub`: `hf auth login`, or `HF_TOKEN`.
+    replaced in one commit, others are kept. Of `model.info.facts` the config of an official checkpoint is left out.
+    Tokens are those of `huggingface_hub`: `hf auth login`, or `HF_TOKEN`.
 
     Args:
         model: a model; `model.info` is part of it.
@@ -46,7 +48,8 @@ def push_to_hub(
         license: of the weights, as the Hub names licences, such as "mit"; None: the card says that none is stated.
         official_layout: also upload `pytorch.safetensors`, with names and layouts of the official PyTorch code.
         private: whether a repository that is created here is private.
-        revision: the branch to commit to, which must exist; None: the main branch.
+        revision: the branch to commit to, which must exist; None: the main branch, of a repository that is created if
+            there is none.
         message: of the commit.
         dry_run: a folder that does not exist or is empty: the files are written there, and nothing is uploaded.
             `create_model(weights=folder)` takes it as it takes the repository.
@@ -59,9 +62,12 @@ def push_to_hub(
         WeightsError: `huggingface_hub` is not installed, or the Hub refuses the upload.
     """
     repo = hub.checked_repo(repo)
+    check_class_names(model)
     files = {
         "config.json": json.dumps(timm_config(model), indent=2) + "\n",
-        card.NAME: card.model_card(model, repo, evaluation, license, official=OFFICIAL if official_layout else None),
+        card.NAME: card.model_card(
+            model, repo, evaluation, license, revision=revision, official=OFFICIAL if official_layout else None
+        ),
     }
     if dry_run is not None:
         folder = paths.given(dry_run, "dry_run")
@@ -79,9 +85,11 @@ def push_to_hub(
 def _write(folder: epath.Path, model: nnx.Module, files: Mapping[str, str], official_layout: bool) -> None:
     for name, text in files.items():
         atomic.write(folder / name, text)
-    save_weights(model, folder / hub.WEIGHTS)
+    # Without the config of an official checkpoint: it names folders of the machine that trained.
+    facts = {"facts": json.dumps(public_facts(model))}
+    save_weights(model, folder / hub.WEIGHTS, metadata=facts)
     if official_layout:
-        save_weights(model, folder / OFFICIAL, layout="torch")
+        save_weights(model, folder / OFFICIAL, layout="torch", metadata=facts)
 
 
 def timm_config(model: nnx.Module) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from polaformer_jax.files import atomic, paths
 FORMAT = "polaformer_jax/stablehlo/1"
 SUFFIX = ".stablehlo"
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+_OF_NUMPY = ("float32", "float64")
 _PROGRAM, _METADATA = "program.bin", "metadata.json"
 _OLDEST = (1980, 1, 1, 0, 0, 0)  # of a zip archive; the same program gives the same file
 
@@ -37,12 +38,12 @@ def stablehlo(
     platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
     batch_size: int | None = None,
     weights: str = "inside",
-    dtype: str | None = None,
+    dtype: str = "float32",
 ) -> dict[str, Any]:
     """Writes a model's program in evaluation to a file, for all platforms at once.
 
     Args:
-        path: of the file, `.stablehlo`; it is written completely or not at all.
+        path: of the file, `.stablehlo`; it, and the weights beside it, are written completely or not at all.
         preprocess: take images as uint8 pixels (batch, img_size, img_size, 3), already resized and cropped, and return
             probabilities; otherwise images are float32 and normalised, and logits are returned. (A model without
             classifier returns features, a sequence model takes tokens and lengths.)
@@ -50,7 +51,7 @@ def stablehlo(
         batch_size: None: any.
         weights: "inside", as constants of the program, or "beside", in a file of the same name with the suffix `.npz`;
             then the program takes a dict of them as its first argument.
-        dtype: of activations and matrix products; None: the model's own.
+        dtype: of activations and matrix products, whatever the model's own.
 
     Returns:
         The metadata in the file.
@@ -59,6 +60,8 @@ def stablehlo(
         UserError: an option does not fit the model, or the file cannot be written.
     """
     path = check_target(path, SUFFIX)
+    if weights == "beside":
+        atomic.check_target(beside(path), "weights", argument="weights")
     if weights not in ("inside", "beside"):
         raise UserError(f"{weights!r}: expected inside or beside", argument="weights")
     if not platforms or any(name not in PLATFORMS for name in platforms):
@@ -66,6 +69,11 @@ def stablehlo(
     if batch_size is not None and batch_size < 1:
         raise UserError(f"{batch_size}, expected at least 1", argument="batch_size")
     program = program_of(model, preprocess=preprocess, dtype=dtype)
+    if weights == "beside" and (other := {a.dtype.name for a in program.params.values()} - set(_OF_NUMPY)):
+        raise UserError(
+            f"the model's parameters are of {', '.join(other)}, which a NumPy archive cannot hold: store them inside",
+            argument="weights",
+        )
     with _without_locations():
         exported = _exported(program, tuple(platforms), batch_size, inside=weights == "inside")
     metadata = {
@@ -77,12 +85,15 @@ def stablehlo(
         "jax": jax.__version__,
         "calling_convention": exported.calling_convention_version,
     }
-    if weights == "beside":
-        with atomic.reported("weights", path), atomic.writing(_beside(path)) as file:
+    with contextlib.ExitStack() as stack:  # both files are renamed at its end, once both are written
+        stack.enter_context(atomic.reported("program", path))
+        if weights == "beside":
+            file = stack.enter_context(atomic.writing(beside(path)))
             np.savez(file, **{name: np.asarray(array) for name, array in program.params.items()})
-    with atomic.reported("program", path), atomic.writing(path) as file, zipfile.ZipFile(file, "w") as archive:
-        for name, content in ((_METADATA, json.dumps(metadata, indent=2)), (_PROGRAM, exported.serialize())):
-            archive.writestr(zipfile.ZipInfo(name, _OLDEST), bytes(content) if name == _PROGRAM else content)
+        archive = zipfile.ZipFile(stack.enter_context(atomic.writing(path)), "w")
+        with archive:
+            archive.writestr(zipfile.ZipInfo(_METADATA, _OLDEST), json.dumps(metadata, indent=2))
+            archive.writestr(zipfile.ZipInfo(_PROGRAM, _OLDEST), bytes(exported.serialize()))
     return metadata
 
 
@@ -114,7 +125,8 @@ def _without_locations() -> Iterator[None]:
         jax.config.update("jax_traceback_in_locations_limit", before)
 
 
-def _beside(path: epath.Path) -> epath.Path:
+def beside(path: epath.Path) -> epath.Path:
+    """Where the weights of a program lie that has them beside it."""
     return path.with_suffix(".npz")
 
 
@@ -146,8 +158,12 @@ class LoadedProgram:
             if not array.shape or array.shape[1:] != tuple(spec["shape"][1:]) or array.dtype.name != spec["dtype"]:
                 shape = ", ".join(map(str, spec["shape"]))
                 raise UserError(f"{name}: {array.dtype} {array.shape}, expected {spec['dtype']} ({shape})")
-        if (fixed := self.metadata["batch_size"]) is not None and inputs[0].shape[0] != fixed:
-            raise UserError(f"a batch of {inputs[0].shape[0]}: the program was exported for batches of {fixed}")
+        batches = {array.shape[0] for array in inputs}
+        if len(batches) > 1 or 0 in batches:
+            found = ", ".join(f"{array.shape[0]} {name}" for array, name in zip(inputs, expected, strict=True))
+            raise UserError(f"{found}: expected at least 1, and as many of each")
+        if (fixed := self.metadata["batch_size"]) is not None and batches != {fixed}:
+            raise UserError(f"a batch of {batches.pop()}: the program was exported for batches of {fixed}")
         if self.weights is None:
             return self.exported.call(*inputs)
         return self.exported.call(self.weights, *inputs)
@@ -189,15 +205,29 @@ def load_stablehlo(path: epath.PathLike) -> LoadedProgram:
             " again",
             argument="path",
         ) from error
-    return LoadedProgram(exported, _weights(path, metadata), metadata)
+    weights = _read_weights(path, exported) if metadata.get("weights") == "beside" else None
+    return LoadedProgram(exported, weights, metadata)
 
 
-def _weights(path: epath.Path, metadata: Mapping[str, Any]) -> Mapping[str, jax.Array] | None:
-    if metadata["weights"] == "inside":
-        return None
-    beside = _beside(path)
+def _read_weights(path: epath.Path, exported: jax_export.Exported) -> Mapping[str, jax.Array]:
+    place = beside(path)
+    (expected, *_), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
     try:
-        with beside.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            return {name: jax.numpy.asarray(archive[name]) for name in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"the weights of {path}, {beside}, cannot be read: {error}") from error
+        with place.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            found = {name: archive[name] for name in archive.files}
+    # np.load and what it is built on raise all of these on damaged files; what it returns for a .npy has no `with`.
+    except (OSError, EOFError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        raise UserError(f"the weights of {path}, {place}, cannot be read: {error}") from error
+    wrong = [
+        name
+        for name in sorted(expected.keys() | found.keys())
+        if name not in expected
+        or name not in found
+        or (found[name].shape, found[name].dtype) != (expected[name].shape, expected[name].dtype)
+    ]
+    if wrong:
+        raise UserError(
+            f"{place} does not hold the weights of {path}: {', '.join(wrong[:3])}{' ...' if wrong[3:] else ''} are"
+            " missing, unexpected, or of another shape or type"
+        )
+    return {name: jax.numpy.asarray(array) for name, array in found.items()}

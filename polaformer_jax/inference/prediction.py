@@ -64,9 +64,8 @@ def predict(
             raise UserError(f"{value}, expected at least 1", argument=name)
     if not isinstance(model, nnx.Module):
         model = create_model(weights=model)
+    num_classes_of(model)
     transform = evaluation_transform(model)
-    if model.head is None:
-        raise UserError("the model has no classifier (num_classes=0), so there is nothing to predict")
     if class_names is None and model.info.class_names is not None:
         class_names = imagenet.in_words(model.info.class_names)
     names = _checked(class_names, transform.num_classes, "the model")
@@ -98,6 +97,14 @@ def predict(
             results.append({"image": name_of(image, start + i), "predictions": found})
     raise_problems(problems, len(images))
     return results
+
+
+def num_classes_of(model: Backbone) -> int:
+    """The number of classes; raises a UserError if the model does not classify images."""
+    num_classes = evaluation_transform(model).num_classes
+    if model.head is None:
+        raise UserError("the model has no classifier (num_classes=0), so there is nothing to predict")
+    return num_classes
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "count"))

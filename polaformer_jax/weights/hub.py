@@ -86,7 +86,9 @@ def checked_repo(text: str) -> str:
 
 
 def upload(folder: str, repo: str, *, private: bool, revision: str | None, message: str) -> str:
-    """Uploads the files of a folder in one commit; the repository is created if there is none.
+    """Uploads the files of a folder, a `README.md` among them, in one commit.
+
+    The repository is created if there is none, unless a `revision` is named: a new repository has no branches.
 
     Returns:
         The address of the commit.
@@ -95,8 +97,15 @@ def upload(folder: str, repo: str, *, private: bool, revision: str | None, messa
         WeightsError: the Hub cannot be reached, or refuses it.
     """
     hub = library()
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise WeightsError(f"{_SCHEME}{repo}: nothing can be uploaded while HF_HUB_OFFLINE is set")
     try:
-        hub.create_repo(repo, private=private, exist_ok=True)
+        card = Path(folder, "README.md")
+        hub.ModelCard(card.read_text()).validate()  # before anything is created
+        if revision is None:
+            hub.create_repo(repo, private=private, exist_ok=True)
         commit = hub.upload_folder(repo_id=repo, folder_path=folder, revision=revision, commit_message=message)
     except Exception as error:  # of the library, and of what it is built on
         raise WeightsError(f"{_SCHEME}{repo}: {_explained(error, Address(repo, '', revision))}") from error

@@ -17,6 +17,8 @@ from polaformer_jax.weights.params import check, place, shapes
 
 log = logging.getLogger(__name__)
 
+_MEASURED = ("accuracy", "accuracy_top5", "loss", "max_accuracy")  # of the facts in a file
+
 
 def load_weights(
     model: nnx.Module, source: Mapping[str, object] | str | os.PathLike | WeightsFile, *, fit: Collection[Fit] = ()
@@ -51,6 +53,9 @@ def load_weights(
 
 def fitted_info(info: ModelInfo, config: ModelConfig, changes: Sequence[Change], fit: Collection[Fit]) -> ModelInfo:
     """What still holds of a file's info for a model whose weights were changed to fit."""
+    if changes:  # it was not this model that was measured
+        facts = {name: value for name, value in info.facts.items() if name not in _MEASURED}
+        info = dataclasses.replace(info, facts=facts)
     if any(change.name == "head" for change in changes):
         info = dataclasses.replace(info, class_names=None)
     if "tables" in fit and info.preprocess is not None and info.preprocess["crop"] != getattr(config, "img_size", None):

@@ -74,6 +74,9 @@ def images(tmp_path_factory):
     china, flower = load_sample_images().images
     Image.fromarray(china).save(folder / "china.png")
     Image.fromarray(flower).save(folder / "flower.jpg", quality=90)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a camera that was held upright; ignored, as by the official code
+    Image.fromarray(china).save(folder / "turned.jpg", exif=turned)
     Image.fromarray(china[:1, :1]).save(folder / "pixel.png")
     Image.fromarray(china[:3, :500]).save(folder / "flat.png")
     Image.fromarray(china).convert("L").save(folder / "grey.png")

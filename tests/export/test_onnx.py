@@ -2,7 +2,9 @@
 
 import collections
 import importlib.resources
+import json
 import os
+import re
 import sys
 
 import jax
@@ -12,15 +14,16 @@ import pytest
 from flax import nnx
 
 import polaformer_jax as pf
-from polaformer_jax.analysis.attention_maps import polarity_weights
+from polaformer_jax import cli
 from polaformer_jax.data.images.normalisation import normalise
 from polaformer_jax.data.images.transforms import EvalImageTransform
 from polaformer_jax.errors import UserError
 from polaformer_jax.export import onnx_file
-from polaformer_jax.models.attention import signed_features
+from polaformer_jax.models.model_info import ModelInfo
 from polaformer_jax.models.pola_sequence import Sequences
 from polaformer_jax.weights import flatten
-from tests.support import small_models
+from tests.support import ROOT, small_models
+from tests.support.small_models import perturbed
 
 pytest.importorskip("jax2onnx")
 onnx = pytest.importorskip("onnx")
@@ -35,15 +38,6 @@ def photographs(size: int) -> np.ndarray:
     folder = importlib.resources.files("sklearn.datasets.images")
     files = [(folder / name).read_bytes() for name in ("china.jpg", "flower.jpg")]
     return np.stack([transform({"image": file, "label": 0})["image"] for file in files])
-
-
-def perturbed(model: nnx.Module, scale: float = 0.1) -> nnx.Module:
-    """With noise on all weights, also those whose initial values are zero."""
-    graphdef, state = nnx.split(model)
-    leaves, tree = jax.tree.flatten(state)
-    rng = np.random.default_rng(0)
-    leaves = [jnp.asarray(x + scale * rng.standard_normal(x.shape), jnp.float32) for x in map(np.asarray, leaves)]
-    return nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))
 
 
 class Exported:
@@ -105,7 +99,7 @@ IMAGE_MODELS = {
 @pytest.mark.parametrize("name", IMAGE_MODELS)
 def test_an_image_model(name, tmp_path):
     family, changes, groups = IMAGE_MODELS[name]
-    model = perturbed(small_models.build(family, **changes))
+    model = perturbed(small_models.build(family, **changes), scale=0.1)
     exported = exported_images(tmp_path / "model.onnx", model)
     exported.check(np.asarray(normalise(photographs(32))))
     blocks = sum(len(model.blocks(stage)) for stage in range(4))
@@ -133,7 +127,7 @@ SEQUENCES = {
 @pytest.mark.parametrize("attention, texts", [("polarity", 1), ("polarity", 2), ("softmax", 1), ("relu", 1)])
 def test_a_sequence_model(attention, texts, tmp_path):
     """Of full, short and empty sequences."""
-    model = perturbed(pf.PolaSequence(attention=attention, texts=texts, **SEQUENCES, rngs=nnx.Rngs(0)), 0.3)
+    model = perturbed(pf.PolaSequence(attention=attention, texts=texts, **SEQUENCES, rngs=nnx.Rngs(0)), scale=0.3)
     shape = (24,) if texts == 1 else (2, 24)
     rng = np.random.default_rng(1)
     tokens = rng.integers(0, 20, (4, *shape), np.int32)
@@ -157,7 +151,7 @@ def test_a_sequence_model(attention, texts, tmp_path):
 @pytest.fixture(scope="module")
 def pixels_to_probabilities(tmp_path_factory) -> Exported:
     """A model of both kinds of attention, from bytes to probabilities, written with rematerialised blocks."""
-    model = perturbed(small_models.build("pvt"))
+    model = perturbed(small_models.build("pvt"), scale=0.1)
     model.remat = True
 
     def probabilities(images):
@@ -216,26 +210,65 @@ def test_zeros_and_large_inputs_are_finite(tmp_path):
     np.testing.assert_allclose(got, expected, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("name, stage", [("pola_pvt_nano", 1), ("pola_swin_nano", 0)])
-def test_attention_maps_next_to_the_logits(name, stage, tmp_path):
-    with small_models.shallow():
-        model = perturbed(pf.create_model(name, rngs=nnx.Rngs(0)), 0.05)
+NAMES = ("ant", "bee", "cat", "dog", "eel")
 
-    def maps(images):
-        block = model.blocks(stage)[0]
-        x = block.norm1(model.tokens_before(images, stage=stage, block=0))
-        x = block.to_windows(x) if hasattr(block, "to_windows") else x
-        q, k, _, _ = block.attn.project(x)
-        names = ("power", "scale", "positional_encoding")
-        tables = {name: getattr(block.attn, name)[...] for name in names}
-        same, opposite = polarity_weights(*signed_features(q, k, **tables, alpha=block.attn.alpha))
-        rows = (jnp.mean(weights, axis=2) for weights in (same, opposite))  # (B * windows, h, n)
-        return model(images), *(mean.reshape(images.shape[0], -1, *mean.shape[1:]) for mean in rows)
 
-    path = str(tmp_path / "model.onnx")
-    size = model.config.img_size
-    exported = Exported(path, model, maps, image_input(size), outputs=["logits", "same", "opposite"])
-    exported.check(np.asarray(normalise(photographs(size))))
+def informed(family, **changes):
+    model = perturbed(small_models.build(family, **changes), scale=0.1)
+    model.info = ModelInfo(class_names=NAMES, preprocess={"resize": 40, "crop": 32}, facts={"config": {}, "step": 3})
+    return model
+
+
+@pytest.mark.parametrize("family", ["pvt", "swin"])
+def test_the_public_export_with_attention_maps(family, tmp_path):
+    model = informed(family)
+    metadata = pf.export.onnx(model, tmp_path / "a.onnx", preprocess=True, maps=(0, -1))
+    session = ort.InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
+    stored = {key: json.loads(text) for key, text in session.get_modelmeta().custom_metadata_map.items()}
+    assert stored == json.loads(json.dumps(metadata))
+    assert stored["classes"] == list(NAMES) and stored["facts"] == {"step": 3} and stored["opset"] == 21
+    assert stored["preprocess"]["resize"] == 40 and stored["preprocess"]["normalised_inside"]
+    assert [output.name for output in session.get_outputs()] == ["probabilities", "same", "opposite"]
+    images = photographs(32)
+    program = pf.export.program_of(model, preprocess=True, maps=(0, -1))
+    expected = jax.jit(program.function)(program.params, images)
+    for got, want in zip(session.run(None, {"images": images}), expected, strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE)
+
+
+def test_the_command_and_the_snippet_of_the_documentation(tmp_path, monkeypatch, capsys):
+    model = informed("swin")
+    pf.save_weights(model, tmp_path / "a.safetensors")
+    monkeypatch.chdir(tmp_path)
+    words = ["export", "--source", "a.safetensors", "pola_swin_t.onnx"]
+    assert cli.main([*words, "--preprocess"]) == 0
+    assert "pola_swin_t.onnx: the program of a.safetensors" in capsys.readouterr().out
+    page = (ROOT / "docs/deployment.md").read_text()
+    (snippet,) = re.findall(r"```python\n(import json\n\nimport onnxruntime\n.*?)```", page, re.DOTALL)
+    printed = []
+    exec(snippet, {"images": photographs(32), "print": printed.append})
+    program = pf.export.program_of(model, preprocess=True)
+    (probabilities,) = jax.jit(program.function)(program.params, photographs(32))
+    assert printed == [NAMES[int(probabilities[0].argmax())]]
+    assert cli.main(words) == 1
+    assert "exists: give another name, or --overwrite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"maps": (9, 0)}, "maps: stage 9: expected an integer from 0 to 3"),
+        ({"maps": (1, 0)}, "maps: block 0 of stage 1 is a softmax block"),
+        ({"dtype": "int8"}, "dtype: 'int8': ONNX files are written in float32. .*quantization for integers of 8 bits"),
+        ({"opset": 20}, "opset: 20"),
+        ({"path": "a.bin"}, "path: 'a.bin': expected a name that ends in .onnx"),
+    ],
+)
+def test_options_that_cannot_be_are_named(options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        pf.export.onnx(small_models.build("swin"), **{"path": "a.onnx", **options})
+    assert os.listdir() == []
 
 
 def written_by(tmp_path, model, **options):
@@ -310,7 +343,7 @@ def test_functions_of_the_same_names_are_not_taken_for_the_models_own(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["pola_pvt_t", "pola_swin_t"])
 def test_a_published_model(name, tmp_path):
-    model = perturbed(pf.create_model(name, rngs=nnx.Rngs(0)), 0.05)
+    model = perturbed(pf.create_model(name, rngs=nnx.Rngs(0)), scale=0.05)
     exported = exported_images(tmp_path / "model.onnx", model)
     exported.check(np.asarray(normalise(photographs(224))))
     assert exported.size < 1.02 * sum(weight.nbytes for weight in exported.weights.values())

@@ -121,6 +121,35 @@ def test_the_card_has_data_accuracy_licence_and_a_snippet_that_runs(tmp_path):
     assert printed[0][0]["predictions"][0]["name"] in INFO.class_names
 
 
+def test_no_folder_of_the_machine_that_trained_is_published(tmp_path):
+    model = named()
+    config = {"DATA": {"DATA_PATH": "/home/alice/imagenet"}, "OUTPUT": "/home/alice/runs"}
+    model.info = ModelInfo(facts={"epoch": 299, "config": config})
+    pf.push_to_hub(model, "user/name", dry_run=tmp_path / "folder", official_layout=True)
+    for path in (tmp_path / "folder").iterdir():
+        assert b"alice" not in path.read_bytes(), path.name
+    assert pf.create_model(weights=tmp_path / "folder").info.facts == {"epoch": 299}
+    assert model.info.facts["config"] is config
+
+
+def test_a_branch_is_named_in_the_snippet_and_must_exist():
+    pf.push_to_hub(named(), "user/name")
+    pf.push_to_hub(named(), "user/name", revision="main")
+    assert 'pf.create_model("hf://user/name@main")' in hub.files["user/name"]["README.md"].decode()
+    with pytest.raises(UserError, match="hf://user/other: there is no such repository"):
+        pf.push_to_hub(named(), "user/other", revision="main")
+    assert "user/other" not in hub.files
+
+
+def test_nothing_is_uploaded_offline(monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="nothing can be uploaded while HF_HUB_OFFLINE is set"):
+        pf.push_to_hub(named(), "user/name")
+    assert not hub.requests
+
+
 def test_what_is_not_known_is_not_claimed(tmp_path):
     pf.push_to_hub(tiny(), "user/name", dry_run=tmp_path / "folder")
     card = (tmp_path / "folder/README.md").read_text()
@@ -148,7 +177,9 @@ def test_models_that_classify_no_images(build, tmp_path):
     found = pf.create_model(weights=tmp_path / "folder")
     assert found.config == model.config
     assert_same(pure(found), pure(model))
+    card = (tmp_path / "folder/README.md").read_text()
     if found.config.family == "PolaSwin":
+        assert "pipeline_tag: image-feature-extraction" in card
         assert 'model.features(pf.preprocess(model, "photo.jpg"))' in (tmp_path / "folder/README.md").read_text()
         assert pf.preprocess(found, np.zeros((8, 8, 3), np.uint8)).shape == (1, 32, 32, 3)
 
@@ -167,7 +198,7 @@ def sequence():
         ("user/name", {"evaluation": {"loss": 1.0}}, "evaluation: the evaluation has loss; expected accuracy"),
         ("user/name", {"evaluation": {**EVALUATION, "accuracy": 93.75}}, "expected accuracy between 0 and 1"),
         ("stranger/name", {}, "hf://stranger/name: the Hub refuses it: log in"),
-        ("user/name", {"revision": "v2"}, "hf://user/name: the repository has no revision 'v2'"),
+        ("user/name", {"revision": "v2"}, "hf://user/name: there is no such repository"),
         ("user/name", {"dry_run": "{full}"}, "dry_run: .* exists, and is no empty folder"),
         ("user/name", {"dry_run": "{full}/file"}, "dry_run: .* exists, and is no empty folder"),
         ("user/name", {"dry_run": "/proc/none/folder"}, "dry_run: repository '/proc/none/folder' cannot be written"),

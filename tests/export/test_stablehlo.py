@@ -27,7 +27,8 @@ NAMES = ("ant", "bee", "cat", "dog", "eel")
 
 def built(family, **changes):
     model = small_models.perturbed(small_models.build(family, **changes))
-    model.info = ModelInfo(class_names=NAMES, preprocess={"resize": 40, "crop": 32})
+    names = NAMES if model.config.num_classes == len(NAMES) else None
+    model.info = ModelInfo(class_names=names, preprocess={"resize": 40, "crop": 32})
     return model
 
 
@@ -71,8 +72,13 @@ def test_weights_lie_beside_it_on_demand(tmp_path):
     program = pf.export.load_stablehlo(tmp_path / "a.stablehlo")
     images = jnp.asarray(np.random.default_rng(0).standard_normal((2, 32, 32, 3), np.float32))
     np.testing.assert_allclose(jax.jit(program)(images), jax.jit(lambda m, x: m(x))(model, images), atol=2e-6)
-    os.remove(tmp_path / "a.npz")
-    with pytest.raises(UserError, match=r"the weights of .*a.stablehlo, .*a.npz, cannot be read"):
+    weights = (tmp_path / "a.npz").read_bytes()
+    for content in (None, b"", b"text", weights[:-100]):
+        os.remove(tmp_path / "a.npz") if content is None else (tmp_path / "a.npz").write_bytes(content)
+        with pytest.raises(UserError, match=r"the weights of .*a.stablehlo, .*a.npz, cannot be read"):
+            pf.export.load_stablehlo(tmp_path / "a.stablehlo")
+    np.savez(tmp_path / "a.npz", **{"head.bias": np.zeros(4, np.float32)})
+    with pytest.raises(UserError, match=r"a.npz does not hold the weights of .*: block1.0.attn.dwc.bias"):
         pf.export.load_stablehlo(tmp_path / "a.stablehlo")
 
 
@@ -85,8 +91,13 @@ def test_sequence_models_take_tokens_and_lengths(tmp_path):
     tokens, lengths = rng.integers(0, 8, (3, 2, 8), np.int32), rng.integers(0, 9, (3, 2), np.int32)
     expected = jax.jit(lambda m, *x: m(Sequences(*x)))(model, tokens, lengths)
     np.testing.assert_allclose(program(tokens, lengths), expected, atol=2e-6)
-    with pytest.raises(UserError, match="2 arrays|1 arrays, expected tokens, lengths"):
-        program(tokens)
+    for inputs, message in (
+        ((tokens,), "1 arrays, expected tokens, lengths"),
+        ((tokens, lengths[:2]), "3 tokens, 2 lengths: expected at least 1, and as many of each"),
+        ((tokens[:0], lengths[:0]), "0 tokens, 0 lengths: expected at least 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            program(*inputs)
 
 
 def test_a_model_without_classifier_gives_features(tmp_path):
@@ -198,3 +209,29 @@ def test_the_command_exports_a_file_of_weights(tmp_path, capsys):
     assert pf.export.load_stablehlo(tmp_path / "a.stablehlo").metadata["preprocess"]["resize"] == 40
     assert cli.main(words) == 1
     assert "a.stablehlo exists: give another name, or --overwrite" in capsys.readouterr().err
+    (tmp_path / "b.npz").write_text("data of mine")
+    words = [*words[:-1], str(tmp_path / "b.stablehlo"), "--store-weights=beside"]
+    assert cli.main(words) == 1
+    assert "b.npz exists: give another name, or --overwrite" in capsys.readouterr().err
+    assert (tmp_path / "b.npz").read_text() == "data of mine" and not (tmp_path / "b.stablehlo").exists()
+
+
+def test_names_of_other_classes_are_refused(tmp_path):
+    model = built("pvt")
+    model.info = ModelInfo(class_names=("ant", "bee"))
+    for export in (
+        lambda: pf.export.stablehlo(model, tmp_path / "a.stablehlo"),
+        lambda: pf.push_to_hub(model, "user/name", dry_run=tmp_path / "folder"),
+    ):
+        with pytest.raises(UserError, match="model.info names 2 classes, but the model has 5"):
+            export()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_model_of_another_type_is_exported_in_float32(tmp_path):
+    model = built("pvt", dtype="bfloat16")
+    program = pf.export.program_of(model)
+    images = np.random.default_rng(0).standard_normal((2, 32, 32, 3), np.float32)
+    (logits,) = jax.jit(program.function)(program.params, images)
+    expected = jax.jit(lambda m, x: m(x))(built("pvt"), images)
+    np.testing.assert_allclose(logits, expected, atol=2e-6)

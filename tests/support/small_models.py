@@ -90,6 +90,6 @@ def perturbed(model, *, scale=0.2):
     params = nnx.state(model, nnx.Param)
     leaves, structure = jax.tree.flatten(params)
     rng = np.random.default_rng(0)
-    noisy = [np.asarray(leaf) + scale * rng.standard_normal(leaf.shape, np.float32) for leaf in leaves]
+    noisy = [jnp.asarray(np.asarray(leaf) + scale * rng.standard_normal(leaf.shape, np.float32)) for leaf in leaves]
     nnx.update(model, jax.tree.unflatten(structure, noisy))
     return model
