@@ -32,7 +32,7 @@ ROOMS := $(sort $(dir $(wildcard tests/*/test_*.py)))
 test: lint
 	$(PYTEST) -n 2 -m "not slow" $(addprefix tests/,$(ROOM))
 
-test-all: lint $(VENV)/.docs $(ONNX)/.ready
+test-all: lint $(VENV)/.docs
 	$(PYTEST) -n 3 -m slow $(if $(ROOM),$(addprefix tests/,$(ROOM)),$(LONG) $(filter-out $(LONG),$(ROOMS)))
 
 demo: $(VENV)/.runtime $(ONNX)/.ready
@@ -69,11 +69,11 @@ $(VENV)/.docs: $(VENV)/.runtime
 	$(BIN)/python -m pip install --quiet --editable ".[train,docs]"
 	@touch $@
 
-# What writes ONNX files needs older versions of packages that training takes.
+# What writes ONNX files needs older versions of packages that training takes. The tests make it when they need it.
 $(ONNX)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(ONNX)
 	$(ONNX)/bin/python -m pip install --quiet --editable ".[onnx]" pytest scikit-learn
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(ONNX) $(DATA) runs docs/_build *.egg-info
+	rm -rf $(VENV) $(ONNX) $(ONNX).lock $(DATA) runs docs/_build *.egg-info

@@ -22,7 +22,7 @@ from polaformer_jax.data.images.normalisation import normalise
 from polaformer_jax.export.maps import mean_maps
 from polaformer_jax.inference.images import evaluation_transform, read_image
 from polaformer_jax.models.model_info import ModelInfo
-from tests.export.onnx_environment import PYTHON
+from tests.export.onnx_environment import python
 from tests.support import ROOT, small_models
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -32,7 +32,6 @@ NAMES = ("<b>ant</b>", "bee", "cat", "dog", "eel")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
-    pytest.mark.skipif(not PYTHON.exists(), reason="no environment for ONNX: make .venv-onnx/.ready"),
 ]
 
 
@@ -88,7 +87,7 @@ def images(tmp_path_factory):
 def test_the_browser_answers_as_python_does(model, images, tmp_path):
     pf.save_weights(model, tmp_path / "a.safetensors")
     build = [
-        str(PYTHON),
+        str(python()),
         "docs/demo/build.py",
         "--source",
         str(tmp_path / "a.safetensors"),

@@ -5,14 +5,13 @@ import subprocess
 
 import pytest
 
-from tests.export.onnx_environment import PYTHON
+from tests.export.onnx_environment import python
 from tests.support import ROOT
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not PYTHON.exists(), reason="no environment for ONNX: make .venv-onnx/.ready")
 def test_onnx_files_in_the_environment_that_writes_them():
-    command = [str(PYTHON), "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/export/test_onnx.py"]
+    command = [str(python()), "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/export/test_onnx.py"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-20_000:] + done.stderr[-2_000:]

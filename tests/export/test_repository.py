@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import subprocess
 import sys
 
 import numpy as np
@@ -16,7 +15,7 @@ from polaformer_jax import cli, weights
 from polaformer_jax.errors import UserError
 from polaformer_jax.models.model_info import ModelInfo
 from polaformer_jax.weights import imagenet
-from tests.support import ROOT, small_models
+from tests.support import small_models
 from tests.support.stub_hub import COMMIT, hub
 from tests.support.tiny_weights import assert_same, official, pure, tiny
 
@@ -244,10 +243,7 @@ def test_the_command_names_what_is_wrong(words, message, capsys, tmp_path, monke
     assert message in capsys.readouterr().err and not hub.commits
 
 
-def test_without_the_library_the_extra_is_named_before_any_work():
-    program = (
-        "import sys; sys.modules['huggingface_hub'] = None\nfrom polaformer_jax import cli\n"
-        "sys.exit(cli.main(['push', 'user/name', '--source', 'none.pth']))"
-    )
-    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == 2 and 'pip install "polaformer_jax[hub]"' in ended.stderr
+def test_without_the_library_the_extra_is_named_before_any_work(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert cli.main(["push", "user/name", "--source", "none.pth"]) == 2
+    assert 'pip install "polaformer_jax[hub]"' in capsys.readouterr().err

@@ -52,7 +52,7 @@ def run(*arguments) -> int:
 # --- parity
 
 
-@pytest.mark.parametrize("name", ["pvt_llll", "swin_llss"])
+@pytest.mark.parametrize("name", ["pvt_llll", pytest.param("swin_llss", marks=pytest.mark.slow)])
 def test_official_checkpoints_give_the_official_logits(name, checkpoint, tmp_path, x64):
     """The whole path: .pth, converter, .safetensors, create_model, float64 logits."""
     target = tmp_path / "a.safetensors"

@@ -84,10 +84,9 @@ def test_official_weights_have_the_classes_of_imagenet(num_classes, dataset, kno
     model = pf.create_model(weights=path)
     assert (model.info.class_names is not None) == known
     assert model.info.facts["epoch"] == 299
-    conversion.convert(path, tmp_path / "a.safetensors")
-    converted = weights.read_file(tmp_path / "a.safetensors")
-    assert converted.class_names == model.info.class_names
-    if known:
+    if dataset == "imagenet":  # a converted file has them
+        conversion.convert(path, tmp_path / "a.safetensors")
+        assert weights.read_file(tmp_path / "a.safetensors").class_names == model.info.class_names
         (result,) = pf.predict(model, jnp.zeros((32, 32, 3), jnp.uint8), top=1000)
         assert {found["class"]: found["name"] for found in result["predictions"]}[281] == "tabby, tabby cat"
 
