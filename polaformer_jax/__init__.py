@@ -16,6 +16,8 @@ _EXPORTS = {
     "create_model": "weights.creation",
     "list_models": "models.registry",
     "model_config": "models.registry",
+    "PolaPP": "models.pola_pp",
+    "PolaPPConfig": "models.pola_pp",
     "PolaPVT": "models.pola_pvt",
     "PolaPVTConfig": "models.pola_pvt",
     "PolaSequence": "models.pola_sequence",

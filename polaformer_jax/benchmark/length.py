@@ -47,7 +47,7 @@ def job(tokens: int, attention: str, mode: str, *, config: ml_collections.Config
     make_batch = functools.partial(batch, config, tokens)
 
     def make_params():
-        return nnx.to_pure_dict(nnx.state(make_model(), nnx.Param))
+        return nnx.to_pure_dict(nnx.state(make_model()))
 
     if mode == "forward":
 

@@ -98,15 +98,10 @@ class Backbone(nnx.Module):
         raise NotImplementedError
 
     def _key_source(self, images: jax.Array, train: bool, rngs: nnx.Rngs | None) -> Callable[[], jax.Array | None]:
-        size = self.config.img_size
-        if images.ndim != 4 or images.shape[1:] != (size, size, 3):
-            raise ValueError(
-                f"images have shape {tuple(images.shape)}, expected (batch, {size}, {size}, 3), channels last; resize "
-                "them, or create the model with another img_size"
-            )
+        self._check_images(images)
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise ValueError(f"images have type {images.dtype}, expected a float type: normalise them first")
-        rates = (self.config.drop_rate, self.config.drop_path_rate)
+        rates = (getattr(self.config, "drop_rate", 0.0), self.config.drop_path_rate)
         if not train or not any(rates):
             return lambda: None
         if rngs is None:
@@ -115,6 +110,15 @@ class Backbone(nnx.Module):
                 "rngs=nnx.Rngs(dropout=key)"
             )
         return Keys(rngs.dropout())
+
+    def _check_images(self, images: jax.Array) -> None:
+        """Raises a ValueError if the shape of the images does not fit."""
+        size = self.config.img_size
+        if images.ndim != 4 or images.shape[1:] != (size, size, 3):
+            raise ValueError(
+                f"images have shape {tuple(images.shape)}, expected (batch, {size}, {size}, 3), channels last; resize "
+                "them, or create the model with another img_size"
+            )
 
 
 def classifier(features: int, num_classes: int, *, dtype, param_dtype, rngs: nnx.Rngs) -> nnx.Linear | None:

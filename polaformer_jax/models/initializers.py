@@ -52,6 +52,12 @@ def zeros(shape: tuple[int, ...], *, param_dtype, rngs) -> nnx.Param:
     return nnx.Param(placed(zeros_init, rngs)(None, shape, param_dtype))
 
 
+def constant(value: float, shape: tuple[int, ...], *, param_dtype, rngs) -> nnx.Param:
+    """A parameter that starts from one value."""
+    place = rngs.place if isinstance(rngs, Keys) else jax.device_put
+    return nnx.Param(place(np.full(shape, value, param_dtype)))
+
+
 def placed(init: Callable, rngs: "nnx.Rngs | Keys") -> Callable:
     """The initialiser, with values placed by `rngs`; on the default device if `rngs` is not a Keys."""
     return functools.partial(init, place=rngs.place) if isinstance(rngs, Keys) else init

@@ -6,8 +6,9 @@ the parameter tree reads like a key of its `state_dict`. Tokens are (batch, toke
 Modules take `key=None`: None means evaluation, a key means training with dropout and stochastic depth.
 """
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -71,15 +72,18 @@ def _dot_general(x: jax.Array, kernel: jax.Array, dimensions, **options) -> jax.
     return _apply_kernel(x, kernel)
 
 
-def linear(features_in: int, features_out: int, *, use_bias: bool = True, dtype, param_dtype, rngs) -> nnx.Linear:
-    """A linear layer with the official initial values: normal(0.02), bias 0."""
+def linear(
+    features_in: int, features_out: int, *, use_bias: bool = True, uniform: bool = False, dtype, param_dtype, rngs
+) -> nnx.Linear:
+    """A linear layer with initial values normal(0.02), bias 0; or PyTorch's, `uniform` in ±1/sqrt(features_in)."""
+    draw = functools.partial(placed(uniform_init, rngs), bound=features_in**-0.5) if uniform else None
     return nnx.Linear(
         features_in,
         features_out,
         use_bias=use_bias,
         dot_general=_dot_general,
-        kernel_init=placed(normal_init, rngs),
-        bias_init=placed(zeros_init, rngs),
+        kernel_init=draw or placed(normal_init, rngs),
+        bias_init=draw or placed(zeros_init, rngs),
         dtype=dtype,
         param_dtype=param_dtype,
         rngs=rngs,
@@ -101,15 +105,28 @@ def layer_norm(features: int, *, epsilon: float, dtype, param_dtype, rngs) -> nn
 
 
 class ConvParams(nnx.Module):
-    """Kernel (height, width, in, out) and bias (out,) of a convolution, with PyTorch's initial values.
+    """Kernel (height, width, in, out) and bias (out,) of a convolution. The owner decides how they are applied.
 
-    Both are uniform within ±1/sqrt(fan_in), fan_in = height * width * in. The owner decides how they are applied.
-    A convolution along a sequence has one size, (width,).
+    Initial values: with `normal` normal(0.02) and zeros, otherwise those of PyTorch, both uniform within
+    ±1/sqrt(fan_in), fan_in = height * width * in. A convolution along a sequence has one size, (width,).
     """
 
-    def __init__(self, size: tuple[int, ...], features_in: int, features_out: int, *, param_dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        size: tuple[int, ...],
+        features_in: int,
+        features_out: int,
+        *,
+        normal: bool = False,
+        param_dtype,
+        rngs: nnx.Rngs,
+    ):
         bound = float(np.prod(size) * features_in) ** -0.5
         shape = (*size, features_in, features_out)
+        if normal:
+            self.kernel = nnx.Param(placed(normal_init, rngs)(rngs.params(), shape, param_dtype))
+            self.bias = nnx.Param(placed(zeros_init, rngs)(None, shape[-1:], param_dtype))
+            return
         uniform = placed(uniform_init, rngs)
         self.kernel = nnx.Param(uniform(rngs.params(), shape, param_dtype, bound=bound))
         self.bias = nnx.Param(uniform(rngs.params(), shape[-1:], param_dtype, bound=bound))
@@ -166,7 +183,11 @@ class Mlp(nnx.Module):
         return dropout(self.fc2(x), self.drop_rate, key2)
 
 
-class Block(nnx.Module):
+class ResidualBlock(nnx.Module):
+    """A block of a model: (B, N, C) -> (B, N, C) by `block(x, key)`, which `rematerialised` can run."""
+
+
+class Block(ResidualBlock):
     """Pre-norm residual block: attention, then MLP, with stochastic depth drawn separately for the two branches."""
 
     def __init__(
@@ -192,14 +213,21 @@ class Block(nnx.Module):
         x = x + stochastic_depth(self.mix(self.norm1(x), key_attn, **context), self.drop_path, key_path1)
         return x + stochastic_depth(self.mlp(self.norm2(x), key_mlp), self.drop_path, key_path2)
 
+    def attention_input(self, x: jax.Array) -> jax.Array:
+        """What the attention takes of the tokens (B, N, C) that enter the block; of Pola-Swin its windows."""
+        return self.norm1(x)
+
     def mix(self, x: jax.Array, key: jax.Array | None, **context) -> jax.Array:
         """Applies the attention, (B, N, C) -> (B, N, C); Pola-Swin does so within windows."""
         return self.attn(x, key, **context)
 
 
-def rematerialised(block: Block, x: jax.Array, key: jax.Array | None, **context) -> jax.Array:
-    """`block(x, key, **context)`, whose activations are recomputed in the backward pass instead of stored.
+def rematerialised(
+    block: ResidualBlock, x: jax.Array, key: jax.Array | None, *, static: Mapping[str, object] | None = None, **context
+) -> jax.Array:
+    """`block(x, key, **static, **context)`, whose activations are recomputed in the backward pass instead of stored.
 
+    What is in `static` is no array and not traced.
     Where a mesh is set (`jax.sharding.use_abstract_mesh`), the block's parameters may be sharded: they are gathered
     here, in the forward pass and again in the backward pass, so that a device holds those of few blocks at a time.
     """
@@ -208,14 +236,16 @@ def rematerialised(block: Block, x: jax.Array, key: jax.Array | None, **context)
     def apply(params, x, key, context):
         if not jax.sharding.get_abstract_mesh().empty:
             params = jax.lax.with_sharding_constraint(params, PartitionSpec())
-        return nnx.merge(graphdef, params)(x, key, **context)
+        return nnx.merge(graphdef, params)(x, key, **(static or {}), **context)
 
     return jax.checkpoint(apply)(params, x, key, context)
 
 
 def gathering_blocks(model: nnx.Module) -> list[tuple]:
     """The paths of the blocks that `rematerialised` runs, which gather their parameters: none unless `model.remat`."""
-    return [path for path, module in nnx.iter_modules(model) if isinstance(module, Block)] if model.remat else []
+    if not model.remat:
+        return []
+    return [path for path, module in nnx.iter_modules(model) if isinstance(module, ResidualBlock)]
 
 
 def split_key(key: jax.Array | None, count: int) -> list:

@@ -140,6 +140,24 @@ class Checks:
             return allowed[0] * 4
         return str(value)
 
+    def booleans(self, name: str, value) -> tuple[bool, ...]:
+        """True or False for each of the four stages."""
+        return tuple(self.boolean(f"{name}[{i}]", item) for i, item in enumerate(self._four(name, value)))
+
+    def words(self, name: str, value, allowed: str, lengths: tuple[int, ...]) -> tuple[str, ...]:
+        """A word for each stage, with a letter for each of its blocks; a single letter is repeated."""
+        words = []
+        value = value.split(",") if isinstance(value, str) else value
+        for i, (item, length) in enumerate(zip(self._four(name, value), lengths, strict=True)):
+            word = item * length if isinstance(item, str) and len(item) == 1 else item
+            if not isinstance(word, str) or len(word) != length or set(word) - set(allowed):
+                self.problems.append(
+                    f"{name}[{i}]={item!r}: expected {length} letters of {', '.join(allowed)}, one for each block"
+                )
+                word = allowed[0] * length
+            words.append(word)
+        return tuple(words)
+
     def choice(self, name: str, value, choices: tuple[str, ...]) -> str:
         if not isinstance(value, str) or value not in choices:
             self.problems.append(f"{name}={value!r}: expected one of {', '.join(choices)}")

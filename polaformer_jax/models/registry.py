@@ -7,6 +7,7 @@ from flax import nnx
 
 from polaformer_jax.errors import UserError
 from polaformer_jax.models.model_config import ModelConfig
+from polaformer_jax.models.pola_pp import PolaPP, PolaPPConfig
 from polaformer_jax.models.pola_pvt import PolaPVT, PolaPVTConfig
 from polaformer_jax.models.pola_sequence import PolaSequence, PolaSequenceConfig
 from polaformer_jax.models.pola_swin import PolaSwin, PolaSwinConfig
@@ -41,6 +42,25 @@ def _swin(
     )
 
 
+def _pp(
+    dims: tuple[int, ...],
+    *,
+    depths: tuple[int, ...],
+    num_heads: tuple[int, ...],
+    drop_path: float,
+    scales: tuple[float, ...] = (1, 1, 1, 1),
+    projection: int = 2048,
+) -> PolaPPConfig:
+    return PolaPPConfig(
+        embed_dims=dims,
+        depths=depths,
+        num_heads=num_heads,
+        layer_init_values=scales,
+        projection=projection,
+        drop_path_rate=drop_path,
+    )
+
+
 # As in the configs of https://github.com/ZacharyMeng/PolaFormer, where pola_pvt_b is called `pola_pvt_large`. In all of
 # them alpha is 4 and kernel_size 5, the constructors' defaults.
 _OFFICIAL = {
@@ -52,6 +72,25 @@ _OFFICIAL = {
     "pola_swin_s": _swin(96, heads=3, depth=18, drop_path=0.3),
     "pola_swin_b": _swin(128, heads=4, depth=18, drop_path=0.5),
     "pola_swin_b_384": _swin(128, heads=4, depth=18, drop_path=0.5, img_size=384, window=96),
+}
+
+# As in the configs of https://github.com/ZacharyMeng/PolaFormerPP.
+_PP = {
+    "pola_pp_b0": _pp((32, 64, 128, 384), depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 12), drop_path=0.1),
+    "pola_pp_b1": _pp((32, 64, 192, 384), depths=(2, 2, 4, 2), num_heads=(1, 2, 6, 12), drop_path=0.1),
+    "pola_pp_b2": _pp((64, 128, 256, 512), depths=(2, 2, 6, 2), num_heads=(1, 2, 4, 8), drop_path=0.1),
+    "pola_pp_b3": _pp((64, 128, 320, 512), depths=(3, 5, 9, 3), num_heads=(1, 2, 5, 8), drop_path=0.15),
+    "pola_pp_b4": _pp(
+        (96, 192, 384, 512), depths=(4, 6, 12, 6), num_heads=(1, 2, 6, 8), drop_path=0.4, scales=(1, 1, 1e-6, 1e-6)
+    ),
+    "pola_pp_b5": _pp(
+        (96, 192, 448, 640),
+        depths=(4, 7, 19, 8),
+        num_heads=(1, 2, 7, 10),
+        drop_path=0.55,
+        scales=(1e-6,) * 4,
+        projection=2560,
+    ),
 }
 
 # Ours, not the authors', and unpublished: small enough to be trained on 32x32 images by a CPU in minutes.
@@ -79,13 +118,22 @@ _NANO = {
         mlp_ratio=2.0,
         drop_path_rate=0.05,
     ),
+    "pola_pp_nano": PolaPPConfig(
+        img_size=32,
+        embed_dims=(32, 64, 96, 128),
+        depths=(1, 1, 2, 1),
+        num_heads=(1, 2, 3, 4),
+        mlp_ratios=(2, 2, 2, 2),
+        projection=256,
+        drop_path_rate=0.05,
+    ),
 }
 # For the Long Range Arena, whose tasks set classes, vocabulary and length.
 _SEQUENCE = {"pola_sequence": PolaSequenceConfig()}
-_MODELS: dict[str, ModelConfig] = {**_OFFICIAL, **_NANO, **_SEQUENCE}
+_MODELS: dict[str, ModelConfig] = {**_OFFICIAL, **_PP, **_NANO, **_SEQUENCE}
 
-Model = PolaPVT | PolaSwin | PolaSequence
-FAMILIES: dict[str, type[Model]] = {cls.Config.family: cls for cls in (PolaPVT, PolaSwin, PolaSequence)}
+Model = PolaPVT | PolaSwin | PolaPP | PolaSequence
+FAMILIES: dict[str, type[Model]] = {cls.Config.family: cls for cls in (PolaPVT, PolaSwin, PolaPP, PolaSequence)}
 
 
 def list_models() -> list[str]:

@@ -64,6 +64,9 @@ class SwinBlock(Block):
         x = self.attn(x, key) if self.mask is None else self.attn(x, key, mask=self.mask)
         return self._roll(merge_windows(x, self.window, grid=self.grid), self.shift)
 
+    def attention_input(self, x: jax.Array) -> jax.Array:
+        return self.to_windows(self.norm1(x))
+
     def to_windows(self, x: jax.Array) -> jax.Array:
         """Tokens (B, grid², C) of the image -> tokens (B * windows, window², C) of the shifted windows."""
         return partition_windows(self._roll(x, -self.shift), self.window, grid=self.grid)

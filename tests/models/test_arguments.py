@@ -90,6 +90,7 @@ def test_names_of_models():
     assert pf.list_models() == sorted(
         [f"pola_pvt_{size}" for size in ("t", "s", "m", "b", "nano")]
         + [f"pola_swin_{size}" for size in ("t", "s", "b", "b_384", "nano")]
+        + [f"pola_pp_{size}" for size in ("b0", "b1", "b2", "b3", "b4", "b5", "nano")]
         + ["pola_sequence"]
     )
     with pytest.raises(ValueError, match="unknown model 'pola_swin_tiny'. Did you mean .*pola_swin_t"):
@@ -113,7 +114,8 @@ def test_a_config_survives_json_and_knows_its_name(name):
     config = registry.model_config(name)
     again = type(config)(**json.loads(json.dumps(config.to_dict())))
     assert again == config and hash(again) == hash(config)
-    assert registry.name_of(dataclasses.replace(again, num_classes=3, drop_rate=0.5)) == name
+    rate = {"drop_path_rate": 0.5} if hasattr(config, "drop_path_rate") else {"drop_rate": 0.5}
+    assert registry.name_of(dataclasses.replace(again, num_classes=3, **rate)) == name
 
 
 def test_a_config_does_not_depend_on_how_its_values_are_written():

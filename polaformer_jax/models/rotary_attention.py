@@ -1,0 +1,147 @@
+"""The attentions of PolaFormer++: linear and softmax, with rotary positions, a convolution of the values and a gate.
+
+Source: the authors' code, https://github.com/ZacharyMeng/PolaFormerPP. Tokens are (B, N, C), row by row of their grid.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from polaformer_jax.models.depthwise import depthwise_conv
+from polaformer_jax.models.initializers import zeros
+from polaformer_jax.models.layers import ConvParams, accumulation_dtype, linear, product
+from polaformer_jax.models.rotary import rotary_tables, rotated
+
+NORMALISER_EPS = 1e-6
+Grid = tuple[int, int]  # height and width in tokens
+
+
+def exponential_features(x: jax.Array, exponents: jax.Array | None, *, swapped: bool = False) -> jax.Array:
+    """exp([relu(x), relu(-x)] * s) - 1, or with the halves swapped exp([relu(-x), relu(x)] * s) - 1.
+
+    Of the two halves one is zero in each channel, so that one exponential serves both.
+
+    Args:
+        x: (B, N, h, d), at least float32: the exponential of a number of 16 bits would be wrong by percents.
+        exponents: s, (1, h, 1, 2d); None: ones.
+
+    Returns:
+        (B, N, h, 2d) in the dtype of x.
+    """
+    positive = x > 0
+    if swapped:
+        positive = ~positive
+    size = jnp.abs(x)
+    if exponents is not None:
+        s = jnp.moveaxis(exponents.astype(x.dtype), 1, 2)  # (1, 1, h, 2d)
+        first, second = jnp.split(s, 2, axis=-1)
+        size = size * jnp.where(positive, first, second)
+    value = jnp.expm1(size)
+    return jnp.concatenate([jnp.where(positive, value, 0), jnp.where(positive, 0, value)], axis=-1)
+
+
+class LinearAttention(nnx.Module):
+    """Linear attention of PolaFormer++ (type l), with rotary positions and a gate.
+
+    With s = sigmoid(s1), o = sigmoid(s2), per head, R the rotation of 2d channels by a token's position::
+
+        Qs = exp([q+, q-] * s) - 1     Qo = exp([q-, q+] * o) - 1     K = exp([k+, k-]) - 1       q± = relu(±q)
+        y1 = R(Qs) (R(K)^T v1 / N) / (Qs mean_N(K) + 1e-6)            y2: the same of Qo and v2
+        y  = proj(([y1, y2] + lepe(v)) * g)                           v1, v2: first and last d/2 channels of v
+
+    One product R(K)^T [v1, v2] serves both streams.
+    """
+
+    def __init__(self, dim: int, num_heads: int, *, dtype, param_dtype, rngs):
+        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.qkvg = linear(dim, 4 * dim, uniform=True, **types)
+        self.lepe = ConvParams((5, 5), 1, dim, normal=True, param_dtype=param_dtype, rngs=rngs)
+        self.proj = linear(dim, dim, uniform=True, **types)
+        shape = (1, num_heads, 1, 2 * dim // num_heads)
+        self.s1, self.s2 = (zeros(shape, param_dtype=param_dtype, rngs=rngs) for _ in range(2))
+        self.num_heads = num_heads
+
+    def features(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Qs, Qo and K of tokens (B, N, C), not rotated: (B, N, h, 2d), at least float32."""
+        q, k, _, _ = jnp.split(self.qkvg(x), 4, axis=-1)
+        return linear_features(_heads(q, self.num_heads), _heads(k, self.num_heads), self.s1[...], self.s2[...])
+
+    def __call__(self, x: jax.Array, grid: Grid) -> jax.Array:
+        """(B, N, C) -> (B, N, C)"""
+        q, k, v, g = jnp.split(self.qkvg(x), 4, axis=-1)
+        heads = (_heads(t, self.num_heads) for t in (q, k, v))
+        y = rotary_linear_attention(*heads, self.s1[...], self.s2[...], grid=grid)
+        y = y.reshape(x.shape) + depthwise_conv(v, self.lepe.kernel[...], self.lepe.bias[...], grid=grid)
+        return self.proj((y * g).astype(x.dtype))
+
+
+@functools.partial(jax.jit, static_argnames="grid")
+def rotary_linear_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, s1: jax.Array, s2: jax.Array, *, grid: Grid
+) -> jax.Array:
+    """[y1, y2] of `LinearAttention`, before the convolution and the gate.
+
+    Args:
+        q, k, v: (B, N, h, d).
+        s1, s2: (1, h, 1, 2d).
+
+    Returns:
+        (B, N, h, d), at least float32. Zeros give zeros; gradients are finite there.
+    """
+    narrow, half = q.dtype, q.shape[-1] // 2
+    same, opposite, keys = linear_features(q, k, s1, s2)
+    tables = rotary_tables(grid, keys.shape[-1])
+    turned = rotated(keys, tables).astype(narrow)
+    kv = (product("bnhk,bnhe->bhke", turned, v) / keys.shape[1]).astype(narrow)  # (B, h, 2d, d)
+    mean = jnp.mean(keys, axis=1)  # (B, h, 2d)
+
+    def stream(queries, values):
+        normaliser = product("bnhk,bhk->bnh", queries, mean)[..., None] + NORMALISER_EPS
+        return product("bnhk,bhke->bnhe", rotated(queries, tables).astype(narrow), values) / normaliser
+
+    return jnp.concatenate([stream(same, kv[..., :half]), stream(opposite, kv[..., half:])], axis=-1)
+
+
+def linear_features(q: jax.Array, k: jax.Array, s1: jax.Array, s2: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Qs, Qo and K of `LinearAttention`, not rotated: (B, N, h, 2d), at least float32."""
+    full = accumulation_dtype(q.dtype)
+    q, k = q.astype(full), k.astype(full)
+    same = exponential_features(q, jax.nn.sigmoid(s1))
+    return same, exponential_features(q, jax.nn.sigmoid(s2), swapped=True), exponential_features(k, None)
+
+
+class SoftmaxAttention(nnx.Module):
+    """Softmax attention of PolaFormer++ (type v), with rotary positions and a gate."""
+
+    def __init__(self, dim: int, num_heads: int, *, dtype, param_dtype, rngs):
+        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.qkvo = linear(dim, 4 * dim, uniform=True, **types)
+        self.lepe = ConvParams((5, 5), 1, dim, normal=True, param_dtype=param_dtype, rngs=rngs)
+        self.proj = linear(dim, dim, uniform=True, **types)
+        self.num_heads = num_heads
+
+    def __call__(self, x: jax.Array, grid: Grid) -> jax.Array:
+        """(B, N, C) -> (B, N, C)"""
+        q, k, v, g = jnp.split(self.qkvo(x), 4, axis=-1)
+        values = _heads(v, self.num_heads)
+        queries, keys = (self.turned(t, grid) for t in (q, k))
+        scores = product("bqhd,bkhd->bhqk", queries, keys) * keys.shape[-1] ** -0.5
+        weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
+        y = jnp.einsum("bhqk,bkhd->bqhd", weights, values).reshape(x.shape)
+        y = y + depthwise_conv(v, self.lepe.kernel[...], self.lepe.bias[...], grid=grid)
+        return self.proj((y * g).astype(x.dtype))
+
+    def turned(self, x: jax.Array, grid: Grid) -> jax.Array:
+        """Queries or keys (B, N, C) with rotary positions, (B, N, h, d)."""
+        heads = _heads(x, self.num_heads)
+        tables = rotary_tables(grid, heads.shape[-1])
+        return rotated(heads.astype(accumulation_dtype(x.dtype)), tables).astype(x.dtype)
+
+
+def _heads(x: jax.Array, count: int) -> jax.Array:
+    return x.reshape(*x.shape[:2], count, -1)  # (B, N, C) -> (B, N, h, d)
+
+
+ATTENTIONS = {"l": LinearAttention, "v": SoftmaxAttention}
