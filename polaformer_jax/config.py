@@ -2,9 +2,8 @@
 
 A recipe (`configs/`, `training.recipes`) is a Python file with a function `get_config(arg)` that starts from
 `defaults()`, changes what differs and returns it locked, so that a misspelt field is an error. Any field can be
-overridden on the command line: `--config.optimizer.lr=1e-3`.
-
-ml_collections is imported where it is needed: models take their choices from here and need no config.
+overridden on the command line: `--config.optimizer.lr=1e-3`. ml_collections is imported where it is needed: models take
+their choices from here and need no config.
 """
 
 import math
@@ -76,11 +75,12 @@ def defaults() -> "ml_collections.ConfigDict":
     model.remat = False  # recompute each block's activations in the backward pass: less memory, more time
     # Polarity-aware attention by "xla" operations, by one "pallas" kernel, or "auto": the kernel on TPUs.
     model.attention_impl = "auto"
-    model.attn_type = placeholder(str)  # this and the next four: None is the model's default
+    model.attn_type = placeholder(str)  # this and the next five: None is the model's default
     model.window_size = placeholder(int)  # Pola-Swin only
     model.softmax_window_size = placeholder(int)  # Pola-Swin only
     model.alpha = placeholder(float)
     model.kernel_size = placeholder(int)
+    model.flags = placeholder(str)  # PolaFormer++ only: l or v for each block, "ll,lv,vvvv,vv"; one letter for a stage
 
     config.init = init = ml_collections.ConfigDict()
     init.weights = placeholder(str)  # weights file to start from, or to evaluate; None: random initialisation

@@ -14,6 +14,7 @@ from polaformer_jax.config import check
 from polaformer_jax.errors import UserError
 from polaformer_jax.files import paths
 from polaformer_jax.hardware.costs import product_flops
+from polaformer_jax.models.batch_norm import statistics_of
 from polaformer_jax.training import runtime, sharding
 from polaformer_jax.training.inputs import Inputs
 from polaformer_jax.training.optimizer import Durations, durations, head_only, learning_rate, make_optimizer
@@ -64,6 +65,7 @@ class Experiment:
             config.model.num_classes = self.inputs.eval_source.num_classes
         model = create_abstract_model(config)
         self.graphdef, params = nnx.split(model)
+        self._statistics = statistics_of(model)
         abstract = sharding.sharded(nnx.to_pure_dict(params), self.mesh)
         self.params = Parameters(abstract, model.config, config, self.task, self.mesh)
         if num_examples is None:
@@ -123,6 +125,7 @@ class Experiment:
             accumulate=config.train.accumulate,
             ema_decay=config.ema.decay,
             trainable=self._trainable,
+            statistics=self._statistics is not None,
             mesh=self.mesh,
         )
         # Donating the state lets its memory be reused; but not if a step may have to be run again to find a NaN.
@@ -145,7 +148,11 @@ class Experiment:
 
     @functools.cached_property
     def _trainable(self) -> Any:
-        return head_only(self.params.abstract) if self.config.init.freeze_backbone else None
+        if self.config.init.freeze_backbone:
+            return head_only(self.params.abstract)
+        if self._statistics is None:
+            return None
+        return jax.tree.map(lambda is_statistic: not is_statistic, self._statistics)
 
     def model(self, params: Any) -> nnx.Module:
         """The model with these parameters."""

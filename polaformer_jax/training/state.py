@@ -68,7 +68,7 @@ class Parameters:
             return sharding.place(array, sharding.state_sharding(array.shape, self.mesh))
 
         model = self.task.create_model(Keys(nnx.Rngs(self.config.seed).params(), place))
-        return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        return nnx.to_pure_dict(nnx.state(model))
 
     def read(self, source: str | weights.WeightsFile, *, fits: Collection[weights.Fit] | None = None) -> Any:
         """Reads parameters from a weights file.

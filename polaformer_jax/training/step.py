@@ -34,6 +34,7 @@ def make_train_step(
     accumulate: int = 1,
     ema_decay: float | None = None,
     trainable: Any = None,
+    statistics: bool = False,
     mesh: Mesh | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
     """Returns the training step: one update of the parameters.
@@ -42,11 +43,16 @@ def make_train_step(
     finite, the parameters and the optimizer keep their values, so the state stays usable; the metrics `loss` and
     `grad_norm` show it.
 
+    Running statistics of batch normalisations are among the parameters. Each micro-batch is normalised by its own
+    statistics, which are those of its valid examples over all devices, and the running ones take them up one after the
+    other, as in PyTorch. The moving average has an average of them too.
+
     Args:
         accumulate: number of micro-batches into which the augmented batch is split; they go through the model one after
             the other, and the update is that of the whole batch. (Stochastic depth and dropout draw for each.)
         ema_decay: d of the moving average, ema = d * ema + (1 - d) * params; the state must have one if it is given.
         trainable: nested dict of bools like the parameters; None: all of them.
+        statistics: whether the model has running statistics, which are not `trainable`.
         mesh: the devices of state and batch; None: the compiler decides from the placement of the arguments.
     """
 
@@ -56,36 +62,44 @@ def make_train_step(
         batch = task.augment(batch, lambda purpose: purpose_key(seed, state.step, purpose))
         examples = jnp.sum(batch["mask"])
 
-        def loss_fn(params, part: Batch, key: jax.Array):
+        def loss_fn(params, part: Batch, key: jax.Array, running: dict):
             if trainable is not None:
                 params = jax.tree.map(lambda p, trains: p if trains else jax.lax.stop_gradient(p), params, trainable)
-            params, part = _whole(params, graphdef, constrain), constrain.batch(part)
-            logits = nnx.merge(graphdef, params)(part["inputs"], train=True, rngs=nnx.Rngs(dropout=key))
+            params, part = _whole(_replaced(params, running), graphdef, constrain), constrain.batch(part)
+            model, context = nnx.merge(graphdef, params), {"mask": part["mask"]} if statistics else {}
+            logits = model(part["inputs"], train=True, rngs=nnx.Rngs(dropout=key), **context)
+            running = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
             # The loss is in at least float32, whatever the model's dtype.
             logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
             losses = task.losses(logits, part)
             loss = jnp.sum(jnp.where(part["mask"], losses, 0)) / jnp.maximum(examples, 1).astype(losses.dtype)
-            return loss, {**task.metrics(logits, part), "loss": masked(losses, part["mask"])}
+            return loss, ({**task.metrics(logits, part), "loss": masked(losses, part["mask"])}, running)
 
-        def backward(part: Batch, key: jax.Array):
+        def backward(part: Batch, key: jax.Array, running: dict):
             with constrain.known():
-                (loss, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, part, key)
-            return loss, sums, constrain.split(grads)
+                differentiate = jax.value_and_grad(loss_fn, has_aux=True)
+                (loss, (sums, running)), grads = differentiate(state.params, part, key, running)
+            return (loss, sums, constrain.split(grads)), running
 
         dropout_key = purpose_key(seed, state.step, "dropout")
+        running = nnx.to_pure_dict(nnx.state(nnx.merge(graphdef, state.params), nnx.BatchStat))
         if accumulate == 1:
-            loss, sums, grads = backward(batch, dropout_key)
+            (loss, sums, grads), running = backward(batch, dropout_key, running)
         else:
             parts = (_parts(batch, accumulate), jax.random.split(dropout_key, accumulate))
-            first = jax.eval_shape(backward, *jax.tree.map(lambda leaf: leaf[0], parts))
+            first, _ = jax.eval_shape(backward, *jax.tree.map(lambda leaf: leaf[0], parts), running)
             zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
-            add = jax.tree_util.Partial(jax.tree.map, jnp.add)
-            (loss, sums, grads), _ = jax.lax.scan(lambda total, part: (add(total, backward(*part)), None), zeros, parts)
+
+            def add(carry, part):
+                found, running = backward(*part, carry[1])
+                return (jax.tree.map(jnp.add, carry[0], found), running), None
+
+            ((loss, sums, grads), running), _ = jax.lax.scan(add, (zeros, running), parts)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = _replaced(optax.apply_updates(state.params, updates), running)
         ema = None
         if ema_decay is not None:
             ema = jax.tree.map(lambda old, new: ema_decay * old + (1 - ema_decay) * new, state.ema, params)
@@ -104,6 +118,14 @@ def make_train_step(
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), sums
 
     return train_step
+
+
+def _replaced(params: dict, some: dict) -> dict:
+    """Nested dicts, with the leaves that `some` has in place of theirs."""
+    return {
+        key: value if key not in some else _replaced(value, some[key]) if isinstance(value, dict) else some[key]
+        for key, value in params.items()
+    }
 
 
 def _whole(params: Any, graphdef: nnx.GraphDef, constrain: Constraints) -> Any:

@@ -16,9 +16,10 @@ from polaformer_jax.training.experiment import create_abstract_model
 from polaformer_jax.training.recipes import parse_arg
 
 CONFIGS = {
-    "digits": ("pvt", "swin"),
+    "digits": ("pvt", "swin", "pp"),
     "finetune": ("pola_swin_t", "pola_pvt_b"),
     "lra": ("listops", "text", "retrieval", "pathfinder", "image_lra", "listops_short"),
+    "pola_pp": ("b2", "b0", "b1", "b3", "b4", "b5,recipe=finetune"),
     "pola_pvt": ("t", "s", "m", "b"),
     "pola_swin": ("t", "s", "b", "b_384"),
 }
@@ -43,6 +44,20 @@ schedule.min_lr        1e-5        1e-5        1e-5        1e-5         5e-6    
 schedule.cooldown        10          10          10          10            0            0            0                0
 eval.resize             256         256         256         256          256          256          256              384
 eval.crop               224         224         224         224          224          224          224              384
+"""
+# Of https://github.com/ZacharyMeng/PolaFormerPP, config.py and cfgs/; that of b5 is a fine-tuning.
+PLUS_PLUS = """
+                 pola_pp:b0  pola_pp:b1  pola_pp:b2  pola_pp:b3  pola_pp:b4  pola_pp:b5,recipe=finetune
+train.epochs            300         300         300         300         300                         300
+train.batch_size       2048        2048        2048        1024        1024                         512
+optimizer.lr           5e-4        5e-4        5e-4        5e-4        5e-4                        2e-5
+optimizer.weight_decay 0.05        0.05        0.05        0.05        0.05                        1e-8
+optimizer.clip_norm     5.0         5.0         5.0         5.0         1.0                        None
+schedule.warmup          20          20          20          20           5                           1
+schedule.warmup_lr     5e-7        5e-7        5e-7        5e-7        1e-7                        5e-7
+schedule.min_lr        1e-7        1e-7        1e-7        1e-7        1e-5                        5e-6
+schedule.cooldown         0           0           0           0          10                           5
+ema.decay           0.99982     0.99982     0.99982     0.99982     0.99982                     0.99982
 """
 SHARED = {
     "optimizer.b1": 0.9,
@@ -73,7 +88,8 @@ def columns(table):
     return {name: {row[0]: ast.literal_eval(row[i]) for row in rows} for i, name in enumerate(names, start=1)}
 
 
-OFFICIAL = {name: values | SHARED for name, values in columns(IMAGENET).items()} | columns(ARENA)
+OF_IMAGENET = columns(IMAGENET) | columns(PLUS_PLUS)
+OFFICIAL = {name: values | SHARED for name, values in OF_IMAGENET.items()} | columns(ARENA)
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
@@ -114,6 +130,27 @@ def test_architecture_can_be_overridden():
     names = weights.flatten(params)
     assert names["layers.0.blocks.0.attn.positional_encoding"].shape == (1, 28 * 28, 96)
     assert names["layers.3.blocks.0.attn.dwc.kernel"].shape[:2] == (3, 3)
+
+
+def test_blocks_of_polaformer_plus_plus_can_be_mixed():
+    config = resolve("digits", "pp")
+    config.model.flags = "l,v,lv,l"
+    model = create_abstract_model(config)
+    assert model.config.flags == ("l", "v", "lv", "l")
+    config.model.flags = "l,v,lvl,l"
+    with pytest.raises(UserError, match=r"flags\[2\]='lvl': expected 2 letters of l, v"):
+        create_abstract_model(config)
+    config = resolve("digits", "pvt")
+    config.model.flags = "l,l,l,l"
+    with pytest.raises(UserError, match="PolaPVT has no argument flags"):
+        create_abstract_model(config)
+
+
+def test_a_training_that_is_not_published_is_not_made_up():
+    with pytest.raises(UserError, match="how pola_pp_b5 is trained from scratch is not published"):
+        resolve("pola_pp", "b5")
+    with pytest.raises(UserError, match="recipe=finetune: only that of b5 is published"):
+        resolve("pola_pp", "b2,recipe=finetune")
 
 
 @pytest.mark.parametrize("file", CONFIGS)

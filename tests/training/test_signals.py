@@ -98,6 +98,7 @@ with Watchdog(1.0) as watchdog:
 """
 
 
+@pytest.mark.slow
 def test_a_stuck_step_is_shown_and_ended_and_a_watchdog_that_is_left_lets_the_program_go_on():
     left = WATCHED.replace("    hang_here()", "") + "time.sleep(2)\n"
     stuck, free = (

@@ -18,11 +18,12 @@ from polaformer_jax.data.records import Source
 from polaformer_jax.data.workers import Stream
 from polaformer_jax.models import registry
 from polaformer_jax.models.initializers import Keys
+from polaformer_jax.models.pola_pp import PolaPP
 from polaformer_jax.training.metrics import Sums, masked
 from polaformer_jax.training.tasks.task import Batch
 
 # Fields of `config.model` that replace those of the model's config where they are not None.
-ARCHITECTURE = ("attn_type", "window_size", "softmax_window_size", "alpha", "kernel_size")
+ARCHITECTURE = ("attn_type", "window_size", "softmax_window_size", "alpha", "kernel_size", "flags")
 
 
 class ImageClassification:
@@ -50,6 +51,8 @@ class ImageClassification:
             rngs=rngs,
         )
         model.remat = config.remat
+        if self._config.init.freeze_backbone and isinstance(model, PolaPP):
+            model.frozen_statistics = True
         return model
 
     def open_source(self, split: str) -> Source:
