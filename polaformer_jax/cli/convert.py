@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--alpha", type=float, help="alpha of the attention [that of the stored config, or 4]")
     parser.add_argument("--img-size", type=int, help="resize position tables for this image size")
     parser.add_argument("--num-classes", type=int, help="a new classifier for this many classes, of zeros")
+    parser.add_argument("--ema", action="store_true", help="take the moving average (state_dict_ema) of a checkpoint")
     parser.add_argument("--layout", choices=("ours", "torch"), default="ours", help="of the written file [ours]")
     parser.add_argument("--compare", metavar="NPZ", help="images and logits that the converted model must reproduce")
     args = parser.parse_intermixed_args(argv)
@@ -45,6 +46,7 @@ def _convert(args) -> int:
         alpha=args.alpha,
         img_size=args.img_size,
         num_classes=args.num_classes,
+        ema=args.ema,
         layout=args.layout,
         reference=None if args.compare is None else read_reference(args.compare),
     )

@@ -54,7 +54,8 @@ class Conversion:
             name if name in weights.UNUSED else name.rsplit(".", 1)[-1] for name in self.ignored
         )
         size = f"{given.max_length} tokens" if isinstance(given, PolaSequenceConfig) else f"{given.img_size} pixels"
-        model = f"{self.model}, {size}, {given.num_classes} classes, alpha {given.alpha:g}"
+        alpha = f", alpha {given.alpha:g}" if hasattr(given, "alpha") else ""
+        model = f"{self.model}, {size}, {given.num_classes} classes{alpha}"
         rows = [
             ("model", model),
             ("found", ", ".join([f"{self.found} tensors", *facts])),
@@ -77,6 +78,7 @@ def convert(
     alpha: float | None = None,
     img_size: int | None = None,
     num_classes: int | None = None,
+    ema: bool = False,
     layout: weights.Layout = "ours",
     reference: Mapping[str, np.ndarray] | None = None,
 ) -> Conversion:
@@ -90,6 +92,7 @@ def convert(
         alpha: of the attention; None: the one that the file's config names, or the official 4.
         img_size, num_classes: values other than the file's: position tables are resized, the classifier starts from
             zeros.
+        ema: see `weights.read_file`.
         reference: "images" (B, 3, S, S) or (B, S, S, 3), normalised, and "logits" (B, classes) that the converted model
             must give in float32 within a relative L2 error of 1e-5.
 
@@ -102,7 +105,7 @@ def convert(
     target = paths.given(target, "out")
     aside = target.parent / f".{target.name}.{uuid.uuid4().hex}.safetensors"
     try:
-        written = _write(weights.read_file(source), aside, model, alpha, img_size, num_classes, layout)
+        written = _write(weights.read_file(source, ema=ema), aside, model, alpha, img_size, num_classes, layout)
         seconds, error = _run(aside, os.fspath(source), reference)
         aside.replace(target)
     finally:
@@ -129,7 +132,7 @@ def _write(
         assumed = [line for line in assumed if not line.startswith("alpha")]
         if stored not in (None, alpha):
             assumed.append(f"alpha: {alpha:g} as given, though the file says {stored:g}")
-    expected = weights.shapes(nnx.to_pure_dict(nnx.state(built, nnx.Param)))
+    expected = weights.shapes(nnx.to_pure_dict(nnx.state(built)))
     try:
         fits = creation.allowed_fits(given)
         checked = weights.check(file.tensors, expected, layout=file.layout, fit=fits, release=True)

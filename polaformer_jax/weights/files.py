@@ -19,6 +19,7 @@ from polaformer_jax.weights.metadata import facts_of, info_of
 Layout = Literal["ours", "torch"]
 
 _WRAPPERS = ("model", "state_dict")
+_EMA = "state_dict_ema"
 _WRAPPED = 4  # levels at most; a dict can contain itself
 _FACTS = ("epoch", "max_accuracy", "config")
 _LARGEST_FACTS = 10_000  # values; the official config has about a hundred
@@ -76,7 +77,7 @@ class WeightsFile:
         return official and named == "imagenet" and bias is not None and bias.shape == (len(imagenet.classes()),)
 
 
-def read_file(path: str | os.PathLike) -> WeightsFile:
+def read_file(path: str | os.PathLike, *, ema: bool = False) -> WeightsFile:
     """Reads a `.pth` checkpoint or `.safetensors` in either layout; the content determines which it is, not the name.
 
     Nothing in the file is executed. Tensors are mapped, not copied, and checked against the file's checksums.
@@ -84,19 +85,20 @@ def read_file(path: str | os.PathLike) -> WeightsFile:
     Args:
         path: local, of a file or of a folder that has a `model.safetensors`; in a bucket (`gs://`), from which it is
             copied to a temporary file first; or an address on the Hugging Face Hub (`hf://`, see `hub.Address.parse`).
+        ema: of an official checkpoint that has two, read the moving average (`state_dict_ema`), not the last weights.
 
     Raises:
         WeightsError: there is no such file, it is of another kind, it is damaged, or it holds no weights.
     """
     name = os.fspath(path)
     if hub.is_address(name):
-        return _read_local(hub.fetch(name), name)
+        return _read_local(hub.fetch(name), name, ema)
     try:
         path = paths.given(path)
     except UserError as error:
         raise WeightsError(f"cannot read the weights: {error}") from None
     if not paths.in_bucket(path):
-        return _read_local(Path(path), name)
+        return _read_local(Path(path), name, ema)
     try:
         content = path.read_bytes()
     except Exception as error:  # back ends raise their own exceptions
@@ -105,10 +107,10 @@ def read_file(path: str | os.PathLike) -> WeightsFile:
         file.write(content)
         file.flush()
         del content
-        return _read_local(Path(file.name), name)
+        return _read_local(Path(file.name), name, ema)
 
 
-def _read_local(path: Path, name: str) -> WeightsFile:
+def _read_local(path: Path, name: str, ema: bool) -> WeightsFile:
     try:
         if path.is_dir():
             if not (path / hub.WEIGHTS).is_file():
@@ -130,6 +132,8 @@ def _read_local(path: Path, name: str) -> WeightsFile:
     if not head.startswith(b"PK") and (path.suffix == ".safetensors" or head[8:9] == b"{"):
         if head[8:9] != b"{" and (kind := kinds.describe(head)) is not None:
             raise WeightsError(f"{name} is {kind[0]}, expected a .safetensors file; {kind[1]}")
+        if ema:
+            raise WeightsError(f"{name} is a .safetensors file, which has no second weights: leave out ema")
         tensors, metadata = safetensors_file.read(path, name=name)
         layout = metadata.get("layout")
         if layout is None:  # a file of another program: only our layout has kernels
@@ -141,17 +145,22 @@ def _read_local(path: Path, name: str) -> WeightsFile:
         if layout == "torch":
             tensors, _ = unwrap(tensors, name)
         return WeightsFile(name, layout, tensors, metadata, facts_of(metadata, name))
-    tensors, facts = unwrap(torch_zip.read(path, name=name), name)
+    tensors, facts = unwrap(torch_zip.read(path, name=name), name, ema=ema)
     return WeightsFile(name, "torch", tensors, {}, facts)
 
 
-def unwrap(content: object, name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def unwrap(content: object, name: str, *, ema: bool = False) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The tensors in the content of a `.pth` file, and the facts next to them.
 
-    The only rule: descend through `model` and `state_dict` while they are dicts, then drop a prefix `module.` (of
-    DistributedDataParallel) that all names have.
+    The only rule: descend through `model` and `state_dict` while they are dicts (with `ema` into `state_dict_ema` at
+    first), then drop a prefix `module.` (of DistributedDataParallel) that all names have.
     """
     facts = {}
+    if ema:
+        if not isinstance(content, Mapping) or not isinstance(content.get(_EMA), Mapping):
+            raise WeightsError(f"{name} has no moving average ({_EMA}) beside its weights: leave out ema")
+        facts = {key: plain(content[key], f"{name}: {key}") for key in _FACTS if key in content}
+        content = content[_EMA]
     for _ in range(_WRAPPED):
         if not isinstance(content, Mapping):
             break

@@ -18,6 +18,10 @@ Fit = Literal["tables", "classifier"]
 _BICUBIC = ("positional_encoding", "relative_position_bias_table", "absolute_pos_embed")
 _BILINEAR = re.compile(r"pos_embed\d")
 CLASSIFIER = ("head.kernel", "head.weight", "head.bias")  # under our names and the official ones
+# What a model without classifier does not have: PolaFormer++ also leaves out the projection before it.
+_PROJECTION = ("proj.kernel", "proj.weight", "proj.bias")
+_ITS_NORM = ("norm.scale", "norm.weight", "norm.bias", "norm.mean", "norm.var", "norm.running_mean", "norm.running_var")
+OF_CLASSIFIER = (*CLASSIFIER, *_PROJECTION, *_ITS_NORM)
 
 
 class Change(NamedTuple):

@@ -14,15 +14,14 @@ from typing import Any, NamedTuple
 
 from polaformer_jax.errors import WeightsError
 from polaformer_jax.models.model_config import STRIDES, ModelConfig, differences
+from polaformer_jax.models.pola_pp import PolaPPConfig
 from polaformer_jax.models.pola_pvt import PolaPVTConfig
 from polaformer_jax.models.pola_sequence import PolaSequenceConfig
 from polaformer_jax.models.pola_swin import PolaSwinConfig
-from polaformer_jax.weights import rules
 from polaformer_jax.weights.files import WeightsFile
+from polaformer_jax.weights.identify_pp import pola_pp
+from polaformer_jax.weights.tensor_names import Names
 
-Shape = tuple[int, ...]
-
-_DEEPEST = 200  # blocks a stage; the largest official model has 27
 _ALPHA = 4  # of all official models
 _RATES = ("drop_rate", "drop_path_rate")
 
@@ -51,22 +50,25 @@ def identify(file: WeightsFile, *, img_size: int | None = None) -> Identity:
     """
     if file.metadata.get("family") == "PolaSequence":
         return _sequence(file)
-    names, known = _Names(file), _known(file)
+    names, known = Names(file), _known(file)
     if "patch_embed1.proj.weight" in names.shapes:
         kind, identify_family = PolaPVTConfig, _pvt
     elif "patch_embed.proj.weight" in names.shapes:
         kind, identify_family = PolaSwinConfig, _swin
+    elif "patch_embed.proj.0.weight" in names.shapes:
+        kind, identify_family = PolaPPConfig, pola_pp
     else:
         raise WeightsError(
-            f"{file.path} holds neither a Pola-PVT (patch_embed1.proj) nor a Pola-Swin (patch_embed.proj); its "
-            f"{len(file.tensors)} tensors begin with {', '.join(list(file.tensors)[:3])}"
+            f"{file.path} holds neither a Pola-PVT (patch_embed1.proj), nor a Pola-Swin (patch_embed.proj), nor a"
+            f" PolaFormer++ (patch_embed.proj.0); its {len(file.tensors)} tensors begin with"
+            f" {', '.join(list(file.tensors)[:3])}"
         )
     assumed = []
-    if "alpha" not in known:
+    if kind is not PolaPPConfig and "alpha" not in known:
         known["alpha"] = _ALPHA
         assumed.append(f"alpha: {_ALPHA:g}, as in all official models")
     arguments = identify_family(names, {"img_size": img_size, **known}, assumed)
-    arguments |= {"alpha": known["alpha"], **{rate: known[rate] for rate in _RATES if rate in known}}
+    arguments |= {name: known[name] for name in ("alpha", *_RATES) if name in known and name in kind.names()}
     shown = _config(kind, arguments, file)
     if (recorded := _recorded(file)) is None:
         return Identity(shown, assumed)
@@ -106,14 +108,15 @@ def stored_arguments(file: WeightsFile) -> dict[str, Any]:
         shown = ("attention", "num_heads") + (("alpha",) if recorded.get("attention") == "polarity" else ())
         return {name: recorded[name] for name in shown if isinstance(recorded.get(name), str | int | float)}
     known = _known(file)
-    return {name: known[name] for name in ("alpha", "num_heads") if name in known}
+    names = ("num_heads",) if file.metadata.get("family") == "PolaPP" else ("alpha", "num_heads")
+    return {name: known[name] for name in names if name in known}
 
 
 def num_classes_of(file: WeightsFile) -> int:
     """The number of classes of the file's classifier, 0 where there is none."""
     if file.metadata.get("family") == "PolaSequence":
-        return _Names(file).shape("head.fc2.weight", 2)[0]
-    return _Names(file).classes()
+        return Names(file).shape("head.fc2.weight", 2)[0]
+    return Names(file).classes()
 
 
 def _recorded(file: WeightsFile) -> dict[str, Any] | None:
@@ -147,7 +150,7 @@ def _known(file: WeightsFile) -> dict[str, Any]:
 
 def _sequence(file: WeightsFile) -> Identity:
     """A model that only we write: the file's own arguments, which loading checks against the tensors' shapes."""
-    recorded, depth = _recorded(file) or {}, _Names(file).count(r"blocks\.(\d+)\.", "the model")
+    recorded, depth = _recorded(file) or {}, Names(file).count(r"blocks\.(\d+)\.", "the model")
     if recorded.get("depth", depth) != depth:
         raise WeightsError(
             f"{file.path} contradicts itself: it has {depth} blocks, and names a model of {recorded['depth']}"
@@ -155,7 +158,7 @@ def _sequence(file: WeightsFile) -> Identity:
     return Identity(_config(PolaSequenceConfig, {**recorded, "depth": depth}, file), [])
 
 
-def _pvt(names: "_Names", known: Mapping[str, Any], assumed: list[str]) -> dict[str, Any]:
+def _pvt(names: Names, known: Mapping[str, Any], assumed: list[str]) -> dict[str, Any]:
     dims, depths, heads, ratios, softmax, linear, kinds = [], [], [], [], [], [], ""
     for i in range(4):
         stage = f"block{i + 1}"
@@ -189,7 +192,7 @@ def _pvt(names: "_Names", known: Mapping[str, Any], assumed: list[str]) -> dict[
     }
 
 
-def _swin(names: "_Names", known: Mapping[str, Any], assumed: list[str]) -> dict[str, Any]:
+def _swin(names: Names, known: Mapping[str, Any], assumed: list[str]) -> dict[str, Any]:
     depths, heads, kinds, windows = [], [], [], {"L": {}, "S": {}}
     for i in range(4):
         depths.append(names.count(rf"layers\.{i}\.blocks\.(\d+)\.", f"layers.{i}.blocks"))
@@ -232,7 +235,7 @@ def _swin_types(kinds: list[str], path: str) -> str:
     return letters + (str(mixed.pop()) if mixed else "")
 
 
-def _swin_image_size(names: "_Names", windows: dict[str, dict[int, int]], stored: float | None) -> int:
+def _swin_image_size(names: Names, windows: dict[str, dict[int, int]], stored: float | None) -> int:
     """The image size: from any tensor that shows the grid of a stage, otherwise the stored one."""
     sizes = set()
     for kind in windows.values():  # a window that is smaller than its kind's covers a whole grid
@@ -261,49 +264,3 @@ def _field(file: WeightsFile, *path: str) -> Any:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-class _Names:
-    """Shapes by official name, for either layout, with errors that say what was looked for."""
-
-    def __init__(self, file: WeightsFile):
-        self.path = file.path
-        self.shapes: dict[str, Shape] = {name: array.shape for name, array in file.tensors.items()}
-        if file.layout == "ours":
-            self.shapes = {
-                rules.official_name(name, len(shape)): rules.official_shape(name, shape)
-                for name, shape in self.shapes.items()
-            }
-
-    def shape(self, name: str, axes: int) -> Shape:
-        found = self.shapes.get(name)
-        if found is None or len(found) != axes or not math.prod(found):
-            raise WeightsError(
-                f"{self.path} holds no complete model: {name} is {found or 'missing'}, expected {axes} axes"
-            )
-        return found
-
-    def side(self, name: str, axis: int) -> int:
-        """The side of a square position table whose rows are along `axis`."""
-        shape = self.shape(name, axis + 2)
-        side = math.isqrt(shape[axis])
-        if side**2 != shape[axis]:
-            raise WeightsError(f"{self.path}: {name} has {shape[axis]} rows, expected a square number")
-        return side
-
-    def count(self, pattern: str, stage: str) -> int:
-        """How many blocks a stage has: they are numbered from 0, without a gap."""
-        found = {int(match[1]) for name in self.shapes if (match := re.match(pattern, name)) and len(match[1]) < 9}
-        if not found or found != set(range(len(found))) or len(found) > _DEEPEST:
-            numbers = f"{len(found)} blocks, the last being number {max(found)}" if found else "no block"
-            raise WeightsError(
-                f"{self.path} holds no complete model: {stage} has {numbers}; expected numbers from 0 without a gap, "
-                f"and at most {_DEEPEST} blocks"
-            )
-        return len(found)
-
-    def classes(self) -> int:
-        return self.shape("head.weight", 2)[0] if "head.weight" in self.shapes else 0
-
-    def kernel_size(self) -> int:
-        return next((shape[-1] for name, shape in self.shapes.items() if name.endswith("attn.dwc.weight") and shape), 5)

@@ -45,7 +45,7 @@ def load_weights(
         raise TypeError(f"model is a {type(model).__name__}, expected a PolaPVT, PolaSwin or PolaSequence")
     file = source if isinstance(source, Mapping | WeightsFile) else read_file(source)
     info = ModelInfo() if isinstance(file, Mapping) else file.info
-    params, changes = params_from(file, nnx.to_pure_dict(nnx.state(model, nnx.Param)), model.config, fit=fit)
+    params, changes = params_from(file, nnx.to_pure_dict(nnx.state(model)), model.config, fit=fit)
     nnx.update(model, params)
     model.info = fitted_info(info, model.config, changes, fit)
     return changes
@@ -87,7 +87,7 @@ def params_from(
             f"{file.path} was trained with {listed}: no shape shows it, and the model would compute another function. "
             "Give the model the file's value (config.model.alpha, config.task.attention)"
         )
-    if "alpha" not in known and "attention" not in known:
+    if hasattr(config, "alpha") and "alpha" not in known and "attention" not in known:
         log.warning("%s does not specify alpha; the model's value %s is used", file.path, config.alpha)
     try:
         checked = check(file.tensors, shapes(like), layout=file.layout, fit=fit, release=True)

@@ -6,8 +6,11 @@ import numpy as np
 from flax import nnx
 
 from polaformer_jax.errors import WeightsError
+from polaformer_jax.models.batch_norm import BatchNorm
+from polaformer_jax.models.pola_pp import PolaPP
 from polaformer_jax.models.pola_sequence import PolaSequence
 from polaformer_jax.models.pola_swin import PolaSwin
+from polaformer_jax.models.rotary import frequencies
 from polaformer_jax.models.window_attention import SwinBlock, WindowAttention, relative_position_index, shift_mask
 from polaformer_jax.weights import rules
 from polaformer_jax.weights.params import flatten
@@ -20,14 +23,15 @@ def to_torch(model: nnx.Module) -> dict[str, np.ndarray]:
         official_model.load_state_dict(tensors, strict=True)
 
     Args:
-        model: a PolaPVT or PolaSwin.
+        model: a PolaPVT, PolaSwin or PolaPP.
 
     Returns:
         NumPy arrays: the parameters in their storage dtype, and what else the official code counts as state: the
-        buffers of Pola-Swin (`relative_position_index` int64, `attn_mask` float32) and the `norm` that the official
-        Pola-PVT has and never uses (ones and zeros).
+        buffers of Pola-Swin (`relative_position_index` int64, `attn_mask` float32), those of PolaFormer++
+        (`num_batches_tracked` int64, of value 0, `angle` float32), and the `norm` that the official Pola-PVT has and
+        never uses (ones and zeros).
     """
-    params = flatten(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    params = flatten(nnx.to_pure_dict(nnx.state(model)))
     return in_official_layout({name: np.asarray(leaf) for name, leaf in params.items()}, model)
 
 
@@ -40,7 +44,21 @@ def in_official_layout(tensors: Mapping[str, np.ndarray], model: nnx.Module) -> 
     official = {
         rules.official_name(name, array.ndim): rules.to_official(name, array) for name, array in tensors.items()
     }
+    if isinstance(model, PolaPP):
+        return official | _counters_and_angles(model)
     return official | (_buffers(model) if isinstance(model, PolaSwin) else _unused_norm(model))
+
+
+def _counters_and_angles(model: PolaPP) -> dict[str, np.ndarray]:
+    """What the official PolaFormer++ counts and computes: batches seen by each normalisation, and rotary angles."""
+    buffers = {}
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, BatchNorm):
+            buffers[".".join(map(str, (*path, "num_batches_tracked")))] = np.zeros((), np.int64)
+    for i, (dim, heads) in enumerate(zip(model.config.embed_dims, model.config.num_heads, strict=True)):
+        for name, width in (("RoPE", dim // heads), ("RoPE_linear", 2 * dim // heads)):
+            buffers[f"layers.{i}.{name}.angle"] = np.repeat(frequencies(width), 2).astype(np.float32)
+    return buffers
 
 
 def _buffers(model: PolaSwin) -> dict[str, np.ndarray]:

@@ -91,7 +91,7 @@ def check(
             ignored.append(name)
         else:
             unexpected.append(name)
-    spare = [name for name in unexpected if "classifier" in fit and name in fitting.CLASSIFIER]
+    spare = [name for name in unexpected if "classifier" in fit and name in fitting.OF_CLASSIFIER]
     tensors, changes = fitting.fitted(found, expected, fit, spare={name: np.shape(arrays[name]) for name in spare})
     _raise_misfits(tensors, expected, names, [name for name in unexpected if name not in spare], release)
     return Checked({name: tensors[name] for name in expected}, changes, ignored)

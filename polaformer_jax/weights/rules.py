@@ -7,7 +7,9 @@ and one array layout belongs to each kind. Our names are the paths of the parame
 |---------------|-------------------------------------|-------------------------------------|
 | linear        | kernel (in, out)                    | weight (out, in)                    |
 | convolution   | kernel (height, width, in, out)     | weight (out, in, height, width)     |
-| LayerNorm     | scale (C,)                          | weight (C,)                         |
+| norms         | scale (C,)                          | weight (C,)                         |
+| BatchNorm     | mean, var (C,)                      | running_mean, running_var (C,)      |
+| LayerScale    | gamma (1, 1, 1, C)                  | gamma (1, C, 1, 1)                  |
 | anything else | bias, power, scale of the attention, position tables: the same name and layout    ||
 """
 
@@ -36,16 +38,19 @@ def _rule(ours: str, official: str, our_end: str, official_end: str, from_offici
     )
 
 
-# The first matching rule is used; parameters that match none keep their name and layout. Only a LayerNorm is called
-# `norm`, `norm1` or `norm2`; `attn.scale` is the attention's own parameter, not a LayerNorm's.
+# The first matching rule is used; parameters that match none keep their name and layout. Only norms have a scale of one
+# axis: `attn.scale`, the attention's own parameter, has three.
 RULES = (
-    _rule(r"(^|\.)norm\d?\.scale$", r"(^|\.)norm\d?\.weight$", "scale", "weight", (0,)),
+    _rule(r"(^|\.)scale$", r"(^|\.)weight$", "scale", "weight", (0,)),
+    _rule(r"(^|\.)mean$", r"(^|\.)running_mean$", "mean", "running_mean", (0,)),
+    _rule(r"(^|\.)var$", r"(^|\.)running_var$", "var", "running_var", (0,)),
+    _rule(r"\.gamma_[12]$", r"\.gamma_[12]$", "", "", (0, 2, 3, 1)),
     _rule(r"\.kernel$", r"\.weight$", "kernel", "weight", (1, 0)),
     _rule(r"\.kernel$", r"\.weight$", "kernel", "weight", (2, 3, 1, 0)),
 )
 
 # The official models compute these buffers themselves; their checkpoints hold them, but they are not weights.
-BUFFERS = ("relative_position_index", "attn_mask")
+BUFFERS = ("relative_position_index", "attn_mask", "num_batches_tracked", "angle")
 # The official Pola-PVT has a final normalisation that it never calls. Ours has none.
 UNUSED = ("norm.weight", "norm.bias")
 

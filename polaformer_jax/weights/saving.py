@@ -43,7 +43,7 @@ def save_weights(
             raise ValueError(f"metadata {key!r}: {value!r}: expected strings")
         if key in RESERVED:
             raise ValueError(f"metadata {key!r}: this name describes the file's content and is reserved")
-    arrays = to_torch(model) if layout == "torch" else flatten(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    arrays = to_torch(model) if layout == "torch" else flatten(nnx.to_pure_dict(nnx.state(model)))
     write_file(path, arrays, layout=layout, metadata={**metadata_of(model.info), **(metadata or {}), **described})
 
 

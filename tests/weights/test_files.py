@@ -289,7 +289,7 @@ def test_a_named_model_takes_the_classes_of_the_file(tmp_path):
 
 
 def test_a_name_or_a_file_is_needed():
-    with pytest.raises(ValueError, match="give one of pola_pvt_b, .*, or a file of weights"):
+    with pytest.raises(ValueError, match="give one of pola_pp_b0, .*, or a file of weights"):
         pf.create_model(rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="name is None"):
         pf.create_model(weights=official(tiny()))

@@ -49,7 +49,11 @@ def test_every_kind_of_block_is_recognised(name):
     assert found.drop_path_rate == 0.3
 
 
-@pytest.mark.parametrize("name", [name for name in registry.list_models() if name != "pola_sequence"])
+ZOO = [name for name in registry.list_models() if name != "pola_sequence"]
+LARGE = ("pola_pp_b2", "pola_pp_b3", "pola_pp_b4", "pola_pp_b5")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in ZOO])
 def test_every_model_of_the_zoo_is_recognised(name):
     model = nnx.eval_shape(lambda: pf.create_model(name, rngs=nnx.Rngs(0)))
     flat = weights.flatten(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
