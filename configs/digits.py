@@ -5,6 +5,7 @@ The 1,797 digits that scikit-learn ships, 1,437 to train on and 360 to test with
     polaformer prepare sklearn_digits --data-dir data
     polaformer train --config digits --workdir runs/digits                # Pola-PVT, or: make train
     polaformer train --config digits:swin --workdir runs/digits_swin      # Pola-Swin
+    polaformer train --config digits:pp --workdir runs/digits_pp          # PolaFormer++
 
 Expected: at least 97.5 % of the test digits (there is no published figure). Options: `epochs=`, and `recipe=full` for
 the additions of the ImageNet recipe: RandAugment, random erasing, mixup, CutMix, and a moving average of the weights.
@@ -16,7 +17,7 @@ from polaformer_jax.training.recipes import parse_arg
 
 
 def get_config(arg=None):
-    arg = parse_arg(arg, models=("pvt", "swin"), epochs=30.0, recipe="plain")
+    arg = parse_arg(arg, models=("pvt", "swin", "pp"), epochs=30.0, recipe="plain")
     if arg.recipe not in ("plain", "full"):
         raise UserError(f"config option recipe={arg.recipe}: it is plain or full")
     config = defaults()

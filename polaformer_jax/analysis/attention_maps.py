@@ -19,8 +19,10 @@ from flax import nnx
 from polaformer_jax.errors import UserError
 from polaformer_jax.models.attention import NORMALISER_EPS, PolarityAttention, signed_features
 from polaformer_jax.models.backbone import Backbone
-from polaformer_jax.models.layers import Block, accumulation_dtype, product
+from polaformer_jax.models.layers import ResidualBlock, accumulation_dtype, product
 from polaformer_jax.models.model_config import STRIDES
+from polaformer_jax.models.rotary import rotary_tables, rotated
+from polaformer_jax.models.rotary_attention import LinearAttention, SoftmaxAttention
 from polaformer_jax.models.window_attention import SwinBlock
 
 STREAMS = ("same", "opposite", "softmax")
@@ -36,7 +38,8 @@ class Stream:
             its rows. Softmax rows sum to 1. A row of a linear stream sums to s / (s + 1e-6), where s is the normaliser
             without its 1e-6: mostly just below 1, less where queries and keys hardly overlap, and 0 where they do not.
         entropy: (batch, heads) in nats, of the row divided by its sum; averaged over the rows where `weights` is.
-            All-zero rows have no entropy and are not counted; NaN if there are no others.
+            Rows of zeros, and those with negative weights (of PolaFormer++'s linear blocks), have no entropy and are
+            not counted; NaN if there are no others.
     """
 
     weights: np.ndarray
@@ -120,8 +123,7 @@ def last_linear_block(model: Backbone) -> tuple[int, int]:
 
     def rank(place: tuple[int, int]) -> tuple:
         stage, block = place
-        linear = isinstance(model.blocks(stage)[block].attn, PolarityAttention)
-        return model.config.img_size > STRIDES[stage], linear, place
+        return model.config.img_size > STRIDES[stage], is_linear(model.blocks(stage)[block]), place
 
     return max(((i, j) for i in range(len(STRIDES)) for j in range(len(model.blocks(i)))), key=rank)
 
@@ -194,10 +196,10 @@ def _sums(graphdef, params, images: jax.Array, position, *, stage: int, block: i
     """Sums by stream: over all query tokens, or, if `position` is given, over that one token of each window."""
     model = nnx.merge(graphdef, params)
     chosen = model.blocks(stage)[block]
-    x = chosen.norm1(model.tokens_before(images, stage=stage, block=block))  # (B, N, C)
-    x = chosen.to_windows(x) if isinstance(chosen, SwinBlock) else x  # (B * windows, N / windows, C)
+    # (B * windows, N / windows, C); one window, but for Pola-Swin
+    x = chosen.attention_input(model.tokens_before(images, stage=stage, block=block))
     tokens = x.shape[1]
-    rows = _linear_rows(chosen.attn, x) if isinstance(chosen.attn, PolarityAttention) else _softmax_rows(chosen, x)
+    rows = _rows_of(chosen, x)
 
     def sums(start, count):
         return {name: _summed(weights) for name, weights in rows(start, count).items()}
@@ -214,6 +216,51 @@ def _sums(graphdef, params, images: jax.Array, position, *, stage: int, block: i
 
         total, _ = jax.lax.scan(add, first, jnp.arange(count, tokens, count))
     return jax.tree.map(lambda a: a.reshape(images.shape[0], -1, *a.shape[1:]), total)
+
+
+def is_linear(block: ResidualBlock) -> bool:
+    """Whether a block has linear attention, with its two streams."""
+    return isinstance(block.attn, PolarityAttention | LinearAttention)
+
+
+def _rows_of(block: ResidualBlock, x: jax.Array) -> Callable:
+    """A function from the first query token and their number to the rows of the attention matrices, by stream."""
+    attn = block.attn
+    if isinstance(attn, PolarityAttention):
+        return _linear_rows(attn, x)
+    if isinstance(attn, LinearAttention):
+        return _rotary_linear_rows(attn, x)
+    return _rotary_softmax_rows(attn, x) if isinstance(attn, SoftmaxAttention) else _softmax_rows(block, x)
+
+
+def _rotary_linear_rows(attn: LinearAttention, x: jax.Array) -> Callable:
+    side = math.isqrt(x.shape[1])
+    same, opposite, k = attn.features(x)
+    tables = rotary_tables((side, side), k.shape[-1])
+    mean, keys = jnp.mean(k, axis=1), rotated(k, tables)
+
+    def weights(q, start, count):
+        turned = jax.lax.dynamic_slice_in_dim(rotated(q, tables), start, count, axis=1)
+        q = jax.lax.dynamic_slice_in_dim(q, start, count, axis=1)
+        normaliser = product("bmhk,bhk->bhm", q, mean) + NORMALISER_EPS
+        return product("bmhk,bnhk->bhmn", turned, keys) / k.shape[1] / normaliser[..., None]
+
+    return lambda start, count: {
+        "same": weights(same, start, count),
+        "opposite": weights(opposite, start, count),
+    }  # (B, h, count, n)
+
+
+def _rotary_softmax_rows(attn: SoftmaxAttention, x: jax.Array) -> Callable:
+    side = math.isqrt(x.shape[1])
+    q, k, _, _ = jnp.split(attn.qkvo(x), 4, axis=-1)
+    q, k = (attn.turned(t, (side, side)) for t in (q, k))
+
+    def rows(start, count):
+        own = jax.lax.dynamic_slice_in_dim(q, start, count, axis=1)
+        return {"softmax": jax.nn.softmax(product("bqhd,bkhd->bhqk", own, k) * q.shape[-1] ** -0.5, axis=-1)}
+
+    return rows
 
 
 def _linear_rows(attn: PolarityAttention, x: jax.Array) -> Callable:
@@ -234,7 +281,7 @@ def _linear_rows(attn: PolarityAttention, x: jax.Array) -> Callable:
     return rows
 
 
-def _softmax_rows(block: Block, x: jax.Array) -> Callable:
+def _softmax_rows(block: ResidualBlock, x: jax.Array) -> Callable:
     q, k, _ = block.attn.project(x)
     bias = (
         block.attn.bias(block.mask, accumulation_dtype(q.dtype)) if isinstance(block, SwinBlock) else None
@@ -260,17 +307,18 @@ def row_entropy(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Entropy, in nats, of rows of non-negative weights, each divided by its sum.
 
     Args:
-        weights: (..., n).
+        weights: (..., n). Those of PolaFormer++'s linear blocks may be negative, as rotations turn them.
 
     Returns:
-        (...) entropies, 0 for a row of zeros, and whether a row has a non-zero weight.
+        (...) entropies, 0 for a row of zeros or with negative weights, and whether a row has an entropy.
     """
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    seen = total > 0
-    return jnp.sum(jax.scipy.special.entr(weights / jnp.where(seen, total, 1)), axis=-1), seen[..., 0]
+    seen = (total > 0) & (jnp.min(weights, axis=-1, keepdims=True) >= 0)
+    shares = jnp.where(seen, weights / jnp.where(seen, total, 1), 0)
+    return jnp.sum(jax.scipy.special.entr(shares), axis=-1), seen[..., 0]
 
 
-def _members(block: Block, side: int) -> np.ndarray:
+def _members(block: ResidualBlock, side: int) -> np.ndarray:
     """(windows, tokens of a window): the index of each token in the image."""
     tokens = np.arange(side**2)
     if not isinstance(block, SwinBlock):

@@ -1,6 +1,7 @@
 """The official PyTorch code, in its own process and ready to be timed next to ours.
 
-The checkout is the user's (https://github.com/ZacharyMeng/PolaFormer); nothing is fetched or contained in this package.
+The checkout is the user's (https://github.com/ZacharyMeng/PolaFormer; for PolaFormer++ the folder `polaformer++` of
+https://github.com/ZacharyMeng/PolaFormerPP); nothing is fetched or contained in this package.
 """
 
 import argparse
@@ -22,7 +23,7 @@ Opener = Callable[[Case, Sequence[str], str], "Official"]
 MODES = ("forward", "gradient")  # that both codes have
 _NAMES = {"eager": "official", "compiled": "official, compiled"}
 _WORKER = Path(__file__).with_name("official_worker.py")
-_FILES = ("models/pola_pvt.py", "models/pola_swin.py")
+_FILES = {"PolaPVT": "models/pola_pvt.py", "PolaSwin": "models/pola_swin.py", "PolaPP": "models/pola.py"}
 
 
 def threads_here() -> int:
@@ -67,7 +68,8 @@ def openers(args: argparse.Namespace) -> "dict[str, Opener]":
         return {}
     checkout = Path(paths.given(args.official, "official"))
     python = interpreter(args.official_python, "official_python", "PyTorch")
-    _check(checkout)
+    if not any((checkout / name).is_file() for name in _FILES.values()):
+        raise _missing(checkout, _FILES["PolaPVT"])
 
     def start(case: Case, modes: Sequence[str], platform: str, *, compiled: bool) -> Official:
         return Official(
@@ -97,9 +99,8 @@ def interpreter(given: str, argument: str, package: str) -> str:
     return python
 
 
-def _check(path: Path) -> None:
-    if missing := [name for name in _FILES if not (path / name).is_file()]:
-        raise UserError(f"--official {path}: there is no {missing[0]} in it; expected a checkout of the official code")
+def _missing(path: Path, name: str) -> UserError:
+    return UserError(f"--official {path}: there is no {name} in it; expected a checkout of the official code")
 
 
 class Official(Worker):
@@ -135,6 +136,8 @@ class Official(Worker):
         if platform not in ("cpu", "gpu"):
             raise UserError(f"--official runs on a CPU or by CUDA, but JAX is on a {platform}: omit it")
         config = registry.model_config(case.model, num_classes=CLASSES, img_size=case.img_size)
+        if not (Path(path) / _FILES[config.family]).is_file():
+            raise _missing(Path(path), _FILES[config.family])
         question = {
             "family": config.family,
             "arguments": config.to_dict(),

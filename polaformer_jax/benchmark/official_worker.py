@@ -13,7 +13,11 @@ import os
 import sys
 import time
 
-CLASSES = {"PolaPVT": ("pola_pvt", "PyramidVisionTransformer"), "PolaSwin": ("pola_swin", "PolaSwinTransformer")}
+CLASSES = {
+    "PolaPVT": ("pola_pvt", "PyramidVisionTransformer"),
+    "PolaSwin": ("pola_swin", "PolaSwinTransformer"),
+    "PolaPP": ("pola", "POLA"),
+}
 
 
 def build(given):
@@ -25,6 +29,9 @@ def build(given):
     if given["family"] == "PolaPVT":
         arguments["patch_size"] = 4
         arguments["norm_layer"] = functools.partial(torch.nn.LayerNorm, eps=1e-6)
+    elif given["family"] == "PolaPP":
+        arguments.pop("img_size")
+        arguments["flagss"] = [list(word) for word in arguments.pop("flags")]
     else:
         arguments.pop("softmax_window_size")  # which the official class takes from the window
     return getattr(importlib.import_module("models." + module), name)(**arguments)

@@ -1,15 +1,19 @@
 """The mean attention maps of a linear block, as an output of a program: cheap, and made of ordinary operations."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from polaformer_jax.analysis.attention_maps import resolve_block
+from polaformer_jax.analysis.attention_maps import is_linear, resolve_block
 from polaformer_jax.errors import UserError
-from polaformer_jax.models.attention import NORMALISER_EPS, PolarityAttention, signed_features
+from polaformer_jax.models.attention import NORMALISER_EPS, signed_features
 from polaformer_jax.models.backbone import Backbone
 from polaformer_jax.models.layers import accumulation_dtype, product
 from polaformer_jax.models.model_config import STRIDES
+from polaformer_jax.models.rotary import rotary_tables, rotated
+from polaformer_jax.models.rotary_attention import LinearAttention
 from polaformer_jax.models.window_attention import SwinBlock
 
 
@@ -33,10 +37,14 @@ def mean_maps(model: Backbone, images: jax.Array, *, stage: int, block: int) -> 
     stage, block = linear_block(model, stage, block)
     chosen = model.blocks(stage)[block]
     attn = chosen.attn
-    x = chosen.norm1(model.tokens_before(images, stage=stage, block=block))
+    x = chosen.attention_input(model.tokens_before(images, stage=stage, block=block))
     order = np.arange((model.config.img_size // STRIDES[stage]) ** 2)
+    if isinstance(attn, LinearAttention):
+        same, opposite, k = attn.features(x)
+        side = math.isqrt(order.size)
+        tables = rotary_tables((side, side), k.shape[-1])
+        return tuple(_mean_rows(q, k, tables).reshape(-1, side, side) for q in (same, opposite))
     if isinstance(chosen, SwinBlock):
-        x = chosen.to_windows(x)
         with jax.ensure_compile_time_eval():
             order = np.asarray(chosen.to_windows(jnp.asarray(order).reshape(1, -1, 1))).ravel()
     q, k, _, _ = attn.project(x)
@@ -56,16 +64,21 @@ def linear_block(model: Backbone, stage: int, block: int) -> tuple[int, int]:
         stage, block = resolve_block(model, stage, block)
     except ValueError as error:
         raise UserError(str(error), argument="maps") from error
-    if not isinstance(model.blocks(stage)[block].attn, PolarityAttention):
+    if not is_linear(model.blocks(stage)[block]):
         raise UserError(f"block {block} of stage {stage} is a softmax block, which has no two maps", argument="maps")
     return stage, block
 
 
-def _mean_rows(q: jax.Array, k: jax.Array) -> jax.Array:
-    """(B', N, h, 2d), (B', n, h, 2d) -> (B', n), the mean over queries and heads; 1 is uniform."""
+def _mean_rows(q: jax.Array, k: jax.Array, tables=None) -> jax.Array:
+    """(B', N, h, 2d), (B', n, h, 2d) -> (B', n), the mean over queries and heads; 1 is uniform.
+
+    `tables`: rotations of both, after the normaliser.
+    """
     k_mean = jnp.mean(k, axis=1, dtype=accumulation_dtype(k.dtype)).astype(k.dtype)
     normaliser = product("bmhk,bhk->bmh", q, k_mean) + NORMALISER_EPS
-    q_mean = jnp.mean(q / normaliser[..., None], axis=1)  # (B', h, 2d)
+    q = q / normaliser[..., None]
+    q, k = (q, k) if tables is None else (rotated(q, tables), rotated(k, tables))
+    q_mean = jnp.mean(q, axis=1)  # (B', h, 2d)
     return product("bhk,bnhk->bnh", q_mean.astype(k.dtype), k).mean(axis=-1)
 
 

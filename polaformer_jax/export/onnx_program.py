@@ -9,6 +9,7 @@ from flax import nnx
 from polaformer_jax.errors import UserError
 from polaformer_jax.export import onnx_file
 from polaformer_jax.export.program import check_target, program_of
+from polaformer_jax.models.pola_pp import PolaPP
 
 FORMAT = "polaformer_jax/onnx/1"
 SUFFIX = ".onnx"
@@ -24,6 +25,8 @@ def onnx(
     opset: int = onnx_file.OLDEST_OPSET,
 ) -> dict[str, Any]:
     """Writes a model's program in evaluation to an ONNX file, in float32 and for batches of any size.
+
+    All families but PolaFormer++ can be written.
 
     It needs the extra `onnx`, whose packages pin others to older versions than training takes: install it in an
     environment of its own.
@@ -51,6 +54,8 @@ def onnx(
             " onnxruntime.quantization for integers of 8 bits",
             argument="dtype",
         )
+    if isinstance(model, PolaPP):
+        raise UserError("PolaFormer++ cannot be written as ONNX so far: export it as StableHLO")
     program = program_of(model, preprocess=preprocess, maps=maps, dtype=dtype)
     metadata = {"format": FORMAT, **program.metadata, "opset": opset}
     onnx_file.write(

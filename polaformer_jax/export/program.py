@@ -129,7 +129,7 @@ def _portable(model: nnx.Module, dtype: str) -> nnx.Module:
             " runtime may quantise the file, such as onnxruntime.quantization an ONNX file",
             argument="dtype",
         )
-    params = nnx.state(model, nnx.Param)
+    params = nnx.state(model)
     stored = jax.tree.leaves(params)[0].dtype
     abstract = registry.create_abstract(config, dtype=dtype, param_dtype=stored, attention_impl="xla")
     return nnx.merge(nnx.graphdef(abstract), params)

@@ -17,6 +17,7 @@ from polaformer_jax.files import atomic, paths
 from polaformer_jax.inference.images import evaluation_transform
 from polaformer_jax.models.backbone import Backbone
 from polaformer_jax.models.model_config import STRIDES
+from polaformer_jax.models.pola_pp import PolaPP
 from polaformer_jax.weights import hub, imagenet, model_metadata, save_weights
 
 OFFICIAL = "pytorch.safetensors"  # the weights once more, as the official PyTorch code takes them
@@ -115,7 +116,7 @@ def timm_config(model: nnx.Module) -> dict[str, Any]:
         content["pretrained_cfg"] = {
             "custom_load": False,
             "input_size": [3, config.img_size, config.img_size],
-            "fixed_input_size": True,
+            "fixed_input_size": not isinstance(model, PolaPP),
             "interpolation": "bicubic",
             "crop_pct": transform.crop / transform.resize,
             "crop_mode": "squash",
@@ -133,4 +134,6 @@ def _num_features(model: nnx.Module) -> int:
     config = model.config
     if not isinstance(model, Backbone):
         return config.dim
+    if isinstance(model, PolaPP) and config.num_classes:
+        return config.projection
     return config.embed_dims[-1] if hasattr(config, "embed_dims") else config.embed_dim * 2 ** (len(STRIDES) - 1)

@@ -15,6 +15,7 @@ from matplotlib.patches import Rectangle
 from polaformer_jax.analysis.attention_maps import (
     AttentionMaps,
     attention_maps,
+    is_linear,
     last_linear_block,
     resolve_block,
     resolve_token,
@@ -24,7 +25,6 @@ from polaformer_jax.errors import UserError
 from polaformer_jax.files import figures
 from polaformer_jax.files.figures import FAINT, INK
 from polaformer_jax.inference.images import evaluation_transform, read_image
-from polaformer_jax.models.attention import PolarityAttention
 from polaformer_jax.models.backbone import Backbone
 from polaformer_jax.models.model_config import STRIDES
 
@@ -103,8 +103,7 @@ def draw(
 
 
 def _headline(model: Backbone, where: Where, maps: AttentionMaps) -> str:
-    attn = model.blocks(where.stage)[where.block].attn
-    kind = "linear" if isinstance(attn, PolarityAttention) else "softmax"
+    kind = "linear" if is_linear(model.blocks(where.stage)[where.block]) else "softmax"
     heads = next(iter(maps.streams.values())).weights.shape[1]
     whose = f"token ({where.token[0]}, {where.token[1]})" if where.token else "average over all tokens"
     side = model.config.img_size // STRIDES[where.stage]
@@ -131,7 +130,7 @@ def _draw_row(figure: Figure, panels, image: np.ndarray, result, maps: Attention
         axes.imshow(value, cmap=COLOURS, norm=colours.norm, alpha=0.75, **place)
         entropy = maps.streams[name].entropy[0]
         seen = entropy[~np.isnan(entropy)]
-        text = f"entropy {seen.mean():.2f} of {maps.uniform_entropy:.2f} nats" if seen.size else "no weights at all"
+        text = f"entropy {seen.mean():.2f} of {maps.uniform_entropy:.2f} nats" if seen.size else _without_entropy(value)
         axes.set_title(f"{TITLES[name]}\n{text}", fontsize=9, color=INK, parse_math=False)
     bar = figure.colorbar(colours, ax=panels[-1], fraction=0.046, pad=0.03)
     bar.ax.yaxis.get_major_formatter().set_useOffset(False)
@@ -146,6 +145,10 @@ def _draw_row(figure: Figure, panels, image: np.ndarray, result, maps: Attention
             cell = size / side
             corner = where.token[1] * cell, where.token[0] * cell
             axes.add_patch(Rectangle(corner, cell, cell, fill=False, edgecolor=MARK, linewidth=1.8))
+
+
+def _without_entropy(weights: np.ndarray) -> str:
+    return "weights of both signs" if np.any(weights) else "no weights at all"
 
 
 def _scale(maps: Iterable[np.ndarray]) -> Normalize:

@@ -2,8 +2,6 @@
 
 import io
 import json
-import subprocess
-import sys
 import types
 from pathlib import Path
 
@@ -20,7 +18,6 @@ from polaformer_jax.files import figures
 from polaformer_jax.inference import pictures, prediction
 from polaformer_jax.inference.images import evaluation_transform
 from polaformer_jax.models.model_info import ModelInfo
-from tests.support import ROOT
 from tests.support.small_models import build
 
 NAMES = ("ant", "bee", "cat", "dog", "eel")
@@ -202,17 +199,11 @@ def test_refuses_a_picture_before_any_work(path, images, message):
         pictures.check_request(path, images=images)
 
 
-def run(*arguments):
-    command = [sys.executable, "-m", "polaformer_jax.cli", "predict", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-
-
-def test_the_command(model, files, results, tmp_path):
+def test_the_command(model, files, results, tmp_path, capsys):
     metadata = {**PREPROCESS, "classes": json.dumps(NAMES)}
     pf.save_weights(model, tmp_path / "w.safetensors", metadata=metadata)
-    ended = run(files[0], "--weights", tmp_path / "w.safetensors", "--json", "--top=2", files[1])
-    assert ended.returncode == 0, ended.stderr
-    for found, expected in zip(json.loads(ended.stdout), results[:2], strict=True):
+    assert predict.main([files[0], "--weights", str(tmp_path / "w.safetensors"), "--json", "--top=2", files[1]]) == 0
+    for found, expected in zip(json.loads(capsys.readouterr().out), results[:2], strict=True):
         assert found["image"] == expected["image"]
         for one, other in zip(found["predictions"], expected["predictions"][:2], strict=True):
             assert one == {**other, "probability": pytest.approx(other["probability"], rel=1e-4)}

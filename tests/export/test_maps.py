@@ -7,16 +7,17 @@ import pytest
 import polaformer_jax as pf
 from polaformer_jax.errors import UserError
 from polaformer_jax.export.maps import mean_maps
+from tests.models.test_pola_pp import tiny
 from tests.support import small_models
 
 
 @pytest.mark.parametrize(
     ("family", "stage", "block"),
-    [("pvt", 0, 0), ("pvt", 2, -1), ("swin", 0, 0), ("swin", 0, 1), ("swin", 2, 0)],
-    ids=["reduced keys", "global", "windows", "shifted windows", "one window"],
+    [("pvt", 0, 0), ("pvt", 2, -1), ("swin", 0, 0), ("swin", 0, 1), ("swin", 2, 0), ("pp", 0, 0)],
+    ids=["reduced keys", "global", "windows", "shifted windows", "one window", "rotary"],
 )
 def test_they_are_the_mean_of_all_rows(family, stage, block):
-    model = small_models.perturbed(small_models.build(family))
+    model = small_models.perturbed(tiny() if family == "pp" else small_models.build(family))
     images = np.random.default_rng(0).standard_normal((2, 32, 32, 3), np.float32)
     expected = pf.attention_maps(model, images, stage=stage, block=block).streams
     found = jax.jit(lambda m, x: mean_maps(m, x, stage=stage, block=block))(model, images)

@@ -341,7 +341,7 @@ def test_functions_of_the_same_names_are_not_taken_for_the_models_own(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["pola_pvt_t", "pola_swin_t"])
+@pytest.mark.parametrize("name", ["pola_swin_t"])
 def test_a_published_model(name, tmp_path):
     model = perturbed(pf.create_model(name, rngs=nnx.Rngs(0)), scale=0.05)
     exported = exported_images(tmp_path / "model.onnx", model)
