@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from typing import Any
@@ -63,6 +64,8 @@ def push_to_hub(
         WeightsError: `huggingface_hub` is not installed, or the Hub refuses the upload.
     """
     repo = hub.checked_repo(repo)
+    if license is not None and not re.fullmatch(r"[\w.-]+", license):
+        raise UserError(f"{license!r}: expected the name of a licence on the Hub, such as mit", argument="license")
     check_class_names(model)
     files = {
         "config.json": json.dumps(timm_config(model), indent=2) + "\n",

@@ -77,6 +77,8 @@ def evaluation_transform(model: Backbone) -> EvalImageTransform:
 def as_list(images: ImageLike | Iterable[ImageLike]) -> list[ImageLike]:
     """The images one by one; a single one is a list of one."""
     single = isinstance(images, str | os.PathLike | bytes | Image.Image) or getattr(images, "ndim", 4) < 4
+    if not single and not isinstance(images, Iterable):
+        raise UserError(f"images is a {type(images).__name__}, expected an image or several", argument="images")
     return [images] if single else list(images)
 
 

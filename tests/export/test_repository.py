@@ -196,6 +196,7 @@ def sequence():
         ("hf://user/name/file", {}, "expected OWNER/NAME"),
         ("user/name", {"evaluation": {"loss": 1.0}}, "evaluation: the evaluation has loss; expected accuracy"),
         ("user/name", {"evaluation": {**EVALUATION, "accuracy": 93.75}}, "expected accuracy between 0 and 1"),
+        ("user/name", {"license": ""}, "license: '': expected the name of a licence on the Hub, such as mit"),
         ("stranger/name", {}, "hf://stranger/name: the Hub refuses it: log in"),
         ("user/name", {"revision": "v2"}, "hf://user/name: there is no such repository"),
         ("user/name", {"dry_run": "{full}"}, "dry_run: .* exists, and is no empty folder"),

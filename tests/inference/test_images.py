@@ -97,6 +97,7 @@ def test_a_model_in_one_call(model, picture, tmp_path):
         (Image.fromarray(np.zeros((8, 8), np.float32)), "pixels are floats, whose range is not known"),
         ("none.png", "^1 of 1 images cannot be read:\n  none.png: No such file"),
         ("", "path is empty"),
+        (None, "images: images is a NoneType, expected an image or several"),
         ([None], "image 0: a NoneType, expected a path, bytes, a Pillow image or a uint8 array"),
         ([np.zeros((8, 8, 3), np.uint8), 3], "^1 of 2 images cannot be read:\n  image 1: a int, expected a path"),
     ],
