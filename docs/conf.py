@@ -24,7 +24,10 @@ nitpick_ignore_regex = [
     ("py:obj", ".*"),
     ("py:.*", r"(?!polaformer_jax\b).*"),  # names of other packages are not looked up
     # Types that signatures name, of objects that a user hands on as they are.
-    ("py:class", r"polaformer_jax\..*\.(Block|PPBlock|ResidualBlock|Conversion|Durations|Keys|Passes|Prepared|ProgramCache|States)"),
+    (
+        "py:class",
+        r"polaformer_jax\..*\.(Block|PPBlock|ResidualBlock|Conversion|Durations|Keys|Passes|Prepared|ProgramCache|States)",
+    ),
     ("py:class", "polaformer_jax.data.workers.Stream"),
 ]
 
