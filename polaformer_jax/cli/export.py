@@ -63,7 +63,9 @@ def _export(args) -> None:
     jax.config.update("jax_platforms", "cpu")
     written = [paths.given(args.out, "out")]
     if args.store_weights == "beside":
-        written.append(written[0].with_suffix(".npz"))
+        from polaformer_jax.export.stablehlo_file import beside
+
+        written.append(beside(written[0]))
     if not args.overwrite and (taken := [path for path in written if path.exists()]):
         raise UserError(f"{', '.join(map(os.fspath, taken))} exists: give another name, or --overwrite")
     if kind == "weights":

@@ -9,8 +9,8 @@ import polaformer_jax as pf
 from polaformer_jax.analysis.attention_maps import last_linear_block
 from polaformer_jax.inference import pictures
 from polaformer_jax.models.rotary_attention import rotary_linear_attention
-from tests.models.test_pola_pp import tiny
 from tests.support.small_models import perturbed
+from tests.support.small_models import tiny_pp as tiny
 
 pytestmark = pytest.mark.slow
 

@@ -22,8 +22,8 @@ from polaformer_jax.data.images.normalisation import normalise
 from polaformer_jax.export.maps import mean_maps
 from polaformer_jax.inference.images import evaluation_transform, read_image
 from polaformer_jax.models.model_info import ModelInfo
-from tests.export.onnx_environment import python
 from tests.support import ROOT, small_models
+from tests.support.onnx_environment import python
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 MISSING = [name for name, found in {"chromium": CHROMIUM, "npm": shutil.which("npm")}.items() if not found]

@@ -7,8 +7,8 @@ import pytest
 import polaformer_jax as pf
 from polaformer_jax.errors import UserError
 from polaformer_jax.export.maps import mean_maps
-from tests.models.test_pola_pp import tiny
 from tests.support import small_models
+from tests.support.small_models import tiny_pp as tiny
 
 
 @pytest.mark.parametrize(

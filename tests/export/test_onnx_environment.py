@@ -5,8 +5,8 @@ import subprocess
 
 import pytest
 
-from tests.export.onnx_environment import python
 from tests.support import ROOT
+from tests.support.onnx_environment import python
 
 
 @pytest.mark.slow

@@ -15,22 +15,9 @@ from tests.golden.fill import image
 from tests.support.golden_models import float32_tolerance, relative_error
 from tests.support.golden_pp import FULL, SMALL, build_full, build_small, images, numbers
 from tests.support.quick import AS_USERS, QUICK
+from tests.support.small_models import tiny_pp as tiny
 
 small = pytest.mark.parametrize("name", ["mixed", "llvv"])
-TINY = {
-    "img_size": 32,
-    "num_classes": 3,
-    "embed_dims": (4, 8, 8, 8),
-    "depths": (1, 1, 1, 1),
-    "num_heads": (1, 2, 1, 2),
-    "mlp_ratios": (1, 1, 1, 1),
-    "flags": "l,v,l,v",
-    "projection": 8,
-}
-
-
-def tiny(**changes):
-    return pf.PolaPP(**{**TINY, **changes}, rngs=nnx.Rngs(0))
 
 
 def official(tree) -> dict[str, np.ndarray]:

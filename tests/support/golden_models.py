@@ -1,5 +1,6 @@
 """The golden models: their shapes, weights and inputs; the numbers beside them are the official code's, in float64."""
 
+import functools
 import json
 
 import jax
@@ -24,19 +25,22 @@ def build_small(name: str, dtype, **changes):
     spec = SMALL[name]["spec"]
     family = {"pola_pvt": pf.PolaPVT, "pola_swin": pf.PolaSwin}[spec["family"]]
     arguments = {key: value for key, value in spec.items() if key not in _FIXED} | changes
-    return _filled(lambda: family(**arguments, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0)), SMALL[name]["shapes"])
+    make = functools.partial(family, **arguments, dtype=dtype, param_dtype=dtype)
+    return filled(lambda: make(rngs=nnx.Rngs(0)), official_tensors(SMALL[name]["shapes"]))
 
 
 def build_full(name: str, dtype):
     """(graphdef, params) of an official model, with its golden weights."""
-    return _filled(
-        lambda: pf.create_model(name, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0)), FULL[name]["shapes"]
+    return filled(
+        lambda: pf.create_model(name, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0)),
+        official_tensors(FULL[name]["shapes"]),
     )
 
 
-def _filled(make, shapes):
+def filled(make, tensors):
+    """(graphdef, state) of the model that `make` creates, with official tensors."""
     graphdef, state = nnx.split(nnx.eval_shape(make))
-    return graphdef, weights.from_torch(official_tensors(shapes), nnx.to_pure_dict(state))
+    return graphdef, weights.from_torch(tensors, nnx.to_pure_dict(state))
 
 
 def official_tensors(shapes) -> dict[str, np.ndarray]:

@@ -8,9 +8,9 @@ import numpy as np
 from flax import nnx
 
 import polaformer_jax as pf
-from polaformer_jax import weights
 from tests.golden.fill_pp import fill
 from tests.support import GOLDEN_FOLDER
+from tests.support.golden_models import filled
 
 SMALL = json.loads((GOLDEN_FOLDER / "pp_small.json").read_text())
 FULL = json.loads((GOLDEN_FOLDER / "pp_full.json").read_text())
@@ -25,18 +25,17 @@ def build_small(name: str, dtype, **changes):
     """(graphdef, state) of a small golden model."""
     entry = SMALL[f"pp_{name}"]
     arguments = {**entry["spec"], **changes}
-    return _filled(lambda: pf.PolaPP(**arguments, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0)), entry["shapes"])
-
-
-def build_full(name: str, dtype):
-    return _filled(
-        lambda: pf.create_model(name, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0)), FULL[name]["shapes"]
+    return filled(
+        lambda: pf.PolaPP(**arguments, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0)),
+        official_tensors(entry["shapes"]),
     )
 
 
-def _filled(make, shapes):
-    graphdef, state = nnx.split(nnx.eval_shape(make))
-    return graphdef, weights.from_torch(official_tensors(shapes), nnx.to_pure_dict(state))
+def build_full(name: str, dtype):
+    return filled(
+        lambda: pf.create_model(name, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0)),
+        official_tensors(FULL[name]["shapes"]),
+    )
 
 
 def official_tensors(shapes) -> dict[str, np.ndarray]:

@@ -1,5 +1,7 @@
 """Configs of the packaged recipes, and tasks for tests of the steps alone."""
 
+import numpy as np
+
 from polaformer_jax.config import defaults
 from polaformer_jax.training import recipes
 from polaformer_jax.training.tasks.images import ImageClassification
@@ -42,3 +44,13 @@ def image_task(num_classes: int, *, label_smoothing=0.0, dtype="float32", **augm
     config.train.label_smoothing = label_smoothing
     config.augment.update(augment)
     return ImageClassification(config)
+
+
+def batch_of(seed=0, size=16):
+    """A batch of random images of ten classes, all valid."""
+    rng = np.random.default_rng(seed)
+    return {
+        "image": rng.integers(256, size=(size, 32, 32, 3), dtype=np.uint8),
+        "label": rng.integers(10, size=size, dtype=np.int32),
+        "mask": np.ones(size, bool),
+    }

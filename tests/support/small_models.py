@@ -38,6 +38,17 @@ SWIN = {
     "ape": True,
     "mlp_ratio": 2,
 }
+# Linear and softmax stages in turns.
+PP = {
+    "img_size": 32,
+    "num_classes": 3,
+    "embed_dims": (4, 8, 8, 8),
+    "depths": (1, 1, 1, 1),
+    "num_heads": (1, 2, 1, 2),
+    "mlp_ratios": (1, 1, 1, 1),
+    "flags": "l,v,l,v",
+    "projection": 8,
+}
 FAMILIES = {"pvt": (pf.PolaPVT, PVT), "swin": (pf.PolaSwin, SWIN)}
 
 
@@ -94,3 +105,8 @@ def perturbed(model, *, scale=0.2):
     noisy = [jnp.asarray(np.asarray(leaf) + scale * rng.standard_normal(leaf.shape, np.float32)) for leaf in leaves]
     nnx.update(model, jax.tree.unflatten(structure, noisy))
     return model
+
+
+def tiny_pp(**changes):
+    """A PolaFormer++ that compiles quickly."""
+    return build_once(pf.PolaPP, **{**PP, **changes})

@@ -19,7 +19,7 @@ from polaformer_jax.training.state import TrainState
 from polaformer_jax.training.step import make_eval_step, make_train_step
 from tests.support import dense_model, small_models
 from tests.support.quick import QUICK
-from tests.support.recipes import dense_digits, image_task
+from tests.support.recipes import batch_of, dense_digits, image_task
 from tests.support.runs import final_arrays
 
 TASK = image_task(10)
@@ -46,15 +46,6 @@ def step_of(model, **options):
 def state_of(params, ema=False):
     copy = jax.tree.map(jnp.copy, params) if ema else None
     return TrainState(jnp.zeros((), jnp.int32), params, OPTIMIZER.init(params), copy)
-
-
-def batch_of(seed=0, size=16):
-    rng = np.random.default_rng(seed)
-    return {
-        "image": rng.integers(256, size=(size, 32, 32, 3), dtype=np.uint8),
-        "label": rng.integers(10, size=size, dtype=np.int32),
-        "mask": np.ones(size, bool),
-    }
 
 
 def running(params):

@@ -12,7 +12,7 @@ from polaformer_jax.training.state import TrainState
 from polaformer_jax.training.step import make_eval_step, make_train_step, purpose_key
 from tests.support import dense_model, small_models
 from tests.support.quick import QUICK
-from tests.support.recipes import image_task
+from tests.support.recipes import batch_of, image_task
 
 TASK = image_task(10, label_smoothing=0.1)
 OPTIMIZER = optax.adamw(1e-3)
@@ -34,15 +34,6 @@ def step(model):
 
 def state_of(params, step=0):
     return TrainState(step=jnp.asarray(step, jnp.int32), params=params, opt_state=OPTIMIZER.init(params))
-
-
-def batch_of(seed=0, size=16):
-    rng = np.random.default_rng(seed)
-    return {
-        "image": rng.integers(256, size=(size, 32, 32, 3), dtype=np.uint8),
-        "label": rng.integers(10, size=size, dtype=np.int32),
-        "mask": np.ones(size, bool),
-    }
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_its_number(model, step):

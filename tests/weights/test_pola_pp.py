@@ -9,9 +9,9 @@ from flax import nnx
 import polaformer_jax as pf
 from polaformer_jax import weights
 from polaformer_jax.weights import conversion
-from tests.models.test_pola_pp import tiny
 from tests.support.golden_pp import FULL, SMALL, official_tensors
 from tests.support.small_models import perturbed
+from tests.support.small_models import tiny_pp as tiny
 from tests.support.torch_files import write_pth
 
 
