@@ -9,7 +9,7 @@ from polaformer_jax.models import depthwise
 
 @pytest.mark.parametrize(
     ("grid", "sizes"),
-    [((9,), (5,)), ((6, 7), (5, 3)), pytest.param((2, 2), (5, 5), marks=pytest.mark.slow)],
+    [((9,), (5,)), ((17,), (3,)), ((6, 7), (5, 3)), pytest.param((2, 2), (5, 5), marks=pytest.mark.slow)],
 )
 def test_the_ways_of_all_back_ends_agree(x64, grid, sizes):
     rng = np.random.default_rng(0)
