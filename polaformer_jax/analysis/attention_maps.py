@@ -237,13 +237,13 @@ def _rotary_linear_rows(attn: LinearAttention, x: jax.Array) -> Callable:
     side = math.isqrt(x.shape[1])
     same, opposite, k = attn.features(x)
     tables = rotary_tables((side, side), k.shape[-1])
-    mean, keys = jnp.mean(k, axis=1), rotated(k, tables)
+    mean, keys = jnp.mean(k, axis=2), rotated(k, tables)
 
     def weights(q, start, count):
-        turned = jax.lax.dynamic_slice_in_dim(rotated(q, tables), start, count, axis=1)
-        q = jax.lax.dynamic_slice_in_dim(q, start, count, axis=1)
-        normaliser = product("bmhk,bhk->bhm", q, mean) + NORMALISER_EPS
-        return product("bmhk,bnhk->bhmn", turned, keys) / k.shape[1] / normaliser[..., None]
+        turned = jax.lax.dynamic_slice_in_dim(rotated(q, tables), start, count, axis=2)
+        q = jax.lax.dynamic_slice_in_dim(q, start, count, axis=2)
+        normaliser = product("bhmk,bhk->bhm", q, mean) + NORMALISER_EPS
+        return product("bhmk,bhnk->bhmn", turned, keys) / k.shape[2] / normaliser[..., None]
 
     return lambda start, count: {
         "same": weights(same, start, count),
@@ -257,8 +257,8 @@ def _rotary_softmax_rows(attn: SoftmaxAttention, x: jax.Array) -> Callable:
     q, k = (attn.turned(t, (side, side)) for t in (q, k))
 
     def rows(start, count):
-        own = jax.lax.dynamic_slice_in_dim(q, start, count, axis=1)
-        return {"softmax": jax.nn.softmax(product("bqhd,bkhd->bhqk", own, k) * q.shape[-1] ** -0.5, axis=-1)}
+        own = jax.lax.dynamic_slice_in_dim(q, start, count, axis=2)
+        return {"softmax": jax.nn.softmax(product("bhqd,bhkd->bhqk", own, k) * q.shape[-1] ** -0.5, axis=-1)}
 
     return rows
 

@@ -52,9 +52,10 @@ def mean_maps(model: Backbone, images: jax.Array, *, stage: int, block: int) -> 
     q, k = signed_features(
         q, k, power=attn.power[...], scale=attn.scale[...], positional_encoding=table, alpha=attn.alpha
     )
+    q, k = (jnp.swapaxes(x, 1, 2) for x in (q, k))  # (B', h, N, 2d)
     same = _mean_rows(q, k)
     opposite = _mean_rows(jnp.roll(q, q.shape[-1] // 2, axis=-1), k)
-    keys = order.size if isinstance(chosen, SwinBlock) else k.shape[1]  # those of all windows, or reduced ones
+    keys = order.size if isinstance(chosen, SwinBlock) else k.shape[2]  # those of all windows, or reduced ones
     return tuple(_placed(rows.reshape(-1, keys), order) for rows in (same, opposite))
 
 
@@ -70,16 +71,16 @@ def linear_block(model: Backbone, stage: int, block: int) -> tuple[int, int]:
 
 
 def _mean_rows(q: jax.Array, k: jax.Array, tables=None) -> jax.Array:
-    """(B', N, h, 2d), (B', n, h, 2d) -> (B', n), the mean over queries and heads; 1 is uniform.
+    """(B', h, N, 2d), (B', h, n, 2d) -> (B', n), the mean over queries and heads; 1 is uniform.
 
     `tables`: rotations of both, after the normaliser.
     """
-    k_mean = jnp.mean(k, axis=1, dtype=accumulation_dtype(k.dtype)).astype(k.dtype)
-    normaliser = product("bmhk,bhk->bmh", q, k_mean) + NORMALISER_EPS
+    k_mean = jnp.mean(k, axis=2, dtype=accumulation_dtype(k.dtype)).astype(k.dtype)
+    normaliser = product("bhmk,bhk->bhm", q, k_mean) + NORMALISER_EPS
     q = q / normaliser[..., None]
     q, k = (q, k) if tables is None else (rotated(q, tables), rotated(k, tables))
-    q_mean = jnp.mean(q, axis=1)  # (B', h, 2d)
-    return product("bhk,bnhk->bnh", q_mean.astype(k.dtype), k).mean(axis=-1)
+    q_mean = jnp.mean(q, axis=2)  # (B', h, 2d)
+    return product("bhk,bhnk->bhn", q_mean.astype(k.dtype), k).mean(axis=1)
 
 
 def _placed(rows: jax.Array, order: np.ndarray) -> jax.Array:

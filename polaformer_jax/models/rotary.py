@@ -28,10 +28,10 @@ def rotated(x: jax.Array, tables: tuple[np.ndarray, np.ndarray]) -> jax.Array:
     """Turns each pair of neighbouring channels by its token's angle.
 
     Args:
-        x: (B, N, h, width).
+        x: (..., N, width).
         tables: what `rotary_tables` returned.
     """
-    cos, sin = (jnp.asarray(table, x.dtype)[None, :, None, :] for table in tables)
+    cos, sin = (jnp.asarray(table, x.dtype).reshape(*(1 for _ in x.shape[:-2]), *table.shape) for table in tables)
     pairs = x.reshape(*x.shape[:-1], -1, 2)
     a, b = pairs[..., 0], pairs[..., 1]
     return jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(x.shape)

@@ -20,14 +20,14 @@ def test_weights_of_a_linear_block_reproduce_its_streams():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 32, 32, 3), np.float32))
     block = model.layers[0].blocks[0]
     tokens = block.attention_input(model.tokens_before(x, stage=0, block=0))
-    q, k, v, _ = (t.reshape(1, 64, 1, 4) for t in jnp.split(block.attn.qkvg(tokens), 4, axis=-1))
-    y = rotary_linear_attention(q, k, v, block.attn.s1[...], block.attn.s2[...], grid=(8, 8))[0, :, 0]
+    q, k, v, _ = (t.reshape(1, 1, 64, 4) for t in jnp.split(block.attn.qkvg(tokens), 4, axis=-1))
+    y = rotary_linear_attention(q, k, v, block.attn.s1[...], block.attn.s2[...], grid=(8, 8))[0, 0]
     row, column = 2, 5
     maps = pf.attention_maps(model, x, stage=0, block=0, token=(row, column)).streams
     assert set(maps) == {"same", "opposite"}
     for name, half in (("same", slice(0, 2)), ("opposite", slice(2, 4))):
         weights = maps[name].weights[0, 0].reshape(-1)  # (64,)
-        np.testing.assert_allclose(weights @ v[0, :, 0, half], y[8 * row + column, half], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(weights @ v[0, 0, :, half], y[8 * row + column, half], rtol=1e-4, atol=1e-5)
         assert np.isnan(maps[name].entropy).item() == bool((weights < 0).any())
 
 
