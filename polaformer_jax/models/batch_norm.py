@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from polaformer_jax.models.initializers import ones_init, placed, zeros_init
-from polaformer_jax.models.layers import ConvParams, accumulation_dtype
+from polaformer_jax.models.layers import ConvParams, accumulation_dtype, apply_kernel
 
 EPSILON = 1e-5
 MOMENTUM = 0.1  # the share of a batch in the running statistics
@@ -90,12 +90,18 @@ class Conv(ConvParams):
         return self.apply(x, self.kernel[...], self.bias[...])
 
     def apply(self, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+        return self._convolved(x.astype(self.dtype), kernel.astype(self.dtype)) + bias.astype(self.dtype).reshape(
+            1, 1, 1, -1
+        )
+
+    def _convolved(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         pad = kernel.shape[0] // 2
-        y = jax.lax.conv_general_dilated(
-            x.astype(self.dtype),
-            kernel.astype(self.dtype),
+        if kernel.shape[0] == self.stride == 1:  # a matrix product, which a CPU need not transpose for
+            return apply_kernel(x, kernel[0, 0])
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
             window_strides=(self.stride,) * 2,
             padding=[(pad, pad)] * 2,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        return y + bias.astype(self.dtype).reshape(1, 1, 1, -1)

@@ -50,7 +50,7 @@ def keeping_arguments(function: Callable) -> Callable:
 
 
 @keeping_arguments
-def _apply_kernel(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def apply_kernel(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """(..., in) by (in, out) -> (..., out).
 
     On a CPU all axes but the last are flattened, so that the kernel's gradient is a sum over one axis. For sums over
@@ -69,7 +69,7 @@ def _apply_kernel(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def _dot_general(x: jax.Array, kernel: jax.Array, dimensions, **options) -> jax.Array:
     """`dot_general` for `nnx.Linear`: contracts the last axis with the first; `linear` leaves `options` unset."""
-    return _apply_kernel(x, kernel)
+    return apply_kernel(x, kernel)
 
 
 def linear(
@@ -146,7 +146,7 @@ class PatchConv(ConvParams):
         x = x.reshape(batch, height // r, r, width // r, r, channels).transpose(0, 1, 3, 2, 4, 5)
         x = x.reshape(batch, -1, r * r * channels).astype(self.dtype)  # (B, tokens, size * size * in)
         kernel = self.kernel[...].reshape(r * r * channels, -1).astype(self.dtype)
-        return _apply_kernel(x, kernel) + self.bias[...].astype(self.dtype).reshape(1, 1, -1)
+        return apply_kernel(x, kernel) + self.bias[...].astype(self.dtype).reshape(1, 1, -1)
 
 
 class PatchEmbed(nnx.Module):
