@@ -24,14 +24,16 @@ def rotary_tables(grid: tuple[int, int], width: int) -> tuple[np.ndarray, np.nda
     return np.cos(angles), np.sin(angles)
 
 
-def rotated(x: jax.Array, tables: tuple[np.ndarray, np.ndarray]) -> jax.Array:
+def rotated(x: jax.Array, tables: tuple[np.ndarray, np.ndarray], *, axis: int = -2) -> jax.Array:
     """Turns each pair of neighbouring channels by its token's angle.
 
     Args:
-        x: (..., N, width).
+        x: (..., width), the N tokens along `axis`.
         tables: what `rotary_tables` returned.
     """
-    cos, sin = (jnp.asarray(table, x.dtype).reshape(*(1 for _ in x.shape[:-2]), *table.shape) for table in tables)
+    shape = [1] * x.ndim
+    shape[axis], shape[-1] = tables[0].shape
+    cos, sin = (jnp.asarray(table, x.dtype).reshape(shape) for table in tables)
     pairs = x.reshape(*x.shape[:-1], -1, 2)
     a, b = pairs[..., 0], pairs[..., 1]
     return jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(x.shape)

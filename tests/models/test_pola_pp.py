@@ -9,7 +9,8 @@ from flax import nnx
 import polaformer_jax as pf
 from polaformer_jax import weights
 from polaformer_jax.errors import UserError
-from polaformer_jax.models.rotary_attention import rotary_linear_attention
+from polaformer_jax.models import kernels
+from polaformer_jax.models.rotary_attention import rotary_linear_attention, softmax_attention
 from polaformer_jax.weights import rules
 from tests.golden.fill import image
 from tests.support.golden_models import float32_tolerance, relative_error
@@ -146,6 +147,21 @@ def test_images_of_any_size_and_blocks_recomputed():
     np.testing.assert_allclose(run(model, x)[0], logits, rtol=1e-5)
     headless = tiny(num_classes=0)
     assert headless.proj is None and jax.eval_shape(lambda m, x: m(x), headless, x).shape == (2, 8)
+
+
+def test_programs_for_tpus_compute_the_same(x64, monkeypatch):
+    rng = np.random.default_rng(0)
+    q, k, v = jnp.asarray(rng.standard_normal((3, 2, 3, 6, 8)))
+    s1, s2 = jnp.asarray(rng.standard_normal((2, 1, 3, 1, 16)))
+
+    def results():
+        linear = rotary_linear_attention.__wrapped__(q, k, v, s1, s2, grid=(2, 3))  # not a program traced before
+        return linear, softmax_attention.__wrapped__(q, k, v)
+
+    ours = results()
+    monkeypatch.setattr(kernels, "for_tpu", lambda: True)
+    for expected, result in zip(ours, results(), strict=True):
+        np.testing.assert_allclose(result, expected, rtol=1e-13, atol=1e-15)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
