@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from flax import nnx
 
 from polaformer_jax.errors import UserError
 from polaformer_jax.inference.images import evaluation_transform
 from polaformer_jax.models.backbone import Backbone
+from polaformer_jax.models.batch_norm import parameter_count
 from polaformer_jax.weights import hub, imagenet, model_metadata
 
 NAME = "README.md"
@@ -107,12 +107,11 @@ def _header(model: nnx.Module, repo: str, found: Mapping[str, Any] | None, licen
 
 def _description(model: nnx.Module) -> str:
     config = model.config
-    count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     size = f"images of {config.img_size} pixels" if isinstance(model, Backbone) else f"{config.max_length} tokens"
     classes = f"{config.num_classes} classes" if config.num_classes else "no classifier"
     return (
         f"`{model_metadata(model)['model']}` of [PolaFormer]({PAPER}) (Polarity-aware Linear Attention for Vision"
-        f" Transformers, ICLR 2025) in JAX: {count:,} parameters, {size}, {classes}."
+        f" Transformers, ICLR 2025) in JAX: {parameter_count(model):,} parameters, {size}, {classes}."
     )
 
 

@@ -69,6 +69,11 @@ def statistics_of(model: nnx.Module) -> dict | None:
     return nnx.to_pure_dict(found)
 
 
+def parameter_count(model: nnx.Module) -> int:
+    """The number of trained values of a model, which running statistics are not."""
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
 def conv_norm(conv: "Conv", norm: BatchNorm, x: jax.Array, mask: jax.Array | None) -> jax.Array:
     """A convolution and the normalisation after it; in evaluation (no mask) one convolution with folded weights."""
     if mask is not None:

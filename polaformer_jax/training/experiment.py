@@ -14,7 +14,7 @@ from polaformer_jax.config import check
 from polaformer_jax.errors import UserError
 from polaformer_jax.files import paths
 from polaformer_jax.hardware.costs import product_flops
-from polaformer_jax.models.batch_norm import statistics_of
+from polaformer_jax.models.batch_norm import parameter_count, statistics_of
 from polaformer_jax.training import runtime, sharding
 from polaformer_jax.training.inputs import Inputs
 from polaformer_jax.training.optimizer import Durations, durations, head_only, learning_rate, make_optimizer
@@ -66,6 +66,7 @@ class Experiment:
         model = create_abstract_model(config)
         self.graphdef, params = nnx.split(model)
         self._statistics = statistics_of(model)
+        self.parameter_count = parameter_count(model)
         abstract = sharding.sharded(nnx.to_pure_dict(params), self.mesh)
         self.params = Parameters(abstract, model.config, config, self.task, self.mesh)
         if num_examples is None:

@@ -260,11 +260,11 @@ class _Loop:
 
     def _description(self) -> str:
         config, experiment = self.config, self.experiment
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(experiment.params.abstract))
         return (
-            f"{config.model.name}: {parameters:,} parameters in {config.model.dtype} on {experiment.mesh.size}"
-            f" {jax.devices()[0].platform} device(s); {len(experiment.inputs.train_source):,} examples of"
-            f" {config.data.name}, {self.total:,} steps of {config.train.batch_size}"
+            f"{config.model.name}: {experiment.parameter_count:,} parameters in {config.model.dtype} on"
+            f" {experiment.mesh.size} {jax.devices()[0].platform} device(s);"
+            f" {len(experiment.inputs.train_source):,} examples of {config.data.name},"
+            f" {self.total:,} steps of {config.train.batch_size}"
         )
 
 

@@ -19,6 +19,7 @@ from flax import nnx
 from polaformer_jax import weights
 from polaformer_jax.errors import UserError, WeightsError
 from polaformer_jax.files import paths
+from polaformer_jax.models.batch_norm import parameter_count
 from polaformer_jax.models.model_config import ModelConfig
 from polaformer_jax.models.pola_sequence import PolaSequenceConfig, Sequences
 from polaformer_jax.weights import creation
@@ -152,7 +153,7 @@ def _write(
         assumed=assumed,
         found=len(file.tensors),
         converted=len(checked.tensors),
-        parameters=sum(array.size for array in checked.tensors.values()),
+        parameters=parameter_count(built),
         ignored=checked.ignored,
         changes=checked.changes,
     )

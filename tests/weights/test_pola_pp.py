@@ -50,6 +50,8 @@ def test_the_converter_takes_the_moving_average(model, tmp_path):
         "angle", "num_batches_tracked",
     }  # fmt: skip
     assert_same(pf.create_model(weights=tmp_path / "a.safetensors"), model)
+    statistics = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.BatchStat)))
+    assert statistics and done.parameters == sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model))) - statistics
     with pytest.raises(weights.WeightsError, match="is a .safetensors file, which has no second weights"):
         weights.read_file(tmp_path / "a.safetensors", ema=True)
     alone = write_pth(tmp_path / "b.pth", {"model": weights.to_torch(model)})
