@@ -95,14 +95,13 @@ class Conv(ConvParams):
         return self.apply(x, self.kernel[...], self.bias[...])
 
     def apply(self, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-        return self._convolved(x.astype(self.dtype), kernel.astype(self.dtype)) + bias.astype(self.dtype).reshape(
-            1, 1, 1, -1
-        )
+        y = self._convolved(x.astype(self.dtype), kernel.astype(self.dtype))
+        return y + bias.astype(self.dtype).reshape(1, 1, 1, -1)
 
     def _convolved(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        pad = kernel.shape[0] // 2
-        if kernel.shape[0] == self.stride == 1:  # a matrix product, which a CPU need not transpose for
+        if kernel.shape[0] == self.stride == 1:  # a matrix product, for which a CPU need not transpose
             return apply_kernel(x, kernel[0, 0])
+        pad = kernel.shape[0] // 2
         return jax.lax.conv_general_dilated(
             x,
             kernel,

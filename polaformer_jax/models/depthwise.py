@@ -138,7 +138,7 @@ def looped_products(x: jax.Array, kernel: jax.Array) -> jax.Array:
     starts = np.array([(0, *tap, 0) for tap in np.ndindex(*sizes)], np.int32)
     parts = _parts(x.shape[1])
     shape = (x.shape[0], x.shape[1] // parts, *x.shape[2:])
-    ones = np.ones((math.prod(shape[:-1]), 1), x.dtype)
+    ones = jnp.ones((math.prod(shape[:-1]), 1), x.dtype)
 
     @keeping_arguments  # and not a shifted x for each tap
     def add(totals, tap):
