@@ -120,9 +120,8 @@ def public_facts(model: nnx.Module) -> dict[str, Any]:
 
 def _portable(model: nnx.Module, dtype: str) -> nnx.Module:
     """The same model, computed in this dtype and without kernels of ours."""
-    config = getattr(model, "config", None)
-    if not isinstance(config, ModelConfig):
-        raise TypeError(f"model is a {type(model).__name__}, expected a PolaPVT, PolaSwin or PolaSequence")
+    registry.check_model(model)
+    config = model.config
     if dtype not in DTYPES:
         raise UserError(
             f"{dtype!r}: expected one of {', '.join(DTYPES)}. Integers of 8 bits are not supported here; tools of the"

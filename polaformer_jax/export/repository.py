@@ -18,7 +18,6 @@ from polaformer_jax.files import atomic, paths
 from polaformer_jax.inference.images import evaluation_transform
 from polaformer_jax.models.backbone import Backbone
 from polaformer_jax.models.model_config import STRIDES
-from polaformer_jax.models.pola_pp import PolaPP
 from polaformer_jax.weights import hub, imagenet, model_metadata, save_weights
 
 OFFICIAL = "pytorch.safetensors"  # the weights once more, as the official PyTorch code takes them
@@ -107,7 +106,7 @@ def timm_config(model: nnx.Module) -> dict[str, Any]:
     content = {
         "architecture": model_metadata(model)["model"],
         "num_classes": config.num_classes,
-        "num_features": _num_features(model),
+        "num_features": model.config.num_features,
         "model_args": arguments,
     }
     if names is not None:
@@ -119,7 +118,7 @@ def timm_config(model: nnx.Module) -> dict[str, Any]:
         content["pretrained_cfg"] = {
             "custom_load": False,
             "input_size": [3, config.img_size, config.img_size],
-            "fixed_input_size": not isinstance(model, PolaPP),
+            "fixed_input_size": not model.any_image_size,
             "interpolation": "bicubic",
             "crop_pct": transform.crop / transform.resize,
             "crop_mode": "squash",
@@ -130,13 +129,3 @@ def timm_config(model: nnx.Module) -> dict[str, Any]:
             "classifier": "head",
         }
     return content
-
-
-def _num_features(model: nnx.Module) -> int:
-    """Channels of what the classifier takes."""
-    config = model.config
-    if not isinstance(model, Backbone):
-        return config.dim
-    if isinstance(model, PolaPP) and config.num_classes:
-        return config.projection
-    return config.embed_dims[-1] if hasattr(config, "embed_dims") else config.embed_dim * 2 ** (len(STRIDES) - 1)

@@ -30,6 +30,8 @@ class Backbone(nnx.Module):
 
     config: ModelConfig
     remat: bool = False
+    frozen_statistics: bool = False  # batch normalisations use their running statistics in training too, and keep them
+    any_image_size: bool = False  # not only `config.img_size`
     info: ModelInfo
 
     def __call__(self, images: jax.Array, train: bool = False, rngs: nnx.Rngs | None = None) -> jax.Array:

@@ -138,14 +138,15 @@ def looped_products(x: jax.Array, kernel: jax.Array) -> jax.Array:
     starts = np.array([(0, *tap, 0) for tap in np.ndindex(*sizes)], np.int32)
     parts = _parts(x.shape[1])
     shape = (x.shape[0], x.shape[1] // parts, *x.shape[2:])
+    firsts = np.zeros((parts, x.ndim), np.int32)  # where each part begins
+    firsts[:, 1] = np.arange(parts) * shape[1]
     ones = jnp.ones((math.prod(shape[:-1]), 1), x.dtype)
 
     @keeping_arguments  # and not a shifted x for each tap
     def add(totals, tap):
         start, weight = tap
         spread = (ones @ weight[None]).reshape(shape)
-        row = np.eye(x.ndim, dtype=np.int32)[1]
-        shifted = (jax.lax.dynamic_slice(padded, list(start + i * shape[1] * row), shape) for i in range(parts))
+        shifted = (jax.lax.dynamic_slice(padded, list(start + first), shape) for first in firsts)
         return [total + part * spread for total, part in zip(totals, shifted, strict=True)], None
 
     totals = [jnp.zeros(shape, x.dtype)] * parts

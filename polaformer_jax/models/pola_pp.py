@@ -174,6 +174,11 @@ class PolaPPConfig(ModelConfig):
             checks.problems.append(f"embed_dims[0]={values['embed_dims'][0]}: expected an even number")
         return values
 
+    @property
+    def num_features(self) -> int:
+        """Channels of the classifier's input."""
+        return self.projection if self.num_classes else self.embed_dims[-1]
+
     def architecture(self) -> dict[str, object]:
         free = ("img_size", "num_classes", "drop_path_rate", "layer_init_values")
         return {name: value for name, value in self.to_dict().items() if name not in free}
@@ -199,7 +204,7 @@ class PolaPP(Backbone):
     """
 
     Config = PolaPPConfig
-    frozen_statistics: bool = False  # training normalises by the running statistics, and leaves them as they are
+    any_image_size = True
 
     def __init__(
         self,

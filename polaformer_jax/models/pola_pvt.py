@@ -135,6 +135,11 @@ class PolaPVTConfig(ModelConfig):
         """The spatial reduction of keys and values in each stage."""
         return _reductions(self.attn_type, self.sr_ratios, self.la_sr_ratios)
 
+    @property
+    def num_features(self) -> int:
+        """Channels of the classifier's input."""
+        return self.embed_dims[-1]
+
     def architecture(self) -> dict[str, object]:
         used = {name: value for name, value in self.to_dict().items() if name not in FREE_FIELDS}
         ratios = list(zip(self.attn_type, self.reductions, strict=True))
@@ -216,7 +221,7 @@ class PolaPVT(Backbone):
                     ]
                 ),
             )
-        self.head = classifier(config.embed_dims[-1], config.num_classes, **types)
+        self.head = classifier(config.num_features, config.num_classes, **types)
         self.config, self.dtype, self.info = config, dtype, ModelInfo()
 
     def blocks(self, stage: int) -> Sequence[Block]:

@@ -109,6 +109,11 @@ class PolaSequenceConfig(ModelConfig):
             )
         return values
 
+    @property
+    def num_features(self) -> int:
+        """Channels of the classifier's input."""
+        return self.dim
+
     def architecture(self) -> dict[str, object]:
         # Vocabulary, length and number of texts are those of a task; any attention can be trained in the same layers.
         names = ("dim", "depth", "num_heads", "mlp_dim", "head_dim", "kernel_size")

@@ -145,6 +145,11 @@ class PolaSwinConfig(ModelConfig):
         """The sides of the windows of L and of S blocks, in tokens."""
         return {"L": self.window_size, "S": _softmax_window(self.window_size, self.softmax_window_size)}
 
+    @property
+    def num_features(self) -> int:
+        """Channels of the classifier's input."""
+        return self.embed_dim * 2 ** (len(STRIDES) - 1)
+
     def architecture(self) -> dict[str, object]:
         used = {name: value for name, value in self.to_dict().items() if name not in FREE_FIELDS}
         mixed = "M" in self.attn_type
@@ -230,7 +235,7 @@ class PolaSwin(Backbone):
             stages.append(Stage([block(i, j, rate) for j, rate in enumerate(rates)], merging))
         self.layers = nnx.List(stages)
         self.norm = layer_norm(config.embed_dim * 8, epsilon=EPSILON, **types)
-        self.head = classifier(config.embed_dim * 8, config.num_classes, **types)
+        self.head = classifier(config.num_features, config.num_classes, **types)
         self.config, self.dtype, self.info = config, dtype, ModelInfo()
 
     def blocks(self, stage: int) -> Sequence[Block]:

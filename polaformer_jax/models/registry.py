@@ -136,6 +136,13 @@ Model = PolaPVT | PolaSwin | PolaPP | PolaSequence
 FAMILIES: dict[str, type[Model]] = {cls.Config.family: cls for cls in (PolaPVT, PolaSwin, PolaPP, PolaSequence)}
 
 
+def check_model(model: object) -> None:
+    """Raises a TypeError if it is no model: models have a `config`."""
+    if not isinstance(getattr(model, "config", None), ModelConfig):
+        *others, last = FAMILIES
+        raise TypeError(f"model is a {type(model).__name__}, expected a {', '.join(others)} or {last}")
+
+
 def list_models() -> list[str]:
     """The names that `create_model` knows, sorted."""
     return sorted(_MODELS)

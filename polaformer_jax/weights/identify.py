@@ -64,7 +64,7 @@ def identify(file: WeightsFile, *, img_size: int | None = None) -> Identity:
             f" {', '.join(list(file.tensors)[:3])}"
         )
     assumed = []
-    if kind is not PolaPPConfig and "alpha" not in known:
+    if "alpha" in kind.names() and "alpha" not in known:
         known["alpha"] = _ALPHA
         assumed.append(f"alpha: {_ALPHA:g}, as in all official models")
     arguments = identify_family(names, {"img_size": img_size, **known}, assumed)

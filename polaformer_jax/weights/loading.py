@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from flax import nnx
 
 from polaformer_jax.errors import WeightsError
+from polaformer_jax.models import registry
 from polaformer_jax.models.model_config import ModelConfig
 from polaformer_jax.models.model_info import ModelInfo
 from polaformer_jax.weights.files import WeightsFile, read_file
@@ -41,8 +42,7 @@ def load_weights(
             finite; the weights were trained with another alpha; or there is no such file, it is of another kind, or it
             is damaged.
     """
-    if not isinstance(getattr(model, "config", None), ModelConfig):
-        raise TypeError(f"model is a {type(model).__name__}, expected a PolaPVT, PolaSwin or PolaSequence")
+    registry.check_model(model)
     file = source if isinstance(source, Mapping | WeightsFile) else read_file(source)
     info = ModelInfo() if isinstance(file, Mapping) else file.info
     params, changes = params_from(file, nnx.to_pure_dict(nnx.state(model)), model.config, fit=fit)

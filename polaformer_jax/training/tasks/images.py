@@ -18,7 +18,6 @@ from polaformer_jax.data.records import Source
 from polaformer_jax.data.workers import Stream
 from polaformer_jax.models import registry
 from polaformer_jax.models.initializers import Keys
-from polaformer_jax.models.pola_pp import PolaPP
 from polaformer_jax.training.metrics import Sums, masked
 from polaformer_jax.training.tasks.task import Batch
 
@@ -51,8 +50,7 @@ class ImageClassification:
             rngs=rngs,
         )
         model.remat = config.remat
-        if self._config.init.freeze_backbone and isinstance(model, PolaPP):
-            model.frozen_statistics = True
+        model.frozen_statistics = self._config.init.freeze_backbone
         return model
 
     def open_source(self, split: str) -> Source:
