@@ -8,7 +8,8 @@ import time
 import pytest
 
 SCRIPT = """
-import contextlib, sys, threading, time
+import contextlib, signal, sys, threading, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run below nohup
 from polaformer_jax.errors import Interrupted
 from polaformer_jax.training.signals import StopRequests
 
