@@ -1,10 +1,12 @@
 """Batch normalisation whose running statistics are part of the model's state, and convolutions that it follows."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from polaformer_jax.models.initializers import ones_init, placed, zeros_init
+from polaformer_jax.models.initializers import normal_init, ones_init, placed, zeros_init
 from polaformer_jax.models.layers import ConvParams, accumulation_dtype, apply_kernel
 
 EPSILON = 1e-5
@@ -79,24 +81,38 @@ def conv_norm(conv: "Conv", norm: BatchNorm, x: jax.Array, mask: jax.Array | Non
     if mask is not None:
         return norm(conv(x), mask)
     factor, offset = norm.affine()
-    kernel, bias = conv.kernel[...].astype(factor.dtype), conv.bias[...].astype(factor.dtype)
-    return conv.apply(x, kernel * factor.reshape(1, 1, 1, -1), bias * factor + offset)
+    if conv.bias is not None:
+        offset = conv.bias[...].astype(factor.dtype) * factor + offset
+    return conv.apply(x, conv.kernel[...].astype(factor.dtype) * factor.reshape(1, 1, 1, -1), offset)
 
 
 class Conv(ConvParams):
     """A convolution of maps (B, H, W, in), odd kernel, padded by its half."""
 
-    def __init__(self, size: int, features_in: int, features_out: int, *, stride: int = 1, dtype, param_dtype, rngs):
-        super().__init__((size, size), features_in, features_out, param_dtype=param_dtype, rngs=rngs, normal=True)
+    def __init__(
+        self,
+        size: int,
+        features_in: int,
+        features_out: int,
+        *,
+        stride: int = 1,
+        init: Callable = normal_init,
+        use_bias: bool = True,
+        dtype,
+        param_dtype,
+        rngs,
+    ):
+        values = {"init": init, "use_bias": use_bias, "param_dtype": param_dtype, "rngs": rngs}
+        super().__init__((size, size), features_in, features_out, **values)
         self.stride, self.dtype = stride, dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(B, H, W, in) -> (B, H / stride, W / stride, out)"""
-        return self.apply(x, self.kernel[...], self.bias[...])
+        return self.apply(x, self.kernel[...], None if self.bias is None else self.bias[...])
 
-    def apply(self, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    def apply(self, x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
         y = self._convolved(x.astype(self.dtype), kernel.astype(self.dtype))
-        return y + bias.astype(self.dtype).reshape(1, 1, 1, -1)
+        return y if bias is None else y + bias.astype(self.dtype).reshape(1, 1, 1, -1)
 
     def _convolved(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         if kernel.shape[0] == self.stride == 1:  # a matrix product, for which a CPU need not transpose

@@ -72,9 +72,21 @@ def ones_init(key: jax.Array, shape: tuple[int, ...], dtype, place=jax.device_pu
     return place(np.ones(shape, dtype))
 
 
-def normal_init(key: jax.Array, shape: tuple[int, ...], dtype, place=jax.device_put) -> jax.Array:
-    """normal(0.02); the official truncation at ±2, a hundred standard deviations, never takes effect."""
-    return _draw(jax.random.normal, 0.02, key, shape, dtype, place)
+def normal_init(key: jax.Array, shape: tuple[int, ...], dtype, place=jax.device_put, *, std: float = 0.02) -> jax.Array:
+    """normal(std); the official truncation of normal(0.02) at ±2, a hundred deviations, never takes effect."""
+    return _draw(jax.random.normal, std, key, shape, dtype, place)
+
+
+def kaiming_normal_init(key: jax.Array, shape: tuple[int, ...], dtype, place=jax.device_put) -> jax.Array:
+    """normal(√(2 / (height * width * out))) for a kernel (height, width, in, out) that a ReLU follows."""
+    fan_out = math.prod(shape[:-2]) * shape[-1]
+    return normal_init(key, shape, dtype, place, std=math.sqrt(2 / fan_out))
+
+
+def xavier_uniform_init(key: jax.Array, shape: tuple[int, ...], dtype, place=jax.device_put) -> jax.Array:
+    """Uniform in ±√(6 / (height * width * (in + out))) for a kernel (height, width, in, out)."""
+    fans = math.prod(shape[:-2]) * (shape[-2] + shape[-1])
+    return uniform_init(key, shape, dtype, place, bound=math.sqrt(6 / fans))
 
 
 def uniform_init(key: jax.Array, shape: tuple[int, ...], dtype, place=jax.device_put, *, bound: float) -> jax.Array:

@@ -107,8 +107,9 @@ def layer_norm(features: int, *, epsilon: float, dtype, param_dtype, rngs) -> nn
 class ConvParams(nnx.Module):
     """Kernel (height, width, in, out) and bias (out,) of a convolution. The owner decides how they are applied.
 
-    Initial values: with `normal` normal(0.02) and zeros, otherwise those of PyTorch, both uniform within
-    ±1/sqrt(fan_in), fan_in = height * width * in. A convolution along a sequence has one size, (width,).
+    Initial values: the kernel's by `init`, the bias 0; without `init` those of PyTorch, both uniform within
+    ±1/sqrt(fan_in), fan_in = height * width * in. Without `use_bias` the bias is None. A convolution along a sequence
+    has one size, (width,).
     """
 
     def __init__(
@@ -117,19 +118,20 @@ class ConvParams(nnx.Module):
         features_in: int,
         features_out: int,
         *,
-        normal: bool = False,
+        init: Callable | None = None,
+        use_bias: bool = True,
         param_dtype,
         rngs: nnx.Rngs,
     ):
-        bound = float(np.prod(size) * features_in) ** -0.5
+        uniform = functools.partial(uniform_init, bound=float(np.prod(size) * features_in) ** -0.5)
+        kernel_init, bias_init = (init, zeros_init) if init else (uniform, uniform)
         shape = (*size, features_in, features_out)
-        if normal:
-            self.kernel = nnx.Param(placed(normal_init, rngs)(rngs.params(), shape, param_dtype))
-            self.bias = nnx.Param(placed(zeros_init, rngs)(None, shape[-1:], param_dtype))
+        self.kernel = nnx.Param(placed(kernel_init, rngs)(rngs.params(), shape, param_dtype))
+        if not use_bias:
+            self.bias = None
             return
-        uniform = placed(uniform_init, rngs)
-        self.kernel = nnx.Param(uniform(rngs.params(), shape, param_dtype, bound=bound))
-        self.bias = nnx.Param(uniform(rngs.params(), shape[-1:], param_dtype, bound=bound))
+        key = rngs.params() if bias_init is uniform else None
+        self.bias = nnx.Param(placed(bias_init, rngs)(key, shape[-1:], param_dtype))
 
 
 class PatchConv(ConvParams):

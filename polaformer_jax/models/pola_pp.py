@@ -19,7 +19,7 @@ from polaformer_jax.models.backbone import Backbone
 from polaformer_jax.models.batch_norm import BatchNorm, Conv, conv_norm
 from polaformer_jax.models.conv_stem import Downsample, Stem
 from polaformer_jax.models.depthwise import depthwise_conv
-from polaformer_jax.models.initializers import Keys, constant
+from polaformer_jax.models.initializers import Keys, constant, normal_init
 from polaformer_jax.models.layers import (
     ConvParams,
     ResidualBlock,
@@ -45,7 +45,7 @@ class FeedForward(nnx.Module):
     def __init__(self, dim: int, hidden: int, *, dtype, param_dtype, rngs):
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.fc1 = linear(dim, hidden, uniform=True, **types)
-        self.dwconv = ConvParams((3, 3), 1, hidden, normal=True, param_dtype=param_dtype, rngs=rngs)
+        self.dwconv = ConvParams((3, 3), 1, hidden, init=normal_init, param_dtype=param_dtype, rngs=rngs)
         self.fc2 = linear(hidden, dim, uniform=True, **types)
 
     def __call__(self, x: jax.Array, grid: Grid) -> jax.Array:
@@ -79,7 +79,7 @@ class PPBlock(ResidualBlock):
         **types,
     ):
         rngs, param_dtype = types["rngs"], types["param_dtype"]
-        self.pos = ConvParams((3, 3), 1, dim, normal=True, param_dtype=param_dtype, rngs=rngs)
+        self.pos = ConvParams((3, 3), 1, dim, init=normal_init, param_dtype=param_dtype, rngs=rngs)
         self.norm1 = Norm(dim, **types)
         self.attn = ATTENTIONS[kind](dim, num_heads, **types)
         self.norm2 = Norm(dim, **types)

@@ -12,7 +12,7 @@ from flax import nnx
 
 from polaformer_jax.models import kernels
 from polaformer_jax.models.depthwise import depthwise_conv
-from polaformer_jax.models.initializers import zeros
+from polaformer_jax.models.initializers import normal_init, zeros
 from polaformer_jax.models.layers import ConvParams, accumulation_dtype, linear, product
 from polaformer_jax.models.rotary import rotary_tables, rotated
 
@@ -58,7 +58,7 @@ class LinearAttention(nnx.Module):
     def __init__(self, dim: int, num_heads: int, *, dtype, param_dtype, rngs):
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.qkvg = linear(dim, 4 * dim, uniform=True, **types)
-        self.lepe = ConvParams((5, 5), 1, dim, normal=True, param_dtype=param_dtype, rngs=rngs)
+        self.lepe = ConvParams((5, 5), 1, dim, init=normal_init, param_dtype=param_dtype, rngs=rngs)
         self.proj = linear(dim, dim, uniform=True, **types)
         shape = (1, num_heads, 1, 2 * dim // num_heads)
         self.s1, self.s2 = (zeros(shape, param_dtype=param_dtype, rngs=rngs) for _ in range(2))
@@ -134,7 +134,7 @@ class SoftmaxAttention(nnx.Module):
     def __init__(self, dim: int, num_heads: int, *, dtype, param_dtype, rngs):
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.qkvo = linear(dim, 4 * dim, uniform=True, **types)
-        self.lepe = ConvParams((5, 5), 1, dim, normal=True, param_dtype=param_dtype, rngs=rngs)
+        self.lepe = ConvParams((5, 5), 1, dim, init=normal_init, param_dtype=param_dtype, rngs=rngs)
         self.proj = linear(dim, dim, uniform=True, **types)
         self.num_heads = num_heads
 
