@@ -92,14 +92,17 @@ def test_logits_gradients_and_statistics_are_those_of_mmsegmentation(name, x64):
 
 
 @every
-@pytest.mark.parametrize("train", [False, True])
-def test_bfloat16_is_close_and_logits_are_float32(name, train):
+def test_bfloat16_is_close_and_logits_are_float32(name):
     graphdef, state = build(name, jnp.bfloat16, jnp.float32)
-    mask = jnp.ones(3, bool) if train else None
-    run = jax.jit(lambda state: nnx.merge(graphdef, state)(maps(jnp.bfloat16), mask=mask), compiler_options=QUICK)
-    for key, value in run(state).items():
-        assert value.dtype == jnp.float32
-        assert relative_error(value, GOLDEN[f"{name}/{'train' if train else 'eval'}/{key}"]) < 0.05, key
+
+    def run(state):
+        net, x = nnx.merge(graphdef, state), maps(jnp.bfloat16)
+        return {"eval": net(x), "train": net(x, mask=jnp.ones(3, bool))}
+
+    for mode, outputs in jax.jit(run, compiler_options=QUICK)(state).items():
+        for key, value in outputs.items():
+            assert value.dtype == jnp.float32
+            assert relative_error(value, GOLDEN[f"{name}/{mode}/{key}"]) < 0.03, (mode, key)
 
 
 @every
@@ -125,8 +128,12 @@ def test_maps_of_one_value(name):
     """Every map 1 x 1, one example: finite in evaluation and in training."""
     graphdef, state = build(name, jnp.float32)
     x = [a[:1, :1, :1] for a in maps(jnp.float32)]
-    for mask in (None, jnp.ones(1, bool)):
-        logits = nnx.merge(graphdef, state)(x, mask=mask)["logits"]
+
+    def run(state):
+        net = nnx.merge(graphdef, state)
+        return [net(x, mask=mask)["logits"] for mask in (None, jnp.ones(1, bool))]
+
+    for logits in jax.jit(run, compiler_options=QUICK)(state):
         assert logits.shape == (1, 1, 1, CLASSES)
         assert np.isfinite(logits).all()
 
