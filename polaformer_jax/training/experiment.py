@@ -10,12 +10,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from polaformer_jax import weights
-from polaformer_jax.config import check
 from polaformer_jax.errors import UserError
 from polaformer_jax.files import paths
 from polaformer_jax.hardware.costs import product_flops
 from polaformer_jax.models.batch_norm import parameter_count, statistics_of
 from polaformer_jax.training import runtime, sharding
+from polaformer_jax.training.config_checks import check
 from polaformer_jax.training.inputs import Inputs
 from polaformer_jax.training.optimizer import Durations, durations, head_only, learning_rate, make_optimizer
 from polaformer_jax.training.programs import AnyBatch, ProgramCache, batch_shapes

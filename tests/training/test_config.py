@@ -7,11 +7,12 @@ import pytest
 from flax import nnx
 
 from polaformer_jax import weights
-from polaformer_jax.config import SEQUENCE_TASKS, check, defaults
+from polaformer_jax.config import SEQUENCE_TASKS, defaults
 from polaformer_jax.data.lra.facts import TASKS
 from polaformer_jax.errors import UserError
 from polaformer_jax.training import recipes
 from polaformer_jax.training.checkpoints import GREATER_IS_BETTER
+from polaformer_jax.training.config_checks import check
 from polaformer_jax.training.experiment import create_abstract_model
 from polaformer_jax.training.recipes import parse_arg
 
