@@ -6,7 +6,7 @@ import io
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,6 @@ from etils import epath
 from polaformer_jax import weights
 from polaformer_jax.config import EVALUATION_MAY_CHANGE, FUNCTION, HOW_COMPUTED
 from polaformer_jax.data.pipeline import Passes
-from polaformer_jax.data.records import Source
 from polaformer_jax.errors import NotWrittenError, UserError
 from polaformer_jax.files import atomic, paths
 from polaformer_jax.training import checkpoints, run_data
@@ -36,21 +35,24 @@ class Evaluation:
     """Result of one pass over a split."""
 
     metrics: dict[str, float]  # loss, accuracy; for images also accuracy_top5
+    headline: str  # the metric by which the result is told
+    details: dict[str, Any]  # of the metrics, for JSON
     counted: int  # number of examples that the metrics are means over
     skipped: int  # number of examples that could not be decoded (data.on_error="skip")
     split: str
     origin: str  # of the data
     examples: str  # what they are called: images, sequences
     examples_per_second: float  # since the first batch arrived: without compilation and the start of workers
-    outputs: dict[str, np.ndarray]  # (n,) each, in the order of the split: prediction, label (int), probability, mask
+    outputs: dict[str, np.ndarray]  # (n,) each, in the order of the split: the task's reported values, and mask
 
-    def summary(self) -> dict[str, float | int]:
-        """The reported values, as a flat dict for JSON."""
+    def summary(self) -> dict[str, Any]:
+        """The reported values, for JSON."""
         return {
             **self.metrics,
             self.examples: self.counted,
             "skipped": self.skipped,
             f"{self.examples}_per_second": round(self.examples_per_second, 1),
+            **self.details,
         }
 
 
@@ -69,11 +71,10 @@ class Evaluator:
 
     def __init__(self, experiment: Experiment, split: str | None = None):
         self.split = experiment.config.data.eval_split if split is None else split
-        self._examples = experiment.task.examples
+        self._task = experiment.task
         self._mesh = experiment.mesh
         self._batches: Passes = experiment.inputs.eval_batches(self.split)
-        source = experiment.inputs.source(self.split)
-        self._num_examples, self._origin = len(source), source.origin
+        self._source = experiment.inputs.source(self.split)
         self._step: Callable = experiment.eval_step
         experiment.eval_step.program(experiment.abstract_batch(experiment.inputs.eval_batch_size))
 
@@ -112,19 +113,22 @@ class Evaluator:
         collect(keep=0)
         seconds = time.monotonic() - began
 
-        joined = {name: np.concatenate([o[name] for o in outputs])[: self._num_examples] for name in outputs[0]}
+        joined = {name: np.concatenate([o[name] for o in outputs])[: len(self._source)] for name in outputs[0]}
         if self._batches.order is not None:  # back into the order of the split
             joined = {name: values[np.argsort(self._batches.order)] for name, values in joined.items()}
         counted = mean.count("loss")
         if not counted:
-            raise UserError(f"none of the {self._num_examples} examples to evaluate could be decoded: see the warnings")
+            raise UserError(f"none of the {len(self._source)} examples to evaluate could be decoded: see the warnings")
+        metrics, details = self._task.result(mean, self._source)
         return Evaluation(
-            metrics=mean.result(),
+            metrics=metrics,
+            headline=self._task.headline,
+            details=details,
             counted=counted,
-            skipped=self._num_examples - counted,
+            skipped=len(self._source) - counted,
             split=self.split,
-            origin=self._origin,
-            examples=self._examples,
+            origin=self._source.origin,
+            examples=self._task.examples,
             examples_per_second=counted / seconds,
             outputs=joined,
         )
@@ -141,26 +145,10 @@ def write_json(path: epath.PathLike, content: dict[str, Any]) -> None:
         atomic.write(path, json.dumps(content, indent=2) + "\n")
 
 
-def write_predictions(path: epath.PathLike, evaluation: Evaluation, source: Source) -> None:
-    """Writes a CSV file: record, label, prediction, probability of the prediction, correct; one row per example.
-
-    A record that could not be decoded has empty fields after its label; one that could not be read has no label either.
-    """
-
-    def name(label: int) -> str | int:
-        if label < 0:  # not even the label of the record could be read
-            return ""
-        return source.class_names[label] if source.class_names else int(label)
-
+def write_table(path: epath.PathLike, rows: Sequence[Sequence[Any]]) -> None:
+    """Writes a CSV file."""
     text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["record", "label", "prediction", "probability", "correct"])
-    out = evaluation.outputs
-    for index, (label, prediction, probability, mask) in enumerate(
-        zip(out["label"], out["prediction"], out["probability"], out["mask"], strict=True)
-    ):
-        answer = [name(prediction), f"{probability:.6f}", int(prediction == label)] if mask else ["", "", ""]
-        rows.writerow([source.describe(index), name(label), *answer])
+    csv.writer(text, lineterminator="\n").writerows(rows)
     with atomic.reported("predictions", path):
         atomic.write(path, text.getvalue())
 
@@ -256,7 +244,7 @@ def evaluate(
     outputs.write(
         content,
         json_path=lambda path: write_json(path, content),
-        predictions_path=lambda path: write_predictions(path, result, source),
+        predictions_path=lambda path: write_table(path, experiment.task.table(result.outputs, source)),
         weights_path=write_weights,
     )
     return content

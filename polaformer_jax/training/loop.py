@@ -27,7 +27,7 @@ from polaformer_jax.training.metrics import RunningAverages, Utilisation, make_w
 from polaformer_jax.training.progress import Progress, log
 from polaformer_jax.training.reports import Result
 from polaformer_jax.training.run_data import RunData
-from polaformer_jax.training.sharding import to_devices
+from polaformer_jax.training.sharding import on_one_device, to_devices
 from polaformer_jax.training.signals import StopRequests
 from polaformer_jax.training.state import TrainState
 from polaformer_jax.training.workdir import TRAINING_FILE, claim, writable, write_training
@@ -278,6 +278,8 @@ def _conclude(experiment: Experiment, workdir: epath.Path, checkpoints: Checkpoi
         with Evaluator(experiment, split) as another:
             evaluation = another(params)
     result = Result(evaluation, step, checkpoints.directory / str(step), [])
+    draws = experiment.config.log.pictures
+    model = experiment.model(on_one_device(params)) if draws else None  # all processes take part in gathering it
     if jax.process_index() > 0:
         return result
     evaluated = {"checkpoint": os.fspath(result.checkpoint), "step": step, "kind": kind}
@@ -285,9 +287,8 @@ def _conclude(experiment: Experiment, workdir: epath.Path, checkpoints: Checkpoi
         write_json(workdir / "eval.json", report(experiment.config, evaluation, evaluated))
     except UserError as error:
         raise NotWrittenError(str(error), result) from error
-    if experiment.config.log.pictures:
-        source = experiment.inputs.source(split)
-        result.pictures.extend(reports.draw_all(workdir, evaluation, source, experiment.task.picture_of(source)))
+    if model is not None:
+        result.pictures.extend(reports.draw_all(workdir, evaluation, experiment, model))
     return result
 
 
@@ -304,5 +305,7 @@ def _warn_of_other_names(file: weights.WeightsFile, class_names: tuple[str, ...]
 
 def _sentence(evaluation: Evaluation) -> str:
     metrics = evaluation.metrics
-    text = f"accuracy {metrics['accuracy']:.4f}, loss {metrics['loss']:.4f}, {evaluation.counted} {evaluation.examples}"
+    label = reports.LABELS.get(evaluation.headline, evaluation.headline)
+    text = f"{label} {metrics[evaluation.headline]:.4f}, loss {metrics['loss']:.4f}"
+    text += f", {evaluation.counted} {evaluation.examples}"
     return text + (f" ({evaluation.skipped} could not be decoded)" if evaluation.skipped else "")

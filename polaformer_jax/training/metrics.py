@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from polaformer_jax.files import atomic, paths
 from polaformer_jax.hardware.chips import chip_of
 
+# (sum, count) by name. The sum may be an array, such as a matrix of counts.
 Sums = Mapping[str, tuple[jax.Array, jax.Array]]
 
 
@@ -35,15 +36,24 @@ class Mean:
     """Adds up sums and counts in double precision."""
 
     def __init__(self):
-        self._sums: dict[str, np.ndarray] = {}
+        self._sums: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def add(self, sums: Mapping[str, tuple[float, float]]) -> None:
-        for name, pair in sums.items():
-            self._sums[name] = self._sums.get(name, 0.0) + np.asarray(pair, np.float64)
+        for name, (total, count) in sums.items():
+            before, counted = self._sums.get(name, (0.0, 0.0))
+            self._sums[name] = before + np.asarray(total, np.float64), counted + np.asarray(count, np.float64)
 
     def result(self) -> dict[str, float]:
-        """The means, `nan` where nothing was counted."""
-        return {name: float(total / count) if count else float("nan") for name, (total, count) in self._sums.items()}
+        """The means of all that are no arrays, `nan` where nothing was counted."""
+        return {
+            name: float(total / count) if count else float("nan")
+            for name, (total, count) in self._sums.items()
+            if total.ndim == 0
+        }
+
+    def total(self, name: str) -> np.ndarray:
+        """The sum of a metric."""
+        return self._sums[name][0]
 
     def sums(self) -> dict[str, list[float]]:
         """[sum, count] of each metric; `add` restores them without loss."""

@@ -169,6 +169,17 @@ def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
 
 
+def on_one_device(tree: Any) -> Any:
+    """Copies of a pytree's arrays on one device of each process, whatever their sharding. All processes call it."""
+
+    def gathered(leaf: jax.Array) -> jax.Array:
+        if not leaf.is_fully_replicated:
+            leaf = jax.jit(lambda x: x, out_shardings=replicated(leaf.sharding.mesh))(leaf)
+        return leaf.addressable_data(0)
+
+    return jax.tree.map(gathered, tree)
+
+
 class Constraints:
     """Sharding constraints inside a step, without which the compiler might move activations rather than parameters.
 

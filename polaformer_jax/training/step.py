@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from polaformer_jax.models.layers import gathering_blocks
-from polaformer_jax.training.metrics import Sums, masked
+from polaformer_jax.training.metrics import Sums
 from polaformer_jax.training.sharding import Constraints
 from polaformer_jax.training.state import TrainState
 from polaformer_jax.training.tasks import Batch, Task
@@ -39,7 +39,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
     """Returns the training step: one update of the parameters.
 
-    The loss is the mean over the valid examples of the whole batch, over all devices. If the loss or a gradient is not
+    The loss is the mean over the valid examples of the whole batch, over all devices, weighted where the task gives
+    weights. If the loss or a gradient is not
     finite, the parameters and the optimizer keep their values, so the state stays usable; the metrics `loss` and
     `grad_norm` show it.
 
@@ -60,20 +61,25 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
         batch = task.augment(batch, lambda purpose: purpose_key(seed, state.step, purpose))
-        examples = jnp.sum(batch["mask"])
+        total = jnp.sum(batch.get("weight", batch["mask"]))
 
         def loss_fn(params, part: Batch, key: jax.Array, running: dict):
             if trainable is not None:
                 params = jax.tree.map(lambda p, trains: p if trains else jax.lax.stop_gradient(p), params, trainable)
             params, part = _whole(_replaced(params, running), graphdef, constrain), constrain.batch(part)
             model, context = nnx.merge(graphdef, params), {"mask": part["mask"]} if statistics else {}
-            logits = model(part["inputs"], train=True, rngs=nnx.Rngs(dropout=key), **context)
+            outputs = model(part["inputs"], train=True, rngs=nnx.Rngs(dropout=key), **context)
             running = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
             # The loss is in at least float32, whatever the model's dtype.
-            logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-            losses = task.losses(logits, part)
-            loss = jnp.sum(jnp.where(part["mask"], losses, 0)) / jnp.maximum(examples, 1).astype(losses.dtype)
-            return loss, ({**task.metrics(logits, part), "loss": masked(losses, part["mask"])}, running)
+            outputs = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), outputs)
+            losses = task.losses(outputs, part)
+            if "weight" in part:
+                losses, counted = losses * part["weight"], jnp.sum(part["weight"])
+            else:
+                counted = jnp.sum(part["mask"])
+            summed = jnp.sum(jnp.where(part["mask"], losses, 0))
+            loss = summed / jnp.maximum(total, 1).astype(losses.dtype)
+            return loss, ({**task.metrics(outputs, part), "loss": (summed, counted.astype(summed.dtype))}, running)
 
         def backward(part: Batch, key: jax.Array, running: dict):
             with constrain.known():
@@ -141,16 +147,14 @@ def _parts(batch: Batch, count: int) -> Batch:
 def make_eval_step(
     graphdef: nnx.GraphDef, task: Task, *, mesh: Mesh | None = None
 ) -> Callable[[Any, Batch], tuple[Sums, Batch]]:
-    """Returns the evaluation step: summed metrics of a batch, and the outputs, label and mask of each example."""
+    """Returns the evaluation step: summed metrics of a batch, and the reported values and mask of each example."""
 
     constrain = Constraints(mesh)
 
     def eval_step(params, batch: Batch) -> tuple[Sums, Batch]:
         params, batch = _whole(params, graphdef, constrain), constrain.batch(batch)
         with constrain.known():
-            logits = nnx.merge(graphdef, params)(task.inputs(batch), train=False)
-        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-        outputs = {**task.outputs(logits), "label": batch["label"], "mask": batch["mask"]}
-        return task.metrics(logits, batch), outputs
+            sums, outputs = task.evaluate(nnx.merge(graphdef, params), batch)
+        return sums, {**outputs, "mask": batch["mask"]}
 
     return eval_step

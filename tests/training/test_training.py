@@ -14,6 +14,7 @@ from polaformer_jax.training import evaluation, loop, reports
 from polaformer_jax.training.checkpoints import Checkpoints
 from polaformer_jax.training.experiment import Experiment
 from polaformer_jax.training.metrics import read_scalars
+from polaformer_jax.training.tasks import classification_pictures
 from tests.support.log_messages import logged
 from tests.support.recipes import dense_digits
 
@@ -73,10 +74,10 @@ def test_the_parameters_are_listed_in_tensorboard(finished):
 
 def test_no_picture_costs_a_run_its_result(finished, tmp_path, monkeypatch):
     config, workdir, result = finished
-    monkeypatch.setattr(reports, "confusion", lambda *_: 1 / 0)
-    source = Experiment(config).inputs.source("test")
+    monkeypatch.setattr(classification_pictures, "confusion", lambda *_: 1 / 0)
+    experiment = Experiment(config)
     with logged() as messages:
-        drawn = reports.draw_all(tmp_path, result.evaluation, source, lambda index: np.zeros((8, 8, 3), np.uint8))
+        drawn = reports.draw_all(tmp_path, result.evaluation, experiment, experiment.model(experiment.params.abstract))
     assert [path.name for path in drawn] == ["curves.png", "predictions.png"]
     assert messages == [
         f"the picture {tmp_path}/pictures/confusion.png was not drawn: ZeroDivisionError: division by zero"

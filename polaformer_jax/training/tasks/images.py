@@ -19,13 +19,14 @@ from polaformer_jax.data.workers import Stream
 from polaformer_jax.models import registry
 from polaformer_jax.models.initializers import Keys
 from polaformer_jax.training.metrics import Sums, masked
+from polaformer_jax.training.tasks.classification import Classification
 from polaformer_jax.training.tasks.task import Batch
 
 # Fields of `config.model` that replace those of the model's config where they are not None.
 ARCHITECTURE = ("attn_type", "window_size", "softmax_window_size", "alpha", "kernel_size", "flags")
 
 
-class ImageClassification:
+class ImageClassification(Classification):
     """Images (B, S, S, 3) uint8, one label each; cross-entropy with smoothed and mixed targets. See `Task`."""
 
     examples = "images"
@@ -124,10 +125,7 @@ class ImageClassification:
         }
         return {name: masked(value, batch["mask"]) for name, value in values.items()}
 
-    def outputs(self, logits: jax.Array) -> Batch:
-        return {"prediction": jnp.argmax(logits, -1), "probability": jnp.max(jax.nn.softmax(logits), -1)}
-
-    def picture_of(self, source: Source) -> Callable[[int], np.ndarray]:
+    def image_of(self, source: Source) -> Callable[[int], np.ndarray]:
         return lambda index: self._eval_transform(source[index], None)["image"]
 
     def metadata(self) -> Mapping[str, Any]:

@@ -19,10 +19,11 @@ from polaformer_jax.models import registry
 from polaformer_jax.models.initializers import Keys
 from polaformer_jax.models.pola_sequence import Sequences
 from polaformer_jax.training.metrics import Sums, masked
+from polaformer_jax.training.tasks.classification import Classification
 from polaformer_jax.training.tasks.task import Batch
 
 
-class SequenceClassification:
+class SequenceClassification(Classification):
     """Sequences, or pairs of them, with one label each; cross-entropy. See `Task`."""
 
     examples = "sequences"
@@ -105,12 +106,6 @@ class SequenceClassification:
             "loss": masked(optax.softmax_cross_entropy_with_integer_labels(logits, label), mask),
             "accuracy": masked(jnp.argmax(logits, -1) == label, mask),
         }
-
-    def outputs(self, logits: jax.Array) -> Batch:
-        return {"prediction": jnp.argmax(logits, -1), "probability": jnp.max(jax.nn.softmax(logits), -1)}
-
-    def picture_of(self, source: SequenceSource) -> None:
-        return None
 
     def metadata(self) -> Mapping[str, Any]:
         return {"task": {"name": self._config.task.name, "tokenisation": self._config.task.tokenisation}}

@@ -6,12 +6,13 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 from flax import nnx
+from matplotlib.figure import Figure
 
 from polaformer_jax.data.pipeline import Passes
 from polaformer_jax.data.records import Source
 from polaformer_jax.data.workers import Stream
 from polaformer_jax.models.initializers import Keys
-from polaformer_jax.training.metrics import Sums
+from polaformer_jax.training.metrics import Mean, Sums
 from polaformer_jax.weights import Fit
 
 Batch = dict[str, jax.Array]
@@ -22,10 +23,12 @@ class Task(Protocol):
 
     Attributes:
         examples: what examples are called, in the plural.
+        headline: the evaluation metric by which a result is told, in [0, 1]; greater is better.
         fits: what may be changed in a run's initial weights to fit the model, see `weights.load_weights`.
     """
 
     examples: str
+    headline: str
     fits: Collection[Fit]
 
     # The model.
@@ -52,29 +55,67 @@ class Task(Protocol):
 
     # Computation on the device, inside the compiled steps.
 
-    def inputs(self, batch: Batch) -> Any:
-        """The model's input in evaluation."""
-
     def augment(self, batch: Batch, key: Callable[[str], jax.Array]) -> Batch:
-        """The augmented training batch: `inputs`, the model's input, and all that `losses` needs.
+        """The augmented training batch: `inputs`, the model's input, `mask`, and all that `losses` needs.
+
+        Where the losses of examples do not count alike, `weight` (B,) says how much each counts, 0 for padding.
 
         Receives the whole batch, so that its examples may be mixed; it is split into micro-batches afterwards. `key`
         returns the random key for a purpose.
         """
 
-    def losses(self, logits: jax.Array, batch: Batch) -> jax.Array:
-        """The training loss of each example of an augmented batch, (B,), in at least float32."""
+    def losses(self, outputs: Any, batch: Batch) -> jax.Array:
+        """The training loss of each example of an augmented batch, (B,), in at least float32.
 
-    def metrics(self, logits: jax.Array, batch: Batch) -> Sums:
-        """Evaluation metrics, summed over the batch's valid examples."""
+        Args:
+            outputs: what the model returned, in at least float32.
+        """
 
-    def outputs(self, logits: jax.Array) -> Batch:
-        """The reported values of each example: arrays of length B."""
+    def metrics(self, outputs: Any, batch: Batch) -> Sums:
+        """Metrics of training, summed over the valid examples of an augmented batch."""
+
+    def evaluate(self, model: nnx.Module, batch: Batch) -> tuple[Sums, Batch]:
+        """Evaluates a batch.
+
+        Returns:
+            The sums of metrics over the valid examples, one of them `loss`, which counts examples; and arrays of length
+            B, the reported values of each example.
+        """
 
     # Reports.
 
-    def picture_of(self, source: Source) -> Callable[[int], np.ndarray] | None:
-        """A function from an example's index to the picture that the model saw; None if examples have no pictures."""
+    def result(self, mean: Mean, source: Source) -> tuple[dict[str, float], dict[str, Any]]:
+        """From the sums of a whole split: metrics by name, and details of them for `eval.json`."""
+
+    def table(self, outputs: Mapping[str, np.ndarray], source: Source) -> list[list[Any]]:
+        """A table of the results, in its first row the names of its columns, then a row for each example.
+
+        Args:
+            outputs: the reported values, by increasing index of the examples, and `mask`, False where an example could
+                not be decoded.
+        """
+
+    def pictures(
+        self, evaluation: "Evaluated", source: Source, model: nnx.Module
+    ) -> Mapping[str, Callable[[], Figure]]:
+        """What is drawn at the end of a run: functions by name of the file.
+
+        Args:
+            model: the evaluated model, on one device of process 0, which draws.
+        """
 
     def metadata(self) -> Mapping[str, Any]:
         """How inputs are prepared, for the metadata of a weights file: names and values for JSON."""
+
+
+class Evaluated(Protocol):
+    """What pictures show of an evaluation.
+
+    Attributes:
+        metrics, details: see `Task.result`.
+        outputs: see `Task.table`.
+    """
+
+    metrics: dict[str, float]
+    details: dict[str, Any]
+    outputs: dict[str, np.ndarray]

@@ -36,9 +36,9 @@ def a_picture_that_cannot_be_drawn(path: Path) -> None:
     here = Situation(path)
 
     def broken() -> None:
-        from polaformer_jax.training import reports
+        from polaformer_jax.training.tasks import classification_pictures
 
-        reports.confusion = mock.Mock(side_effect=ValueError("no such colour"))
+        classification_pictures.confusion = mock.Mock(side_effect=ValueError("no such colour"))
 
     outcome = here.train("--config.log.pictures=True", before=broken)
     assert outcome.status == 0 and "test accuracy" in outcome.out and "confusion.png was not drawn" in outcome.err, (
