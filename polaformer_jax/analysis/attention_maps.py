@@ -19,7 +19,7 @@ from flax import nnx
 from polaformer_jax.errors import UserError
 from polaformer_jax.models.attention import NORMALISER_EPS, PolarityAttention, signed_features
 from polaformer_jax.models.backbone import Backbone
-from polaformer_jax.models.layers import ResidualBlock, accumulation_dtype, product
+from polaformer_jax.models.layers import Grid, ResidualBlock, accumulation_dtype, product
 from polaformer_jax.models.model_config import STRIDES
 from polaformer_jax.models.rotary import rotary_tables, rotated
 from polaformer_jax.models.rotary_attention import LinearAttention, SoftmaxAttention
@@ -94,7 +94,7 @@ def attention_maps(
         raise UserError(f"the model is a {type(model).__name__}, expected an image model: maps are drawn over images")
     stage, block = resolve_block(model, stage, block)
     side = model.config.img_size // STRIDES[stage]
-    members = _members(model.blocks(stage)[block], side)  # (windows, tokens of a window)
+    members = members_of(model.blocks(stage)[block], (side, side))
     window = position = None
     if token is not None:
         row, column = resolve_token(token, side)
@@ -197,9 +197,10 @@ def _sums(graphdef, params, images: jax.Array, position, *, stage: int, block: i
     model = nnx.merge(graphdef, params)
     chosen = model.blocks(stage)[block]
     # (B * windows, N / windows, C); one window, but for Pola-Swin
-    x = chosen.attention_input(model.tokens_before(images, stage=stage, block=block))
+    grid = (images.shape[1] // STRIDES[stage], images.shape[2] // STRIDES[stage])
+    x = chosen.attention_input(model.tokens_before(images, stage=stage, block=block), grid)
     tokens = x.shape[1]
-    rows = _rows_of(chosen, x)
+    rows = _rows_of(chosen, x, grid)
 
     def sums(start, count):
         return {name: _summed(weights) for name, weights in rows(start, count).items()}
@@ -223,20 +224,21 @@ def is_linear(block: ResidualBlock) -> bool:
     return isinstance(block.attn, PolarityAttention | LinearAttention)
 
 
-def _rows_of(block: ResidualBlock, x: jax.Array) -> Callable:
+def _rows_of(block: ResidualBlock, x: jax.Array, grid: Grid) -> Callable:
     """A function from the first query token and their number to the rows of the attention matrices, by stream."""
     attn = block.attn
     if isinstance(attn, PolarityAttention):
         return _linear_rows(attn, x)
     if isinstance(attn, LinearAttention):
-        return _rotary_linear_rows(attn, x)
-    return _rotary_softmax_rows(attn, x) if isinstance(attn, SoftmaxAttention) else _softmax_rows(block, x)
+        return _rotary_linear_rows(attn, x, grid)
+    if isinstance(attn, SoftmaxAttention):
+        return _rotary_softmax_rows(attn, x, grid)
+    return _softmax_rows(block, x, grid)
 
 
-def _rotary_linear_rows(attn: LinearAttention, x: jax.Array) -> Callable:
-    side = math.isqrt(x.shape[1])
+def _rotary_linear_rows(attn: LinearAttention, x: jax.Array, grid: Grid) -> Callable:
     same, opposite, k = attn.features(x)
-    tables = rotary_tables((side, side), k.shape[-1])
+    tables = rotary_tables(grid, k.shape[-1])
     mean, keys = jnp.mean(k, axis=2), rotated(k, tables)
 
     def weights(q, start, count):
@@ -251,10 +253,9 @@ def _rotary_linear_rows(attn: LinearAttention, x: jax.Array) -> Callable:
     }  # (B, h, count, n)
 
 
-def _rotary_softmax_rows(attn: SoftmaxAttention, x: jax.Array) -> Callable:
-    side = math.isqrt(x.shape[1])
+def _rotary_softmax_rows(attn: SoftmaxAttention, x: jax.Array, grid: Grid) -> Callable:
     q, k, _, _ = jnp.split(attn.qkvo(x), 4, axis=-1)
-    q, k = (attn.turned(t, (side, side)) for t in (q, k))
+    q, k = (attn.turned(t, grid) for t in (q, k))
 
     def rows(start, count):
         own = jax.lax.dynamic_slice_in_dim(q, start, count, axis=2)
@@ -281,11 +282,13 @@ def _linear_rows(attn: PolarityAttention, x: jax.Array) -> Callable:
     return rows
 
 
-def _softmax_rows(block: ResidualBlock, x: jax.Array) -> Callable:
-    q, k, _ = block.attn.project(x)
-    bias = (
-        block.attn.bias(block.mask, accumulation_dtype(q.dtype)) if isinstance(block, SwinBlock) else None
-    )  # (1, W or 1, h, n, n)
+def _softmax_rows(block: ResidualBlock, x: jax.Array, grid: Grid) -> Callable:
+    bias = None
+    if isinstance(block, SwinBlock):
+        q, k, _ = block.attn.project(x)
+        bias = block.attn.bias(block.windows(grid), accumulation_dtype(q.dtype))  # (1, W or 1, h, n, n)
+    else:
+        q, k, _ = block.attn.project(x, grid)
 
     def rows(start, count):
         own = jax.lax.dynamic_slice_in_dim(q, start, count, axis=1)
@@ -318,12 +321,11 @@ def row_entropy(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.sum(jax.scipy.special.entr(shares), axis=-1), seen[..., 0]
 
 
-def _members(block: ResidualBlock, side: int) -> np.ndarray:
-    """(windows, tokens of a window): the index of each token in the image."""
-    tokens = np.arange(side**2)
-    if not isinstance(block, SwinBlock):
-        return tokens[None]
-    return np.asarray(block.to_windows(jnp.asarray(tokens).reshape(1, -1, 1)))[..., 0]
+def members_of(block: ResidualBlock, grid: Grid) -> np.ndarray:
+    """(windows, tokens of a window): the index of each token in the image; of Pola-Swin in its windows' order."""
+    if isinstance(block, SwinBlock):
+        return block.windows(grid).members
+    return np.arange(grid[0] * grid[1])[None]
 
 
 def _placed(sums: _Sums, members: np.ndarray, window: int | None, *, queries: int) -> Stream:

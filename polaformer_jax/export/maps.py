@@ -1,12 +1,10 @@
 """The mean attention maps of a linear block, as an output of a program: cheap, and made of ordinary operations."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from polaformer_jax.analysis.attention_maps import is_linear, resolve_block
+from polaformer_jax.analysis.attention_maps import is_linear, members_of, resolve_block
 from polaformer_jax.errors import UserError
 from polaformer_jax.models.attention import NORMALISER_EPS, signed_features
 from polaformer_jax.models.backbone import Backbone
@@ -37,16 +35,13 @@ def mean_maps(model: Backbone, images: jax.Array, *, stage: int, block: int) -> 
     stage, block = linear_block(model, stage, block)
     chosen = model.blocks(stage)[block]
     attn = chosen.attn
-    x = chosen.attention_input(model.tokens_before(images, stage=stage, block=block))
-    order = np.arange((model.config.img_size // STRIDES[stage]) ** 2)
+    side = model.config.img_size // STRIDES[stage]
+    x = chosen.attention_input(model.tokens_before(images, stage=stage, block=block), (side, side))
     if isinstance(attn, LinearAttention):
         same, opposite, k = attn.features(x)
-        side = math.isqrt(order.size)
         tables = rotary_tables((side, side), k.shape[-1])
         return tuple(_mean_rows(q, k, tables).reshape(-1, side, side) for q in (same, opposite))
-    if isinstance(chosen, SwinBlock):
-        with jax.ensure_compile_time_eval():
-            order = np.asarray(chosen.to_windows(jnp.asarray(order).reshape(1, -1, 1))).ravel()
+    order = members_of(chosen, (side, side)).ravel()
     q, k, _, _ = attn.project(x)
     table = attn.positional_encoding[...]
     q, k = signed_features(

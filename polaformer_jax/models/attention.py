@@ -278,13 +278,24 @@ class PolarityAttention(nnx.Module):
         self.grid, self.sr_ratio, self.alpha = tuple(grid), sr_ratio, alpha
         self.projections, self.drop_rate, self.attention_impl = projections, drop_rate, attention_impl
 
-    def __call__(self, x: jax.Array, key: jax.Array | None = None, *, mask: jax.Array | None = None) -> jax.Array:
-        """(B, N, C) -> (B, N, C); `key` draws the dropout after the output projection, None means evaluation.
+    def __call__(
+        self,
+        x: jax.Array,
+        key: jax.Array | None = None,
+        *,
+        grid: tuple[int, ...] | None = None,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """(B, N, C) -> (B, N, C)
 
-        `mask` (B, N): see `polarity_attention`.
+        Args:
+            key: draws the dropout after the output projection; None means evaluation.
+            grid: (height, width) of the tokens; None: the module's own. A sequence has its own length.
+            mask: (B, N), see `polarity_attention`.
         """
-        q, k, v, g = self.project(x)
-        table, grid = self.positional_encoding[...], self.grid
+        grid = grid or self.grid
+        q, k, v, g = self.project(x, grid)
+        table = self.positional_encoding[...]
         if len(grid) == 1:  # a sequence of any length up to the table's
             grid = x.shape[1:2]
             table = table[:, : x.shape[1]]
@@ -305,16 +316,18 @@ class PolarityAttention(nnx.Module):
         )
         return dropout(self.proj(y), self.drop_rate, key)
 
-    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    def project(
+        self, x: jax.Array, grid: tuple[int, ...] | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """Tokens (B, N, C) -> q, k, v, g: queries and gates (B, N, C), keys and values (B, n, C)."""
         if self.projections == "qkvg":
             q, k, v, g = jnp.split(self.qkvg(x), 4, axis=-1)
         else:
             q, g = jnp.split(self.qg(x), 2, axis=-1)
-            k, v = jnp.split(self.kv(self._reduced(x)), 2, axis=-1)
+            k, v = jnp.split(self.kv(self._reduced(x, grid or self.grid)), 2, axis=-1)
         return q, k, v, g
 
-    def _reduced(self, x: jax.Array) -> jax.Array:
+    def _reduced(self, x: jax.Array, grid: tuple[int, ...]) -> jax.Array:
         if self.sr_ratio == 1:
             return x
-        return self.norm(self.sr(x.reshape(x.shape[0], *self.grid, -1)))  # (B, N / sr_ratio², C)
+        return self.norm(self.sr(x.reshape(x.shape[0], *grid, -1)))  # (B, N / sr_ratio², C)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from polaformer_jax.models.initializers import Keys
-from polaformer_jax.models.layers import Block, accumulation_dtype, linear, rematerialised
+from polaformer_jax.models.layers import Block, Grid, accumulation_dtype, linear, rematerialised
 from polaformer_jax.models.model_config import STRIDES, ModelConfig
 from polaformer_jax.models.model_info import ModelInfo
 
@@ -63,37 +63,43 @@ class Backbone(nnx.Module):
             Four maps (batch, img_size / s, img_size / s, channels of the stage), s = 4, 8, 16, 32.
         """
         stages = self._stages(images, self._key_source(images, train, rngs))
-        return [
-            x.reshape(x.shape[0], self.config.img_size // s, -1, x.shape[-1])
-            for x, s in zip(stages, STRIDES, strict=True)
-        ]
+        return [x.reshape(x.shape[0], *self._grid(images, i), x.shape[-1]) for i, x in enumerate(stages)]
 
     def tokens_before(self, images: jax.Array, *, stage: int, block: int) -> jax.Array:
         """The tokens (batch, tokens, channels) that enter a block in evaluation; stage and block are counted from 0."""
         next_key = self._key_source(images, False, None)
         x = images
         for i in range(stage + 1):
-            x = self._enter(i, x, next_key)
+            grid = self._grid(images, i)
+            x = self._enter(i, x, grid, next_key)
             for earlier in self.blocks(i)[: block if i == stage else None]:
-                x = earlier(x)
+                x = earlier(x, grid=grid)
         return x
 
     def _stages(self, images: jax.Array, next_key: Callable[[], jax.Array | None]) -> Iterator[jax.Array]:
         """Yields the tokens (batch, tokens, channels) after the blocks of each stage."""
         x = images
         for i in range(len(STRIDES)):
-            x = self._enter(i, x, next_key)
+            static = {"grid": self._grid(images, i)}
+            x = self._enter(i, x, static["grid"], next_key)
             for block in self.blocks(i):
                 key = next_key()
-                x = rematerialised(block, x, key) if self.remat else block(x, key)
+                x = rematerialised(block, x, key, static=static) if self.remat else block(x, key, **static)
             yield x
+
+    @staticmethod
+    def _grid(images: jax.Array, stage: int) -> Grid:
+        return images.shape[1] // STRIDES[stage], images.shape[2] // STRIDES[stage]
 
     def blocks(self, stage: int) -> Sequence[Block]:
         """The blocks of a stage, counted from 0."""
         raise NotImplementedError
 
-    def _enter(self, stage: int, x: jax.Array, next_key: Callable[[], jax.Array | None]) -> jax.Array:
-        """The tokens that enter a stage's first block, from the images (stage 0) or the previous stage's tokens."""
+    def _enter(self, stage: int, x: jax.Array, grid: Grid, next_key: Callable[[], jax.Array | None]) -> jax.Array:
+        """The tokens that enter a stage's first block, from the images (stage 0) or the previous stage's tokens.
+
+        `grid` is that of the stage.
+        """
         raise NotImplementedError
 
     def _pool(self, tokens: jax.Array) -> jax.Array:

@@ -18,6 +18,8 @@ from jax.sharding import PartitionSpec
 
 from polaformer_jax.models.initializers import normal_init, ones_init, placed, uniform_init, zeros_init
 
+Grid = tuple[int, int]  # height and width of a map, in tokens
+
 
 def accumulation_dtype(dtype) -> jnp.dtype:
     """The dtype of sums, powers, quotients and softmax where products are in `dtype`: at least float32."""
@@ -210,12 +212,12 @@ class Block(ResidualBlock):
         self.drop_path = drop_path
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None, **context) -> jax.Array:
-        """(B, N, C) -> (B, N, C); `context` is passed on to the attention, such as a mask."""
+        """(B, N, C) -> (B, N, C); `context` is passed on to the attention: the `grid` of a map, or a mask."""
         key_attn, key_path1, key_mlp, key_path2 = split_key(key, 4)
         x = x + stochastic_depth(self.mix(self.norm1(x), key_attn, **context), self.drop_path, key_path1)
         return x + stochastic_depth(self.mlp(self.norm2(x), key_mlp), self.drop_path, key_path2)
 
-    def attention_input(self, x: jax.Array) -> jax.Array:
+    def attention_input(self, x: jax.Array, grid: Grid) -> jax.Array:
         """What the attention takes of the tokens (B, N, C) that enter the block; of Pola-Swin its windows."""
         return self.norm1(x)
 

@@ -6,7 +6,6 @@ others. Maps are (B, H, W, C), tokens (B, H * W, C), row by row.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar
 
@@ -22,6 +21,7 @@ from polaformer_jax.models.depthwise import depthwise_conv
 from polaformer_jax.models.initializers import Keys, constant, normal_init
 from polaformer_jax.models.layers import (
     ConvParams,
+    Grid,
     ResidualBlock,
     accumulation_dtype,
     drop_path_rates,
@@ -34,7 +34,7 @@ from polaformer_jax.models.layers import (
 )
 from polaformer_jax.models.model_config import STRIDES, Checks, ModelConfig, check_computation, resolve_config
 from polaformer_jax.models.model_info import ModelInfo
-from polaformer_jax.models.rotary_attention import ATTENTIONS, Grid
+from polaformer_jax.models.rotary_attention import ATTENTIONS
 
 EPSILON = 1e-6  # of LayerNorm
 
@@ -100,10 +100,9 @@ class PPBlock(ResidualBlock):
     def _with_positions(self, x: jax.Array, grid: Grid) -> jax.Array:
         return x + depthwise_conv(x, self.pos.kernel[...], self.pos.bias[...], grid=grid).astype(x.dtype)
 
-    def attention_input(self, x: jax.Array) -> jax.Array:
-        """What the attention takes of the tokens (B, N, C) of a square image that enter the block."""
-        side = math.isqrt(x.shape[1])
-        return self.norm1(self._with_positions(x, (side, side)))
+    def attention_input(self, x: jax.Array, grid: Grid) -> jax.Array:
+        """What the attention takes of the tokens (B, N, C) that enter the block."""
+        return self.norm1(self._with_positions(x, grid))
 
 
 def _scaled(x: jax.Array, gamma: nnx.Param | None) -> jax.Array:

@@ -17,6 +17,7 @@ from polaformer_jax.models.backbone import Backbone, classifier
 from polaformer_jax.models.initializers import Keys, table
 from polaformer_jax.models.layers import (
     Block,
+    Grid,
     PatchConv,
     PatchEmbed,
     accumulation_dtype,
@@ -42,31 +43,29 @@ EPSILON = 1e-6  # of the blocks' LayerNorm; those after patch embedding and spat
 class SpatialReductionAttention(nnx.Module):
     """Softmax attention (type S) whose keys and values are reduced by a strided convolution where sr_ratio > 1."""
 
-    def __init__(
-        self, dim: int, num_heads: int, *, grid: int, sr_ratio: int, qkv_bias: bool, drop_rate: float, **types
-    ):
+    def __init__(self, dim: int, num_heads: int, *, sr_ratio: int, qkv_bias: bool, drop_rate: float, **types):
         self.q = linear(dim, dim, use_bias=qkv_bias, **types)
         self.kv = linear(dim, 2 * dim, use_bias=qkv_bias, **types)
         if sr_ratio > 1:
             self.sr = PatchConv(sr_ratio, dim, dim, **types)
             self.norm = layer_norm(dim, epsilon=1e-5, **types)
         self.proj = linear(dim, dim, **types)
-        self.num_heads, self.grid, self.sr_ratio, self.drop_rate = num_heads, grid, sr_ratio, drop_rate
+        self.num_heads, self.sr_ratio, self.drop_rate = num_heads, sr_ratio, drop_rate
 
-    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, key: jax.Array | None = None, *, grid: Grid) -> jax.Array:
         """(B, N, C) -> (B, N, C)"""
-        q, k, v = self.project(x)
+        q, k, v = self.project(x, grid)
         scores = product("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
         y = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape)
         return dropout(self.proj(y), self.drop_rate, key)
 
-    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(self, x: jax.Array, grid: Grid) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Tokens (B, N, C) -> queries (B, N, h, d), keys and values (B, n, h, d)."""
         batch, tokens, dim = x.shape
         source = x
         if self.sr_ratio > 1:
-            source = self.norm(self.sr(x.reshape(batch, self.grid, self.grid, dim)))  # (B, n, C)
+            source = self.norm(self.sr(x.reshape(batch, *grid, dim)))  # (B, n, C)
         q = self.q(x).reshape(batch, tokens, self.num_heads, -1)
         k, v = jnp.moveaxis(self.kv(source).reshape(batch, -1, 2, self.num_heads, q.shape[-1]), 2, 0)
         return q, k, v
@@ -188,7 +187,7 @@ class PolaPVT(Backbone):
 
             def attention(heads=config.num_heads[i], kind=config.attn_type[i], grid=grid, dim=dim, common=common):
                 if kind == "S":
-                    return SpatialReductionAttention(dim, heads, grid=grid, **common, **types)
+                    return SpatialReductionAttention(dim, heads, **common, **types)
                 return PolarityAttention(
                     dim,
                     heads,
@@ -227,11 +226,11 @@ class PolaPVT(Backbone):
     def blocks(self, stage: int) -> Sequence[Block]:
         return getattr(self, f"block{stage + 1}")
 
-    def _enter(self, stage: int, x: jax.Array, next_key: Callable[[], jax.Array | None]) -> jax.Array:
+    def _enter(self, stage: int, x: jax.Array, grid: Grid, next_key: Callable[[], jax.Array | None]) -> jax.Array:
         if stage == 0:
             x = x.astype(self.dtype)
         else:
-            x = x.reshape(x.shape[0], self.config.img_size // STRIDES[stage - 1], -1, x.shape[-1])  # (B, H, W, C)
+            x = x.reshape(x.shape[0], 2 * grid[0], 2 * grid[1], x.shape[-1])  # (B, H, W, C)
         x = getattr(self, f"patch_embed{stage + 1}")(x)  # (B, N, C')
         x = x + getattr(self, f"pos_embed{stage + 1}")[...].astype(self.dtype)
         return dropout(x, self.config.drop_rate, next_key())

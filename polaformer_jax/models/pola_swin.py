@@ -17,6 +17,7 @@ from polaformer_jax.models.backbone import Backbone, classifier
 from polaformer_jax.models.initializers import Keys, table
 from polaformer_jax.models.layers import (
     Block,
+    Grid,
     PatchEmbed,
     accumulation_dtype,
     drop_path_rates,
@@ -41,18 +42,17 @@ EPSILON = 1e-5
 class PatchMerging(nnx.Module):
     """Merges four neighbouring tokens into one with twice the channels."""
 
-    def __init__(self, dim: int, *, grid: int, **types):
+    def __init__(self, dim: int, **types):
         self.norm = layer_norm(4 * dim, epsilon=EPSILON, **types)
         self.reduction = linear(4 * dim, 2 * dim, use_bias=False, **types)
-        self.grid = grid
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(B, grid², C) -> (B, grid²/4, 2C)"""
+    def __call__(self, x: jax.Array, grid: Grid) -> jax.Array:
+        """(B, N, C) -> (B, N/4, 2C); `grid` is that of the N tokens."""
         batch, _, dim = x.shape
-        half = self.grid // 2
-        x = x.reshape(batch, half, 2, half, 2, dim)
+        rows, columns = grid[0] // 2, grid[1] // 2
+        x = x.reshape(batch, rows, 2, columns, 2, dim)
         # Official order of the four (row, column) offsets: (0, 0), (1, 0), (0, 1), (1, 1), the column being major.
-        x = x.transpose(0, 1, 3, 4, 2, 5).reshape(batch, half**2, 4 * dim)
+        x = x.transpose(0, 1, 3, 4, 2, 5).reshape(batch, rows * columns, 4 * dim)
         return self.reduction(self.norm(x))
 
 
@@ -194,9 +194,7 @@ class PolaSwin(Backbone):
 
         def block(i: int, j: int, drop_path: float) -> SwinBlock:
             grid, dim, kind = config.img_size // STRIDES[i], config.embed_dim * 2**i, kinds[i][j]
-            window, shift = windows[kind], windows[kind] // 2 if j % 2 else 0
-            if grid <= window:
-                window, shift = grid, 0
+            window = min(windows[kind], grid)
             common = {"qkv_bias": config.qkv_bias, "drop_rate": config.drop_rate, **types}
             if kind == "S":
                 attn = WindowAttention(dim, config.num_heads[i], window=window, **common)
@@ -214,9 +212,8 @@ class PolaSwin(Backbone):
             return SwinBlock(
                 attn,
                 dim,
-                grid=grid,
                 window=window,
-                shift=shift,
+                shifted=j % 2 == 1,
                 mlp_ratio=config.mlp_ratio,
                 epsilon=EPSILON,
                 drop_rate=config.drop_rate,
@@ -229,9 +226,7 @@ class PolaSwin(Backbone):
         self.absolute_pos_embed = table(shape, param_dtype=param_dtype, rngs=types["rngs"]) if config.ape else None
         stages = []
         for i, rates in enumerate(drop_path_rates(config.drop_path_rate, config.depths)):
-            merging = None
-            if i < 3:
-                merging = PatchMerging(config.embed_dim * 2**i, grid=config.img_size // STRIDES[i], **types)
+            merging = PatchMerging(config.embed_dim * 2**i, **types) if i < 3 else None
             stages.append(Stage([block(i, j, rate) for j, rate in enumerate(rates)], merging))
         self.layers = nnx.List(stages)
         self.norm = layer_norm(config.embed_dim * 8, epsilon=EPSILON, **types)
@@ -241,9 +236,9 @@ class PolaSwin(Backbone):
     def blocks(self, stage: int) -> Sequence[Block]:
         return self.layers[stage].blocks
 
-    def _enter(self, stage: int, x: jax.Array, next_key: Callable[[], jax.Array | None]) -> jax.Array:
+    def _enter(self, stage: int, x: jax.Array, grid: Grid, next_key: Callable[[], jax.Array | None]) -> jax.Array:
         if stage > 0:
-            return self.layers[stage - 1].downsample(x)
+            return self.layers[stage - 1].downsample(x, (2 * grid[0], 2 * grid[1]))
         x = self.patch_embed(x.astype(self.dtype))  # (B, N, C)
         if self.absolute_pos_embed is not None:
             x = x + self.absolute_pos_embed[...].astype(self.dtype)

@@ -13,11 +13,10 @@ from flax import nnx
 from polaformer_jax.models import kernels
 from polaformer_jax.models.depthwise import depthwise_conv
 from polaformer_jax.models.initializers import normal_init, zeros
-from polaformer_jax.models.layers import ConvParams, accumulation_dtype, linear, product
+from polaformer_jax.models.layers import ConvParams, Grid, accumulation_dtype, linear, product
 from polaformer_jax.models.rotary import rotary_tables, rotated
 
 NORMALISER_EPS = 1e-6
-Grid = tuple[int, int]  # height and width in tokens
 
 
 def exponential_features(x: jax.Array, exponents: jax.Array | None, *, swapped: bool = False) -> jax.Array:

@@ -10,7 +10,8 @@ from flax import nnx
 
 from polaformer_jax.models.attention import PolarityAttention
 from polaformer_jax.models.initializers import table
-from polaformer_jax.models.layers import Block, dropout, linear, product
+from polaformer_jax.models.layers import Block, Grid, dropout, linear, product
+from polaformer_jax.models.windows import Windows
 
 
 class WindowAttention(nnx.Module):
@@ -24,12 +25,12 @@ class WindowAttention(nnx.Module):
         )
         self.num_heads, self.window, self.drop_rate = num_heads, window, drop_rate
 
-    def __call__(self, x: jax.Array, key: jax.Array | None = None, mask: np.ndarray | None = None) -> jax.Array:
-        """(B * windows, n, C) -> the same, n = window². mask: (windows, n, n), True for pairs to mask out."""
+    def __call__(self, x: jax.Array, key: jax.Array | None = None, *, windows: Windows) -> jax.Array:
+        """(B * windows, n, C) -> the same, n = window². Pairs that only a shift brought together are masked out."""
         batch, n, dim = x.shape
         q, k, v = self.project(x)
         scores = product("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
-        bias = self.bias(mask, scores.dtype)
+        bias = self.bias(windows, scores.dtype)
         scores = scores.reshape(-1, bias.shape[1], self.num_heads, n, n) + bias
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(batch, self.num_heads, n, n)
         y = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(batch, n, dim)
@@ -41,48 +42,39 @@ class WindowAttention(nnx.Module):
         q, k, v = jnp.moveaxis(self.qkv(x).reshape(batch, n, 3, self.num_heads, -1), 2, 0)
         return q, k, v
 
-    def bias(self, mask: np.ndarray | None, dtype) -> jax.Array:
-        """The bias added to the scores: (1, 1, h, n, n), or with a mask (1, windows, h, n, n)."""
+    def bias(self, windows: Windows, dtype) -> jax.Array:
+        """The bias added to the scores: (1, 1, h, n, n), or of shifted windows (1, windows, h, n, n)."""
         bias = self.relative_position_bias_table[...].astype(dtype)[relative_position_index(self.window)]
         bias = bias.transpose(2, 0, 1)[None, None]
-        if mask is None:
+        if windows.apart is None:
             return bias
-        return bias + jnp.where(mask, -100, 0).astype(dtype)[None, :, None]
+        return bias + jnp.where(windows.apart, -100, 0).astype(dtype)[None, :, None]
 
 
 class SwinBlock(Block):
-    """A block whose attention acts within windows, after a cyclic shift by `shift` rows and columns."""
+    """A block whose attention acts within windows, shifted by half a window if `shifted`."""
 
-    def __init__(self, attn: nnx.Module, dim: int, *, grid: int, window: int, shift: int, **arguments):
+    def __init__(self, attn: nnx.Module, dim: int, *, window: int, shifted: bool, **arguments):
         super().__init__(attn, dim, **arguments)
-        self.grid, self.window, self.shift = grid, window, shift
+        self.window, self.shifted = window, shifted
 
-    def mix(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        x = self.to_windows(x)
-        # Linear attention takes no mask: in a shifted window it also mixes tokens that only the cyclic shift brought
-        # together, as the official code does.
-        x = self.attn(x, key) if self.mask is None else self.attn(x, key, mask=self.mask)
-        return self._roll(merge_windows(x, self.window, grid=self.grid), self.shift)
+    def windows(self, grid: Grid) -> Windows:
+        """The block's windows on a map of tokens."""
+        return Windows.on(grid, self.window, shifted=self.shifted)
 
-    def attention_input(self, x: jax.Array) -> jax.Array:
-        return self.to_windows(self.norm1(x))
+    def mix(self, x: jax.Array, key: jax.Array | None, *, grid: Grid) -> jax.Array:
+        windows = self.windows(grid)
+        x = windows.cut(x)
+        if isinstance(self.attn, PolarityAttention):
+            # Linear attention takes no mask of pairs: in a shifted window it also mixes tokens that only the cyclic
+            # shift brought together, as the official code does.
+            y = self.attn(x, key)
+        else:
+            y = self.attn(x, key, windows=windows)
+        return windows.join(y)
 
-    def to_windows(self, x: jax.Array) -> jax.Array:
-        """Tokens (B, grid², C) of the image -> tokens (B * windows, window², C) of the shifted windows."""
-        return partition_windows(self._roll(x, -self.shift), self.window, grid=self.grid)
-
-    @property
-    def mask(self) -> np.ndarray | None:
-        """(windows, n, n) True for pairs that must not attend to each other; None where the attention takes no mask."""
-        if isinstance(self.attn, PolarityAttention) or not self.shift:
-            return None
-        return shift_mask(self.grid, self.window, self.shift)
-
-    def _roll(self, x: jax.Array, by: int) -> jax.Array:
-        if by == 0:
-            return x
-        image = x.reshape(x.shape[0], self.grid, self.grid, -1)
-        return jnp.roll(image, (by, by), axis=(1, 2)).reshape(x.shape)
+    def attention_input(self, x: jax.Array, grid: Grid) -> jax.Array:
+        return self.windows(grid).cut(self.norm1(x))
 
 
 def relative_position_index(window: int) -> np.ndarray:
@@ -91,33 +83,3 @@ def relative_position_index(window: int) -> np.ndarray:
     rows = row[:, None] - row[None, :] + window - 1
     columns = column[:, None] - column[None, :] + window - 1
     return rows * (2 * window - 1) + columns
-
-
-def shift_mask(grid: int, window: int, shift: int) -> np.ndarray:
-    """(windows, n, n) True where a cyclic shift brought two tokens of a window together that are apart in the image."""
-    # Along one axis only the last window holds tokens from both ends: its last `shift` tokens wrapped around the edge.
-    edge = np.arange(grid) >= grid - shift
-    region = 2 * edge[:, None] + edge[None, :]  # (grid, grid)
-    count = grid // window
-    region = region.reshape(count, window, count, window).transpose(0, 2, 1, 3).reshape(count**2, window**2)
-    return region[:, :, None] != region[:, None, :]
-
-
-def partition_windows(x: jax.Array, window: int, *, grid: int) -> jax.Array:
-    """(B, grid², C) -> (B * windows, window², C); the windows of an image are adjacent, row by row."""
-    batch, _, channels = x.shape
-    if window == grid:
-        return x
-    count = grid // window
-    x = x.reshape(batch, count, window, count, window, channels).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(batch * count**2, window**2, channels)
-
-
-def merge_windows(x: jax.Array, window: int, *, grid: int) -> jax.Array:
-    """The inverse of `partition_windows`."""
-    channels = x.shape[-1]
-    if window == grid:
-        return x
-    count = grid // window
-    x = x.reshape(-1, count, count, window, window, channels).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(-1, grid**2, channels)

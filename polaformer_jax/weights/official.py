@@ -7,11 +7,12 @@ from flax import nnx
 
 from polaformer_jax.errors import WeightsError
 from polaformer_jax.models.batch_norm import BatchNorm
+from polaformer_jax.models.model_config import STRIDES
 from polaformer_jax.models.pola_pp import PolaPP
 from polaformer_jax.models.pola_sequence import PolaSequence
 from polaformer_jax.models.pola_swin import PolaSwin
 from polaformer_jax.models.rotary import frequencies
-from polaformer_jax.models.window_attention import SwinBlock, WindowAttention, relative_position_index, shift_mask
+from polaformer_jax.models.window_attention import WindowAttention, relative_position_index
 from polaformer_jax.weights import rules
 from polaformer_jax.weights.params import flatten
 
@@ -64,19 +65,15 @@ def _counters_and_angles(model: PolaPP) -> dict[str, np.ndarray]:
 def _buffers(model: PolaSwin) -> dict[str, np.ndarray]:
     buffers = {}
     for i, stage in enumerate(model.layers):
+        grid = model.config.img_size // STRIDES[i]
         for j, block in enumerate(stage.blocks):
             prefix = f"layers.{i}.blocks.{j}"
             if isinstance(block.attn, WindowAttention):
                 index = relative_position_index(block.window).astype(np.int64)
                 buffers[f"{prefix}.attn.relative_position_index"] = index
-            if block.shift:  # linear blocks have a mask too, but never use it
-                buffers[f"{prefix}.attn_mask"] = _attention_mask(block)
+            if (apart := block.windows((grid, grid)).apart) is not None:  # linear blocks never use theirs
+                buffers[f"{prefix}.attn_mask"] = np.where(apart, np.float32(-100), np.float32(0))
     return buffers
-
-
-def _attention_mask(block: SwinBlock) -> np.ndarray:
-    """(windows, n, n) float32: -100 between tokens that the shift brought together."""
-    return np.where(shift_mask(block.grid, block.window, block.shift), np.float32(-100), np.float32(0))
 
 
 def _unused_norm(model: nnx.Module) -> dict[str, np.ndarray]:

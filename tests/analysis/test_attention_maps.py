@@ -12,7 +12,6 @@ import polaformer_jax as pf
 from polaformer_jax.analysis import attention_maps as maps
 from polaformer_jax.analysis.attention_maps import attention_maps, last_linear_block, polarity_weights
 from polaformer_jax.models.attention import polarity_attention, signed_features
-from polaformer_jax.models.window_attention import merge_windows, partition_windows
 from tests.models.test_attention import CASES, draw
 from tests.support.small_models import build, noise, split
 
@@ -92,12 +91,12 @@ def test_maps_of_all_tokens_give_the_streams_of_the_block(family, stage, block, 
     @jax.jit
     def values_and_streams(model):
         chosen, x = inside(model, stage=stage, block=block)
-        attn, shift = chosen.attn, getattr(chosen, "shift", 0)
-        windows = whole = lambda x: x
+        attn = chosen.attn
+        cut = whole = lambda x: x
         if family == "swin":
-            windows = lambda x: partition_windows(chosen._roll(x, -shift), chosen.window, grid=chosen.grid)  # noqa: E731
-            whole = lambda x: chosen._roll(merge_windows(x, chosen.window, grid=chosen.grid), shift)  # noqa: E731
-        q, k, v, g = attn.project(windows(x))
+            windows = chosen.windows((8 // 2**stage,) * 2)
+            cut, whole = windows.cut, windows.join
+        q, k, v, g = attn.project(cut(x))
         o = polarity_attention(
             q,
             k,
@@ -128,8 +127,11 @@ def test_softmax_maps_give_the_output_of_the_block(family, block, x64):
     def both(model, found):
         chosen, x = inside(model, stage=1, block=block)
         # In Pola-Swin `project` is of each token alone, so that it may act on the whole image too.
-        _, _, v = chosen.attn.project(x)  # (B, n, h, d)
-        return chosen.attn.proj(jnp.einsum("bhmn,bnhe->bmhe", found, v).reshape(x.shape)), chosen.mix(x, None)
+        grid = (4, 4)
+        _, _, v = chosen.attn.project(x) if family == "swin" else chosen.attn.project(x, grid)  # (B, n, h, d)
+        return chosen.attn.proj(jnp.einsum("bhmn,bnhe->bmhe", found, v).reshape(x.shape)), chosen.mix(
+            x, None, grid=grid
+        )
 
     y, expected = both(model, found)
     np.testing.assert_allclose(y, expected, rtol=1e-12, atol=1e-12)
@@ -140,8 +142,8 @@ def test_a_shifted_softmax_window_is_the_definition_pixel_by_pixel(x64):
     model = trained("swin")
     found = rows(model, stage=1, block=1)["softmax"]
     chosen = model.blocks(1)[1]
-    side, window, shift = chosen.grid, chosen.window, chosen.shift
-    assert (side, window, shift) == (4, 2, 1)
+    side, window, shift = 4, 2, 1
+    assert chosen.windows((side, side)) == ((side, side), window, (shift, shift))
 
     @jax.jit
     def queries_and_keys(model):

@@ -19,7 +19,7 @@ def test_weights_of_a_linear_block_reproduce_its_streams():
     model = perturbed(tiny())
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 32, 32, 3), np.float32))
     block = model.layers[0].blocks[0]
-    tokens = block.attention_input(model.tokens_before(x, stage=0, block=0))
+    tokens = block.attention_input(model.tokens_before(x, stage=0, block=0), (8, 8))
     q, k, v, _ = (t.reshape(1, 1, 64, 4) for t in jnp.split(block.attn.qkvg(tokens), 4, axis=-1))
     y = rotary_linear_attention(q, k, v, block.attn.s1[...], block.attn.s2[...], grid=(8, 8))[0, 0]
     row, column = 2, 5

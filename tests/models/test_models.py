@@ -11,6 +11,7 @@ from flax import nnx
 
 import polaformer_jax as pf
 from polaformer_jax.models import registry, window_attention
+from polaformer_jax.models.windows import Windows
 from tests.support.golden_models import FULL
 from tests.support.quick import QUICK
 from tests.support.small_models import FAMILIES, all_finite, build, noise, split
@@ -249,7 +250,7 @@ def test_shift_mask_separates_what_is_not_adjacent(grid, window, shift):
     place = np.indices((grid, grid)).reshape(2, -1).T  # where each token stands after the shift
     wrapped = (place + shift) // grid  # how often each came around an edge, by row and column
     of_window = np.stack(np.split(place // window, 2, axis=1), axis=-1).reshape(-1, 2) @ [grid // window, 1]
-    mask = window_attention.shift_mask(grid, window, shift)
+    mask = Windows((grid, grid), window, (shift, shift)).apart
     for i in range((grid // window) ** 2):
         members = wrapped[of_window == i]
         np.testing.assert_array_equal(mask[i], (members[:, None] != members[None]).any(-1))
@@ -257,6 +258,7 @@ def test_shift_mask_separates_what_is_not_adjacent(grid, window, shift):
 
 def test_windows_are_cut_and_joined():
     x = noise(2, 36, 5)
-    cut = window_attention.partition_windows(x, 3, grid=6)
+    windows = Windows((6, 6), 3)
+    cut = windows.cut(x)
     np.testing.assert_array_equal(cut[1], x[0].reshape(6, 6, 5)[:3, 3:].reshape(9, 5))
-    np.testing.assert_array_equal(window_attention.merge_windows(cut, 3, grid=6), x)
+    np.testing.assert_array_equal(windows.join(cut), x)

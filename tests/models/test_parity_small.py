@@ -58,10 +58,11 @@ def test_float32_logits(name):
 
 def _stages(model, x):
     """Stage outputs as the official code has them: in Pola-Swin after the patch merging."""
-    stages = [tokens.reshape(tokens.shape[0], -1, tokens.shape[-1]) for tokens in model.features(x)]
+    maps = model.features(x)
+    stages = [tokens.reshape(tokens.shape[0], -1, tokens.shape[-1]) for tokens in maps]
     if not hasattr(model, "layers"):
         return stages
     return [
-        tokens if stage.downsample is None else stage.downsample(tokens)
-        for tokens, stage in zip(stages, model.layers, strict=True)
+        tokens if stage.downsample is None else stage.downsample(tokens, of_map.shape[1:3])
+        for tokens, of_map, stage in zip(stages, maps, model.layers, strict=True)
     ]
