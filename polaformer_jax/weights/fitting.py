@@ -12,6 +12,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from polaformer_jax.models.interpolation import interpolation_weights
+
 Fit = Literal["tables", "classifier"]
 
 # How each kind of table is resized. The official model interpolates `pos_embed` in its forward pass, bilinearly.
@@ -79,17 +81,16 @@ def fitted(
 def resize_table(name: str, table: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
     """A position table resized to `shape` as PyTorch's `interpolate` does it; None where that does not apply.
 
-    Bicubic uses the coefficient a = -0.75, bilinear is the standard one; neither antialiases when shrinking, corners
-    are not aligned, and edges are repeated. `jax.image.resize` differs in all of these. Computed in float64.
+    See `models.interpolation`. Computed in float64.
 
     Args:
         table: (1, n, C), or (n, heads) of a relative position bias, with n a square number, also in `shape`.
     """
     leaf = name.rsplit(".", 1)[-1]
     if leaf in _BICUBIC:
-        kernel = _cubic
+        method = "bicubic"
     elif _BILINEAR.fullmatch(name):
-        kernel = _linear
+        method = "bilinear"
     else:
         return None
     if table.ndim != len(shape) or table.shape[:-2] != shape[:-2] or table.shape[-1] != shape[-1]:
@@ -97,7 +98,7 @@ def resize_table(name: str, table: np.ndarray, shape: tuple[int, ...]) -> np.nda
     side, new_side = _side(table.shape), _side(shape)
     if side is None or new_side is None:
         return None
-    weights = _weights(side, new_side, kernel)  # (new, old)
+    weights = interpolation_weights(side, new_side, method)  # (new, old)
     image = np.asarray(table, np.float64).reshape(side, side, table.shape[-1])
     return np.einsum("ai,bj,ijc->abc", weights, weights, image, optimize=True).reshape(shape).astype(table.dtype)
 
@@ -105,24 +106,3 @@ def resize_table(name: str, table: np.ndarray, shape: tuple[int, ...]) -> np.nda
 def _side(shape: tuple[int, ...]) -> int | None:
     side = math.isqrt(shape[-2])
     return side if side and side * side == shape[-2] else None
-
-
-def _cubic(distance: np.ndarray, a: float = -0.75) -> np.ndarray:
-    x = np.abs(distance)
-    near = ((a + 2) * x - (a + 3)) * x * x + 1
-    far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
-    return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
-
-
-def _linear(distance: np.ndarray) -> np.ndarray:
-    return np.maximum(0.0, 1 - np.abs(distance))
-
-
-def _weights(size: int, new_size: int, kernel) -> np.ndarray:
-    """(new_size, size) the weight of each old position in a new one; beyond the edge, the edge's value is repeated."""
-    centre = (np.arange(new_size) + 0.5) * size / new_size - 0.5
-    weights = np.zeros((new_size, size))
-    for offset in (-1, 0, 1, 2):
-        position = np.floor(centre).astype(int) + offset
-        np.add.at(weights, (np.arange(new_size), np.clip(position, 0, size - 1)), kernel(centre - position))
-    return weights
