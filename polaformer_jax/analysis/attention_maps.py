@@ -322,10 +322,15 @@ def row_entropy(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def members_of(block: ResidualBlock, grid: Grid) -> np.ndarray:
-    """(windows, tokens of a window): the index of each token in the image; of Pola-Swin in its windows' order."""
-    if isinstance(block, SwinBlock):
-        return block.windows(grid).members
-    return np.arange(grid[0] * grid[1])[None]
+    """(windows, tokens of a window): the index of each token in the image. Raises a UserError for padded windows."""
+    if not isinstance(block, SwinBlock):
+        return np.arange(grid[0] * grid[1])[None]
+    if (windows := block.windows(grid)).is_padded:
+        raise UserError(
+            f"windows of {block.window}x{block.window} tokens do not divide the {grid[0]}x{grid[1]} of their stage, and"
+            " padded windows have no maps: choose another block, or another img_size"
+        )
+    return windows.members
 
 
 def _placed(sums: _Sums, members: np.ndarray, window: int | None, *, queries: int) -> Stream:

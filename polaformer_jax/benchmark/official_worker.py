@@ -34,6 +34,7 @@ def build(given):
         arguments["flagss"] = [list(word) for word in arguments.pop("flags")]
     else:
         arguments.pop("softmax_window_size")  # which the official class takes from the window
+        arguments.pop("padded_windows")
     return getattr(importlib.import_module("models." + module), name)(**arguments)
 
 

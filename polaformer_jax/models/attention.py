@@ -16,6 +16,7 @@ from polaformer_jax.config import ATTENTION_IMPLEMENTATIONS
 from polaformer_jax.models import kernels
 from polaformer_jax.models.depthwise import depthwise_conv, upsample_tokens
 from polaformer_jax.models.initializers import zeros
+from polaformer_jax.models.interpolation import table_on
 from polaformer_jax.models.layers import (
     ConvParams,
     PatchConv,
@@ -78,7 +79,7 @@ def polarity_attention(
     Args:
         q, g: (B, N, C). Their dtype, and that of k and v, is that of the matrix products; power, normaliser and
             accumulation are at least float32.
-        k, v: (B, n, C), where N is a multiple of n.
+        k, v: (B, n, C), n <= N.
         kernel, bias: of the depthwise convolution, (size, size, 1, d) and (d,); one kernel serves all heads.
             A kernel with one spatial axis belongs to a grid with one axis.
         grid: how the N tokens are arranged: (height, width) of an image or a window, (N,) of a sequence.
@@ -290,15 +291,18 @@ class PolarityAttention(nnx.Module):
 
         Args:
             key: draws the dropout after the output projection; None means evaluation.
-            grid: (height, width) of the tokens; None: the module's own. A sequence has its own length.
+            grid: (height, width) of the tokens; None: the module's own. On another grid the table of the keys is
+                interpolated, bicubically. Not for sequences, which may be shorter than the table.
             mask: (B, N), see `polarity_attention`.
         """
         grid = grid or self.grid
         q, k, v, g = self.project(x, grid)
-        table = self.positional_encoding[...]
-        if len(grid) == 1:  # a sequence of any length up to the table's
+        if len(grid) == 1:
             grid = x.shape[1:2]
-            table = table[:, : x.shape[1]]
+            table = self.positional_encoding[:, : x.shape[1]]
+        else:
+            own, of_keys = (tuple(side // self.sr_ratio for side in sides) for sides in (self.grid, grid))
+            table = table_on(self.positional_encoding[...], own, of_keys, "bicubic")
         y = polarity_attention(
             q,
             k,

@@ -18,6 +18,9 @@ class Backbone(nnx.Module):
     Its only state is parameters: everything else that the official code stores (relative position indices, attention
     masks) is computed from static integers in the forward pass, so that a pure dict of arrays is a complete model.
 
+    A model is made for square images of `config.img_size`. `features` takes those of other sizes too; tables of
+    positions are then interpolated in the forward pass.
+
     A family implements `blocks`, `_enter` and `_pool`.
 
     Attributes:
@@ -31,7 +34,7 @@ class Backbone(nnx.Module):
     config: ModelConfig
     remat: bool = False
     frozen_statistics: bool = False  # batch normalisations use their running statistics in training too, and keep them
-    any_image_size: bool = False  # not only `config.img_size`
+    any_image_size: bool = False  # `__call__` and `pooled` too take images that are not of `config.img_size`
     info: ModelInfo
 
     def __call__(self, images: jax.Array, train: bool = False, rngs: nnx.Rngs | None = None) -> jax.Array:
@@ -56,13 +59,24 @@ class Backbone(nnx.Module):
         *_, tokens = self._stages(images, self._key_source(images, train, rngs))
         return self._pool(tokens)
 
-    def features(self, images: jax.Array, train: bool = False, rngs: nnx.Rngs | None = None) -> list[jax.Array]:
+    def features(
+        self, images: jax.Array, train: bool = False, rngs: nnx.Rngs | None = None, *, mask: jax.Array | None = None
+    ) -> list[jax.Array]:
         """The unnormalised output of each stage before patch merging, for detection and segmentation heads.
 
+        Args:
+            images: (batch, H, W, 3), of a float dtype; H and W any multiples of 32.
+            train, rngs: as for a call.
+            mask: (batch,) bool, the examples that count in the statistics of batches. This family has none.
+
         Returns:
-            Four maps (batch, img_size / s, img_size / s, channels of the stage), s = 4, 8, 16, 32.
+            Four maps (batch, H / s, W / s, channels of the stage), s = 4, 8, 16, 32: `config.stage_channels`.
+
+        Raises:
+            ValueError: as for a call; or the images are too small for the stages' spatial reductions.
         """
-        stages = self._stages(images, self._key_source(images, train, rngs))
+        del mask
+        stages = self._stages(images, self._key_source(images, train, rngs, any_size=True))
         return [x.reshape(x.shape[0], *self._grid(images, i), x.shape[-1]) for i, x in enumerate(stages)]
 
     def tokens_before(self, images: jax.Array, *, stage: int, block: int) -> jax.Array:
@@ -105,8 +119,10 @@ class Backbone(nnx.Module):
     def _pool(self, tokens: jax.Array) -> jax.Array:
         raise NotImplementedError
 
-    def _key_source(self, images: jax.Array, train: bool, rngs: nnx.Rngs | None) -> Callable[[], jax.Array | None]:
-        self._check_images(images)
+    def _key_source(
+        self, images: jax.Array, train: bool, rngs: nnx.Rngs | None, *, any_size: bool = False
+    ) -> Callable[[], jax.Array | None]:
+        self._check_images(images, any_size or self.any_image_size)
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise ValueError(f"images have type {images.dtype}, expected a float type: normalise them first")
         rates = (getattr(self.config, "drop_rate", 0.0), self.config.drop_path_rate)
@@ -119,8 +135,17 @@ class Backbone(nnx.Module):
             )
         return Keys(rngs.dropout())
 
-    def _check_images(self, images: jax.Array) -> None:
+    def _check_images(self, images: jax.Array, any_size: bool) -> None:
         """Raises a ValueError if the shape of the images does not fit."""
+        if any_size:
+            multiple = STRIDES[-1]
+            sides = images.shape[1:3]
+            if images.ndim != 4 or images.shape[3] != 3 or any(side == 0 or side % multiple for side in sides):
+                raise ValueError(
+                    f"images have shape {tuple(images.shape)}, expected (batch, height, width, 3), channels last,"
+                    f" height and width multiples of {multiple}"
+                )
+            return
         size = self.config.img_size
         if images.ndim != 4 or images.shape[1:] != (size, size, 3):
             raise ValueError(

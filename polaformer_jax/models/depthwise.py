@@ -12,12 +12,15 @@ from polaformer_jax.models.layers import accumulation_dtype, keeping_arguments
 
 
 def upsample_tokens(v: jax.Array, tokens: int) -> jax.Array:
-    """Linear interpolation along the token axis to `tokens` tokens, a multiple r of v's n (align_corners false).
+    """Linear interpolation along the token axis to `tokens` tokens, at least v's n (align_corners false).
 
     The official model interpolates spatially reduced values along the flattened token axis, not on the 2-D grid; that
-    is odd, but kept here. Token m*r + t is at m + (t + 1/2)/r - 1/2, so its weights depend only on t.
+    is odd, but kept here. Where there are r n tokens, token m*r + t is at m + (t + 1/2)/r - 1/2, so that its weights
+    depend only on t.
     """
     batch, keys, channels = v.shape
+    if tokens % keys:
+        return _upsample_by_index(v, tokens)
     ratio = tokens // keys
     if ratio == 1:
         return v
@@ -29,6 +32,15 @@ def upsample_tokens(v: jax.Array, tokens: int) -> jax.Array:
     edges = jnp.concatenate([v[:, :1], v, v[:, -1:]], axis=1)[:, :, None]  # (B, n + 2, 1, C)
     upsampled = sum(edges[:, i : i + keys] * w for i, w in enumerate(weight))  # (B, n, r, C)
     return upsampled.reshape(batch, tokens, channels)
+
+
+def _upsample_by_index(v: jax.Array, tokens: int) -> jax.Array:
+    """`upsample_tokens` to any number of tokens."""
+    keys = v.shape[1]
+    position = np.clip((np.arange(tokens) + 0.5) * keys / tokens - 0.5, 0, keys - 1)
+    before = np.floor(position).astype(int)
+    weight = jnp.asarray(position - before, v.dtype).reshape(1, -1, 1)
+    return v[:, before] * (1 - weight) + v[:, np.minimum(before + 1, keys - 1)] * weight
 
 
 def depthwise_conv(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, grid: tuple[int, ...]) -> jax.Array:

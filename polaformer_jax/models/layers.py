@@ -137,7 +137,10 @@ class ConvParams(nnx.Module):
 
 
 class PatchConv(ConvParams):
-    """Convolution whose stride is its kernel size, computed as one matrix product of patches."""
+    """Convolution whose stride is its kernel size, computed as one matrix product of patches.
+
+    Rows and columns at the end of a map that fill no whole patch are left out.
+    """
 
     def __init__(self, size: int, features_in: int, features_out: int, *, dtype, param_dtype, rngs: nnx.Rngs):
         super().__init__((size, size), features_in, features_out, param_dtype=param_dtype, rngs=rngs)
@@ -147,7 +150,12 @@ class PatchConv(ConvParams):
         """(B, H, W, in) -> (B, H/size * W/size, out)"""
         batch, height, width, channels = x.shape
         r = self.size
-        x = x.reshape(batch, height // r, r, width // r, r, channels).transpose(0, 1, 3, 2, 4, 5)
+        rows, columns = height // r, width // r
+        if not rows or not columns:
+            raise ValueError(f"a map of {height}x{width} tokens is smaller than a patch, {r}x{r}: give larger images")
+        if (height % r, width % r) != (0, 0):
+            x = x[:, : rows * r, : columns * r]
+        x = x.reshape(batch, rows, r, columns, r, channels).transpose(0, 1, 3, 2, 4, 5)
         x = x.reshape(batch, -1, r * r * channels).astype(self.dtype)  # (B, tokens, size * size * in)
         kernel = self.kernel[...].reshape(r * r * channels, -1).astype(self.dtype)
         return apply_kernel(x, kernel) + self.bias[...].astype(self.dtype).reshape(1, 1, -1)

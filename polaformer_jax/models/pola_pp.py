@@ -32,7 +32,7 @@ from polaformer_jax.models.layers import (
     split_key,
     stochastic_depth,
 )
-from polaformer_jax.models.model_config import STRIDES, Checks, ModelConfig, check_computation, resolve_config
+from polaformer_jax.models.model_config import Checks, ModelConfig, check_computation, resolve_config
 from polaformer_jax.models.model_info import ModelInfo
 from polaformer_jax.models.rotary_attention import ATTENTIONS
 
@@ -172,6 +172,11 @@ class PolaPPConfig(ModelConfig):
         if values["embed_dims"][0] % 2:
             checks.problems.append(f"embed_dims[0]={values['embed_dims'][0]}: expected an even number")
         return values
+
+    @property
+    def stage_channels(self) -> tuple[int, int, int, int]:
+        """Channels of each stage's map."""
+        return self.embed_dims
 
     @property
     def num_features(self) -> int:
@@ -315,14 +320,6 @@ class PolaPP(Backbone):
         if not train or self.frozen_statistics:
             return None
         return jnp.ones(images.shape[0], bool) if mask is None else mask
-
-    def _check_images(self, images: jax.Array) -> None:
-        multiple = STRIDES[-1]
-        if images.ndim != 4 or images.shape[3] != 3 or any(side == 0 or side % multiple for side in images.shape[1:3]):
-            raise ValueError(
-                f"images have shape {tuple(images.shape)}, expected (batch, height, width, 3), channels last, height"
-                f" and width multiples of {multiple}"
-            )
 
 
 class Classifier(Conv):

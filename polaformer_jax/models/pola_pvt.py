@@ -15,6 +15,7 @@ from flax import nnx
 from polaformer_jax.models.attention import PolarityAttention
 from polaformer_jax.models.backbone import Backbone, classifier
 from polaformer_jax.models.initializers import Keys, table
+from polaformer_jax.models.interpolation import table_on
 from polaformer_jax.models.layers import (
     Block,
     Grid,
@@ -135,6 +136,11 @@ class PolaPVTConfig(ModelConfig):
         return _reductions(self.attn_type, self.sr_ratios, self.la_sr_ratios)
 
     @property
+    def stage_channels(self) -> tuple[int, int, int, int]:
+        """Channels of each stage's map."""
+        return self.embed_dims
+
+    @property
     def num_features(self) -> int:
         """Channels of the classifier's input."""
         return self.embed_dims[-1]
@@ -149,6 +155,9 @@ class PolaPVTConfig(ModelConfig):
 
 class PolaPVT(Backbone):
     """Pola-PVT, an image classifier.
+
+    On images of another size (`features`) position embeddings are interpolated bilinearly, as in the official code, and
+    the tables of the keys bicubically. A spatial reduction leaves out the rest that fills no whole patch.
 
     Args:
         config: the hyper-parameters; None: `PolaPVTConfig(**hyperparameters)`.
@@ -232,7 +241,9 @@ class PolaPVT(Backbone):
         else:
             x = x.reshape(x.shape[0], 2 * grid[0], 2 * grid[1], x.shape[-1])  # (B, H, W, C)
         x = getattr(self, f"patch_embed{stage + 1}")(x)  # (B, N, C')
-        x = x + getattr(self, f"pos_embed{stage + 1}")[...].astype(self.dtype)
+        side = self.config.img_size // STRIDES[stage]
+        table = table_on(getattr(self, f"pos_embed{stage + 1}")[...], (side, side), grid, "bilinear")
+        x = x + table.astype(self.dtype)
         return dropout(x, self.config.drop_rate, next_key())
 
     def _pool(self, tokens: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ from flax import nnx
 from polaformer_jax.models.attention import PolarityAttention
 from polaformer_jax.models.backbone import Backbone, classifier
 from polaformer_jax.models.initializers import Keys, table
+from polaformer_jax.models.interpolation import table_on
 from polaformer_jax.models.layers import (
     Block,
     Grid,
@@ -69,7 +70,8 @@ class PolaSwinConfig(ModelConfig):
     """Hyper-parameters of a `PolaSwin`, with the official names and defaults; `registry` holds the published models.
 
     Attributes:
-        img_size: side of the square images in pixels, a multiple of 32 such that the windows divide the grids.
+        img_size: side of the square images in pixels, a multiple of 32 such that the windows divide the grids, unless
+            `padded_windows`.
         num_classes: 0 omits the classifier.
         embed_dim: channels of the first stage; they double from stage to stage.
         depths, num_heads: one value for each stage.
@@ -85,6 +87,8 @@ class PolaSwinConfig(ModelConfig):
             whose first k blocks are L and the rest S; k follows the four letters, as in "LMSL1".
         softmax_window_size: side of the windows of S blocks; None is the official rule, 7 if window_size <= 56,
             else 12.
+        padded_windows: allow windows that do not divide the grids. Those at the bottom and the right are padded (see
+            `models.windows`). The weights are those of any other model.
 
     Raises:
         UserError: lists everything that does not fit.
@@ -108,6 +112,7 @@ class PolaSwinConfig(ModelConfig):
     kernel_size: int = 5
     attn_type: str = "LLLL"
     softmax_window_size: int | None = None
+    padded_windows: bool = False
 
     def _normalised(self, checks: Checks) -> dict[str, object]:
         values = {
@@ -126,13 +131,15 @@ class PolaSwinConfig(ModelConfig):
             "alpha": checks.alpha(self.alpha),
             "kernel_size": checks.kernel_size(self.kernel_size),
             "attn_type": _attention_types(checks, self.attn_type),
+            "padded_windows": checks.boolean("padded_windows", self.padded_windows),
         }
         if self.softmax_window_size is not None:
             values["softmax_window_size"] = checks.integer("softmax_window_size", self.softmax_window_size)
         softmax_window = _softmax_window(values["window_size"], values.get("softmax_window_size"))
         kinds = _block_types(values["attn_type"], values["depths"])
         checks.heads(tuple(values["embed_dim"] * 2**i for i in range(4)), values["num_heads"], kinds)
-        _check_windows(checks, values["img_size"], kinds, {"L": values["window_size"], "S": softmax_window})
+        if not values["padded_windows"]:
+            _check_windows(checks, values["img_size"], kinds, {"L": values["window_size"], "S": softmax_window})
         return values
 
     @property
@@ -146,12 +153,18 @@ class PolaSwinConfig(ModelConfig):
         return {"L": self.window_size, "S": _softmax_window(self.window_size, self.softmax_window_size)}
 
     @property
+    def stage_channels(self) -> tuple[int, int, int, int]:
+        """Channels of each stage's map."""
+        return tuple(self.embed_dim * 2**i for i in range(len(STRIDES)))
+
+    @property
     def num_features(self) -> int:
         """Channels of the classifier's input."""
-        return self.embed_dim * 2 ** (len(STRIDES) - 1)
+        return self.stage_channels[-1]
 
     def architecture(self) -> dict[str, object]:
-        used = {name: value for name, value in self.to_dict().items() if name not in FREE_FIELDS}
+        free = (*FREE_FIELDS, "padded_windows")
+        used = {name: value for name, value in self.to_dict().items() if name not in free}
         mixed = "M" in self.attn_type
         used["window_size"] = self.windows["L"] if mixed or "L" in self.attn_type else None
         used["softmax_window_size"] = self.windows["S"] if mixed or "S" in self.attn_type else None
@@ -160,6 +173,9 @@ class PolaSwinConfig(ModelConfig):
 
 class PolaSwin(Backbone):
     """Pola-Swin, an image classifier.
+
+    On images of another size (`features`) windows keep their sides, and are padded where these do not divide the grid.
+    Absolute positions are interpolated bicubically.
 
     Args:
         config: the hyper-parameters; None: `PolaSwinConfig(**hyperparameters)`.
@@ -241,7 +257,8 @@ class PolaSwin(Backbone):
             return self.layers[stage - 1].downsample(x, (2 * grid[0], 2 * grid[1]))
         x = self.patch_embed(x.astype(self.dtype))  # (B, N, C)
         if self.absolute_pos_embed is not None:
-            x = x + self.absolute_pos_embed[...].astype(self.dtype)
+            side = self.config.img_size // STRIDES[0]
+            x = x + table_on(self.absolute_pos_embed[...], (side, side), grid, "bicubic").astype(self.dtype)
         return dropout(x, self.config.drop_rate, next_key())
 
     def _pool(self, tokens: jax.Array) -> jax.Array:
@@ -303,5 +320,6 @@ def _check_windows(checks: Checks, img_size: int, kinds: tuple[str, ...], window
         ways.append(f"{names[kind]} {', '.join(map(str, possible))}")
     checks.problems.append(
         f"img_size={img_size} does not fit the windows, which must divide each grid larger than they are: "
-        f"{'; '.join(line for lines in found.values() for line in lines)}. What would fit: {'; or '.join(ways)}"
+        f"{'; '.join(line for lines in found.values() for line in lines)}. Windows are padded with padded_windows=True."
+        f" What would fit: {'; or '.join(ways)}"
     )

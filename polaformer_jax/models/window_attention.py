@@ -26,7 +26,10 @@ class WindowAttention(nnx.Module):
         self.num_heads, self.window, self.drop_rate = num_heads, window, drop_rate
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None, *, windows: Windows) -> jax.Array:
-        """(B * windows, n, C) -> the same, n = window². Pairs that only a shift brought together are masked out."""
+        """(B * windows, n, C) -> the same, n = window². Pairs that only a shift brought together are masked out.
+
+        So is padding, whose own results are to be ignored.
+        """
         batch, n, dim = x.shape
         q, k, v = self.project(x)
         scores = product("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
@@ -43,16 +46,21 @@ class WindowAttention(nnx.Module):
         return q, k, v
 
     def bias(self, windows: Windows, dtype) -> jax.Array:
-        """The bias added to the scores: (1, 1, h, n, n), or of shifted windows (1, windows, h, n, n)."""
+        """The bias added to the scores: (1, 1, h, n, n), or of shifted or padded windows (1, windows, h, n, n)."""
         bias = self.relative_position_bias_table[...].astype(dtype)[relative_position_index(self.window)]
         bias = bias.transpose(2, 0, 1)[None, None]
-        if windows.apart is None:
-            return bias
-        return bias + jnp.where(windows.apart, -100, 0).astype(dtype)[None, :, None]
+        if (apart := windows.apart) is not None:
+            bias = bias + jnp.where(apart, -100, 0).astype(dtype)[None, :, None]
+        if (valid := windows.valid) is not None:
+            bias = jnp.where(valid[None, :, None, None, :], bias, -jnp.inf)
+        return bias
 
 
 class SwinBlock(Block):
-    """A block whose attention acts within windows, shifted by half a window if `shifted`."""
+    """A block whose attention acts within windows, shifted by half a window if `shifted`.
+
+    Windows that do not divide the map are padded, as `models.windows` explains.
+    """
 
     def __init__(self, attn: nnx.Module, dim: int, *, window: int, shifted: bool, **arguments):
         super().__init__(attn, dim, **arguments)
@@ -68,7 +76,8 @@ class SwinBlock(Block):
         if isinstance(self.attn, PolarityAttention):
             # Linear attention takes no mask of pairs: in a shifted window it also mixes tokens that only the cyclic
             # shift brought together, as the official code does.
-            y = self.attn(x, key)
+            valid = windows.valid
+            y = self.attn(x, key, mask=None if valid is None else jnp.tile(valid, (len(x) // len(valid), 1)))
         else:
             y = self.attn(x, key, windows=windows)
         return windows.join(y)

@@ -1,9 +1,9 @@
 """Identifies the model in a weights file: its config, derived from the names and shapes of its tensors.
 
 Shapes take precedence. The file's own description is used only for what no shape shows (alpha, the rates of dropout and
-stochastic depth, the heads of Pola-PVT's softmax stages, an image size that shapes do not determine): in our own files
-the constructor's arguments, in official checkpoints the config, which holds unused and wrong fields (a Pola-PVT's has
-Swin's depths). Our own arguments must agree with the shapes.
+stochastic depth, the heads of Pola-PVT's softmax stages, padded windows, an image size that shapes do not determine):
+in our own files the constructor's arguments, in official checkpoints the config, which holds unused and wrong fields (a
+Pola-PVT's has Swin's depths). Our own arguments must agree with the shapes.
 """
 
 import json
@@ -68,7 +68,8 @@ def identify(file: WeightsFile, *, img_size: int | None = None) -> Identity:
         known["alpha"] = _ALPHA
         assumed.append(f"alpha: {_ALPHA:g}, as in all official models")
     arguments = identify_family(names, {"img_size": img_size, **known}, assumed)
-    arguments |= {name: known[name] for name in ("alpha", *_RATES) if name in known and name in kind.names()}
+    unseen = ("alpha", "padded_windows", *_RATES)
+    arguments |= {name: known[name] for name in unseen if name in known and name in kind.names()}
     shown = _config(kind, arguments, file)
     if (recorded := _recorded(file)) is None:
         return Identity(shown, assumed)
@@ -144,6 +145,8 @@ def _known(file: WeightsFile) -> dict[str, Any]:
     heads = recorded.get("num_heads")
     numbers = ("alpha", "img_size", *_RATES)
     known = {name: recorded[name] for name in numbers if _is_number(recorded.get(name))}
+    if isinstance(recorded.get("padded_windows"), bool):
+        known["padded_windows"] = recorded["padded_windows"]
     fits = isinstance(heads, tuple) and len(heads) == 4 and all(map(_is_number, heads))
     return {**known, "num_heads": heads} if fits else known
 

@@ -71,7 +71,9 @@ def _buffers(model: PolaSwin) -> dict[str, np.ndarray]:
             if isinstance(block.attn, WindowAttention):
                 index = relative_position_index(block.window).astype(np.int64)
                 buffers[f"{prefix}.attn.relative_position_index"] = index
-            if (apart := block.windows((grid, grid)).apart) is not None:  # linear blocks never use theirs
+            windows = block.windows((grid, grid))
+            # Linear blocks never use theirs. Where windows are padded, Swin's code has no such buffer.
+            if (apart := windows.apart) is not None and not windows.is_padded:
                 buffers[f"{prefix}.attn_mask"] = np.where(apart, np.float32(-100), np.float32(0))
     return buffers
 
