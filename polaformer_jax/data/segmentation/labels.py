@@ -22,8 +22,6 @@ _WAY_OUT = (
     "expected a PNG with one channel of 8 bits (grey or palette), whose pixels are class numbers; convert it, with"
     " Pillow: Image.fromarray(classes.astype('uint8')).save('NAME.png')"
 )
-# 0 becomes 255, k becomes k - 1, 255 stays.
-_REDUCED = np.array([IGNORED, *range(254), IGNORED], np.uint8)
 
 
 def decode_mask(data: bytes) -> np.ndarray:
@@ -59,7 +57,9 @@ def _refuse_format(data: bytes) -> None:
 
 def reduce_zero_label(labels: np.ndarray) -> np.ndarray:
     """Of masks whose 0 means "none of the classes", as ADE20K's: 0 becomes 255, k becomes k - 1, 255 stays."""
-    return _REDUCED[labels]
+    reduced = labels - np.uint8(1)  # 0 wraps around
+    reduced[labels == IGNORED] = IGNORED
+    return reduced
 
 
 def decode_labels(data: bytes, *, size: tuple[int, int], num_classes: int, reduce_zero: bool) -> np.ndarray:
