@@ -18,7 +18,7 @@ from polaformer_jax.models.windows import Windows
 from polaformer_jax.weights import fitting
 from tests.models.test_attention import by_definition
 from tests.support.quick import QUICK
-from tests.support.small_models import all_finite, build, noise, perturbed, split, tiny_pp
+from tests.support.small_models import all_finite, build, noise, perturbed, split
 
 TYPES = {"dtype": jnp.float64, "param_dtype": jnp.float64}
 
@@ -30,14 +30,6 @@ def features(model):
 
 
 # --- whole models
-
-
-@pytest.mark.parametrize("family", ["pvt", "swin", "pp"])
-def test_maps_have_the_shapes_of_the_image(family):
-    model = tiny_pp() if family == "pp" else build(family)
-    maps = jax.eval_shape(model.features, jax.ShapeDtypeStruct((2, 64, 96, 3), jnp.float32))
-    channels = model.config.stage_channels
-    assert [m.shape for m in maps] == [(2, 64 // s, 96 // s, c) for s, c in zip((4, 8, 16, 32), channels, strict=True)]
 
 
 @pytest.mark.slow
@@ -80,16 +72,15 @@ def test_is_the_model_whose_tables_are_resized_beforehand(family, changes, x64):
 
 
 @pytest.mark.parametrize("family", ["pvt", "swin"])
-def test_nothing_is_interpolated_at_the_own_size(family, monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        interpolation, "interpolation_weights", lambda *sizes: asked.append(sizes) or np.ones(sizes[1::-1])
-    )
+def test_maps_have_the_shapes_of_the_image_and_tables_are_interpolated_where_needed(family, monkeypatch):
+    asked, weights_of = [], interpolation.interpolation_weights
+    monkeypatch.setattr(interpolation, "interpolation_weights", lambda *a: asked.append(a) or weights_of(*a))
     model = build(family)
-    jax.eval_shape(model.features, jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32))
-    assert not asked
-    jax.eval_shape(model.features, jax.ShapeDtypeStruct((1, 32, 64, 3), jnp.float32))
-    assert asked
+    for height, width in ((32, 32), (32, 96)):
+        maps = jax.eval_shape(model.features, jax.ShapeDtypeStruct((2, height, width, 3), jnp.float32))
+        expected = zip((4, 8, 16, 32), model.config.stage_channels, strict=True)
+        assert [m.shape for m in maps] == [(2, height // s, width // s, c) for s, c in expected]
+        assert bool(asked) == (width != 32)
 
 
 def test_other_sizes_are_for_features_alone_and_multiples_of_32():
@@ -280,6 +271,15 @@ def test_the_published_windows_at_512():
     assert registry.name_of(config) == "pola_swin_t"
     model = registry.create_abstract(config)
     assert [stage.blocks[1].window for stage in model.layers] == [56, 56, 7, 7]
+    small = registry.create_abstract(registry.model_config("pola_swin_t"))
+    odd = [stage.blocks[1] for stage in small.layers]
+    assert [block.windows((side, side)).shift[0] for block, side in zip(odd, (56, 28, 14, 7), strict=True)] == [
+        0,
+        0,
+        3,
+        0,
+    ]
+    assert [block.windows((96, 96)).shift[0] for block in odd] == [28, 14, 3, 3]
     images = jax.ShapeDtypeStruct((1, 512, 512, 3), jnp.float32)
     logits, maps = nnx.eval_shape(lambda model, x: (model(x), model.features(x)), model, images)
     assert logits.shape == (1, 1000) and [m.shape[1] for m in maps] == [128, 64, 32, 16]

@@ -142,6 +142,7 @@ def test_images_of_any_size_and_blocks_recomputed():
 
     logits, maps, pooled = run(model, x)
     assert [m.shape for m in maps] == [(2, 16, 24, 4), (2, 8, 12, 8), (2, 4, 6, 8), (2, 2, 3, 8)]
+    assert model.config.stage_channels == (4, 8, 8, 8)
     assert logits.shape == (2, 3) and pooled.shape == (2, 8)
     model.remat = True
     np.testing.assert_allclose(run(model, x)[0], logits, rtol=1e-5)
