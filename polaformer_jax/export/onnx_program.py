@@ -10,6 +10,7 @@ from polaformer_jax.errors import UserError
 from polaformer_jax.export import onnx_file
 from polaformer_jax.export.program import check_target, program_of
 from polaformer_jax.models.pola_pp import PolaPP
+from polaformer_jax.models.pola_swin import PolaSwin
 
 FORMAT = "polaformer_jax/onnx/1"
 SUFFIX = ".onnx"
@@ -56,6 +57,11 @@ def onnx(
         )
     if isinstance(model, PolaPP):
         raise UserError("PolaFormer++ cannot be written as ONNX so far: export it as StableHLO")
+    if isinstance(model, PolaSwin) and model.is_padded():
+        raise UserError(
+            f"at img_size={model.config.img_size} this Pola-Swin has padded windows, which cannot be written as ONNX so"
+            " far: choose a size that the windows divide, or export the model as StableHLO"
+        )
     program = program_of(model, preprocess=preprocess, maps=maps, dtype=dtype)
     metadata = {"format": FORMAT, **program.metadata, "opset": opset}
     onnx_file.write(

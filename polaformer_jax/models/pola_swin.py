@@ -252,6 +252,11 @@ class PolaSwin(Backbone):
     def blocks(self, stage: int) -> Sequence[Block]:
         return self.layers[stage].blocks
 
+    def is_padded(self) -> bool:
+        """Whether there are padded windows at the model's own image size."""
+        sides = [self.config.img_size // stride for stride in STRIDES]
+        return any(block.windows((side, side)).is_padded for i, side in enumerate(sides) for block in self.blocks(i))
+
     def _enter(self, stage: int, x: jax.Array, grid: Grid, next_key: Callable[[], jax.Array | None]) -> jax.Array:
         if stage > 0:
             return self.layers[stage - 1].downsample(x, (2 * grid[0], 2 * grid[1]))

@@ -71,13 +71,15 @@ class SwinBlock(Block):
         return Windows.on(grid, self.window, shifted=self.shifted)
 
     def mix(self, x: jax.Array, key: jax.Array | None, *, grid: Grid) -> jax.Array:
-        windows = self.windows(grid)
+        windows, batch = self.windows(grid), x.shape[0]
         x = windows.cut(x)
         if isinstance(self.attn, PolarityAttention):
             # Linear attention takes no mask of pairs: in a shifted window it also mixes tokens that only the cyclic
             # shift brought together, as the official code does.
-            valid = windows.valid
-            y = self.attn(x, key, mask=None if valid is None else jnp.tile(valid, (len(x) // len(valid), 1)))
+            mask = windows.valid
+            if mask is not None:
+                mask = jnp.broadcast_to(mask[None], (batch, *mask.shape)).reshape(x.shape[:2])  # (B * windows, n)
+            y = self.attn(x, key, mask=mask)
         else:
             y = self.attn(x, key, windows=windows)
         return windows.join(y)

@@ -285,10 +285,12 @@ def test_the_published_windows_at_512():
     assert logits.shape == (1, 1000) and [m.shape[1] for m in maps] == [128, 64, 32, 16]
 
 
-def test_files_of_padded_models_name_them(tmp_path):
+def test_files_of_padded_models_name_them_and_what_cannot_be_made_of_them_is_refused(tmp_path):
     model = build("swin", img_size=64, window_size=3, softmax_window_size=3, padded_windows=True)
     for layout in ("ours", "torch"):
         pf.save_weights(model, tmp_path / f"{layout}.safetensors", layout=layout)
         assert pf.create_model(weights=tmp_path / f"{layout}.safetensors").config == model.config
     with pytest.raises(UserError, match="padded windows have no maps"):
         pf.attention_maps(model, noise(1, 64, 64, 3), stage=0)
+    with pytest.raises(UserError, match="padded windows, which cannot be written as ONNX"):
+        pf.export.onnx(model, tmp_path / "a.onnx")
