@@ -29,6 +29,10 @@ _EXPORTS = {
     "predict": "inference.prediction",
     "preprocess": "inference.images",
     "push_to_hub": "export",
+    "segment": "inference.segmentation",
+    "Segmenter": "models.segmenter",
+    "SegmenterConfig": "models.segmenter",
+    "segmenter_config": "models.registry",
     "load_weights": "weights",
     "save_weights": "weights",
 }

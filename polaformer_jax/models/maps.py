@@ -31,28 +31,20 @@ def resize_bilinear(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
     return _apply(x, matrices)
 
 
-def resize_bilinear_to(x: jax.Array, size: jax.Array, shape: tuple[int, int], rows: jax.Array) -> jax.Array:
-    """Some rows of maps that are resized as by `resize_bilinear`, each example to a size of its own, which is traced.
+def bilinear_weights(old: int, new: jax.Array, count: int, dtype=jnp.float32) -> jax.Array:
+    """The matrices by which `resize_bilinear` resizes an axis, to sizes that are traced.
 
     Args:
-        x: (B, h, w, C).
-        size: (B, 2) int, (height, width) to which each example is resized.
-        shape: (H, W), static, the largest height and width.
-        rows: (r,) int, which rows of the resized maps.
+        old: values along the axis.
+        new: (B,) int, to how many it is resized in each example; where that is none, to one.
+        count: how many of them are computed; those beyond the size of an example repeat its edge.
 
     Returns:
-        (B, r, W, C) in the dtype of x; computed in at least float32. Values beyond the size of an example are those at
-        its edge, to be ignored.
+        (B, count, old), rows sum to 1.
     """
-    full = accumulation_dtype(x.dtype)
-    matrices = []
-    for axis, wanted in enumerate((jnp.asarray(rows), jnp.arange(shape[1]))):
-        new = jnp.maximum(size[:, axis].reshape(-1, 1), 1)  # (B, 1); padding examples may have no size
-        index = jnp.minimum(wanted.reshape(1, -1), new - 1)  # (B, r) or (B, W)
-        old = x.shape[1 + axis]
-        matrices.append(_bilinear(_position(index.astype(full), old, new.astype(full)), old))
-    y = _product("brh,bhwc->brwc", matrices[0], x.astype(full))
-    return _product("bvw,brwc->brvc", matrices[1], y).astype(x.dtype)
+    new = jnp.maximum(new.reshape(-1, 1), 1)
+    index = jnp.minimum(jnp.arange(count).reshape(1, -1), new - 1)  # (B, count)
+    return _bilinear(_position(index.astype(dtype), old, new.astype(dtype)), old)
 
 
 def resize_nearest(x: jax.Array, shape: tuple[int, int]) -> jax.Array:

@@ -6,11 +6,13 @@ import difflib
 from flax import nnx
 
 from polaformer_jax.errors import UserError
+from polaformer_jax.models.families import BACKBONES, ImageModel
 from polaformer_jax.models.model_config import ModelConfig
-from polaformer_jax.models.pola_pp import PolaPP, PolaPPConfig
-from polaformer_jax.models.pola_pvt import PolaPVT, PolaPVTConfig
+from polaformer_jax.models.pola_pp import PolaPPConfig
+from polaformer_jax.models.pola_pvt import PolaPVTConfig
 from polaformer_jax.models.pola_sequence import PolaSequence, PolaSequenceConfig
-from polaformer_jax.models.pola_swin import PolaSwin, PolaSwinConfig
+from polaformer_jax.models.pola_swin import PolaSwinConfig
+from polaformer_jax.models.segmenter import Segmenter, SegmenterConfig
 
 
 def _pvt(*, depths: tuple[int, ...], drop_path: float) -> PolaPVTConfig:
@@ -132,8 +134,8 @@ _NANO = {
 _SEQUENCE = {"pola_sequence": PolaSequenceConfig()}
 _MODELS: dict[str, ModelConfig] = {**_OFFICIAL, **_PP, **_NANO, **_SEQUENCE}
 
-Model = PolaPVT | PolaSwin | PolaPP | PolaSequence
-FAMILIES: dict[str, type[Model]] = {cls.Config.family: cls for cls in (PolaPVT, PolaSwin, PolaPP, PolaSequence)}
+Model = ImageModel | PolaSequence | Segmenter
+FAMILIES: dict[str, type[Model]] = {**BACKBONES, **{cls.Config.family: cls for cls in (PolaSequence, Segmenter)}}
 
 
 def check_model(model: object) -> None:
@@ -168,6 +170,39 @@ def model_config(
     return change(_MODELS[name], num_classes=num_classes, img_size=img_size, drop_path=drop_path, **overrides)
 
 
+def segmenter_config(
+    backbone: str,
+    *,
+    head: str,
+    num_classes: int | None = None,
+    head_channels: int | None = None,
+    auxiliary_channels: int | None = None,
+    img_size: int | None = None,
+    drop_path: float | None = None,
+    **overrides,
+) -> SegmenterConfig:
+    """The hyper-parameters of a segmenter on a named backbone.
+
+    Args:
+        head, num_classes, head_channels, auxiliary_channels: see `SegmenterConfig`; None: its default.
+        img_size, drop_path, overrides: changes of the backbone, see `change`. Windows of a Pola-Swin need not divide
+            its grids.
+
+    Raises:
+        UserError: unknown name, a model of sequences, or values that do not fit.
+    """
+    family = model_config(backbone).family
+    if family not in BACKBONES:
+        raise UserError(f"model {backbone!r} is a {family}: a segmenter needs one of {', '.join(BACKBONES)}")
+    if family == PolaSwinConfig.family:
+        overrides = {"padded_windows": True, **overrides}
+    config = model_config(backbone, img_size=img_size, drop_path=drop_path, **overrides)
+    given = {"num_classes": num_classes, "head_channels": head_channels, "auxiliary_channels": auxiliary_channels}
+    return SegmenterConfig(
+        backbone=config, head=head, **{name: value for name, value in given.items() if value is not None}
+    )
+
+
 def change(
     config: ModelConfig,
     *,
@@ -180,13 +215,18 @@ def change(
 
     Args:
         num_classes, img_size, drop_path: None keeps the config's value; `drop_path` is `drop_path_rate`.
-        overrides: any other field, by its own name.
+        overrides: any other field, by its own name. Of a segmenter, the fields of its backbone too.
 
     Raises:
         UserError: a field that the family does not have, `drop_path` given twice, or values that do not fit.
     """
     if drop_path is not None and "drop_path_rate" in overrides:
         raise UserError("drop_path and drop_path_rate are two names for one rate: give one of them")
+    if isinstance(config, SegmenterConfig):
+        own = {name: value for name, value in overrides.items() if name in config.names()}
+        rest = {name: value for name, value in overrides.items() if name not in own}
+        own["backbone"] = change(own.get("backbone", config.backbone), img_size=img_size, drop_path=drop_path, **rest)
+        return dataclasses.replace(config, **own, **({} if num_classes is None else {"num_classes": num_classes}))
     given = {"num_classes": num_classes, "img_size": img_size, "drop_path_rate": drop_path}
     given = {name: value for name, value in given.items() if value is not None} | overrides
     if unknown := sorted(given.keys() - set(config.names())):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from polaformer_jax.models.maps import adaptive_average_pool, resize_bilinear, resize_bilinear_to, resize_nearest
+from polaformer_jax.models.maps import adaptive_average_pool, bilinear_weights, resize_bilinear, resize_nearest
 from tests.support import GOLDEN_FOLDER
 from tests.support.small_models import noise
 
@@ -54,18 +54,15 @@ def test_pooling(source, x64):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
-def test_to_traced_sizes_equals_resizing_each_example(dtype, x64):
-    sizes, shape = [(8, 3), (10, 14), (3, 4), (13, 6), (0, 0)], (16, 14)
-    x = jnp.asarray(np.random.RandomState(0).standard_normal((5, 5, 7, 3)), dtype)
-    rows = jnp.arange(4, 10)
-    found = jax.jit(resize_bilinear_to, static_argnums=2)(x, jnp.asarray(sizes, jnp.int32), shape, rows)
-    assert found.shape == (5, 6, 14, 3)
-    assert found.dtype == dtype
-    assert np.isfinite(found).all()
-    for example, (height, width) in enumerate(sizes[:-1]):
-        whole = np.asarray(resize_bilinear(x[example : example + 1], (height, width)))[0]
-        index = np.minimum(np.asarray(rows), height - 1)
-        expected = whole[index][:, np.minimum(np.arange(14), width - 1)]
+def test_weights_of_traced_sizes_resize_each_example(dtype, x64):
+    sizes, count = [8, 10, 3, 14, 1, 0], 14
+    x = jnp.asarray(np.random.RandomState(0).standard_normal((6, 5, 1, 3)), dtype)
+    weights = jax.jit(bilinear_weights, static_argnums=(0, 2, 3))(5, jnp.asarray(sizes, jnp.int32), count, dtype)
+    assert weights.shape == (6, count, 5) and weights.dtype == dtype
+    found = np.einsum("bco,boxd->bcxd", weights, x)
+    for example, size in enumerate(sizes):
+        whole = np.asarray(resize_bilinear(x[example : example + 1], (max(size, 1), 1)))[0]
+        expected = whole[np.minimum(np.arange(count), max(size, 1) - 1)]  # the edge is repeated
         np.testing.assert_allclose(found[example], expected, rtol=0, atol=1e-14 if dtype == jnp.float64 else 2e-6)
 
 

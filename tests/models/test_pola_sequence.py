@@ -289,5 +289,5 @@ def test_what_is_for_images_refuses_it(saved):
         UserError, match="the model is a PolaSequence, expected an image model: maps are drawn over images"
     ):
         pf.attention_maps(saved[0], np.zeros((1, 32, 32, 3), np.float32), stage=0, block=0)
-    with pytest.raises(UserError, match="task.name='listops': the preview draws the augmentation of images"):
+    with pytest.raises(UserError, match="task.name='listops': the preview draws the augmentation of image class"):
         augmentation.preview(recipe("lra", "listops"))
