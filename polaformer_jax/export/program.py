@@ -21,6 +21,7 @@ from polaformer_jax.models import registry
 from polaformer_jax.models.backbone import Backbone
 from polaformer_jax.models.model_config import ModelConfig
 from polaformer_jax.models.pola_sequence import Sequences
+from polaformer_jax.models.segmenter import Segmenter
 from polaformer_jax.weights import flatten, imagenet, model_metadata, unflatten
 
 
@@ -64,8 +65,8 @@ def program_of(
     Raises:
         UserError: the model has no classifier and probabilities are asked for, or another option does not fit it.
     """
+    check_exportable(model)
     computed = _portable(model, dtype)
-    check_class_names(model)
     graphdef, params = nnx.split(computed)
     like = nnx.to_pure_dict(params)
     config = model.config
@@ -106,8 +107,13 @@ def check_target(path: epath.PathLike, suffix: str) -> epath.Path:
     return atomic.check_target(path, "program", argument="path")
 
 
-def check_class_names(model: nnx.Module) -> None:
-    """Raises a UserError if the model has names for another number of classes than it has."""
+def check_exportable(model: nnx.Module) -> None:
+    """Raises a UserError if the model is no classifier, or has names for another number of classes than it has."""
+    if isinstance(model, Segmenter):
+        raise UserError(
+            "the model is a Segmenter: programs and repositories hold classifiers; save its weights (pf.save_weights,"
+            " or `polaformer export` without --format), which pf.create_model(weights=FILE) and pf.segment take"
+        )
     names, classes = model.info.class_names, model.config.num_classes
     if names is not None and len(names) != classes:
         raise UserError(f"model.info names {len(names)} classes, but the model has {classes}")

@@ -13,7 +13,7 @@ from flax import nnx
 from polaformer_jax.data.images.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from polaformer_jax.errors import UserError
 from polaformer_jax.export import card
-from polaformer_jax.export.program import check_class_names, public_facts
+from polaformer_jax.export.program import check_exportable, public_facts
 from polaformer_jax.files import atomic, paths
 from polaformer_jax.inference.images import evaluation_transform
 from polaformer_jax.models.backbone import Backbone
@@ -65,7 +65,7 @@ def push_to_hub(
     repo = hub.checked_repo(repo)
     if license is not None and not re.fullmatch(r"[\w.-]+", license):
         raise UserError(f"{license!r}: expected the name of a licence on the Hub, such as mit", argument="license")
-    check_class_names(model)
+    check_exportable(model)
     files = {
         "config.json": json.dumps(timm_config(model), indent=2) + "\n",
         card.NAME: card.model_card(

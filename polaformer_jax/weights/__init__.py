@@ -8,7 +8,7 @@ from polaformer_jax.errors import WeightsError
 from polaformer_jax.weights.files import Layout, WeightsFile, read_file
 from polaformer_jax.weights.fitting import Change, Fit, summary
 from polaformer_jax.weights.identify import Identity, identify, num_classes_of, stored_arguments
-from polaformer_jax.weights.loading import load_weights, params_from
+from polaformer_jax.weights.loading import family_of, load_weights, params_from
 from polaformer_jax.weights.official import in_official_layout, to_torch
 from polaformer_jax.weights.params import Checked, check, flatten, from_torch, place, shapes, unflatten
 from polaformer_jax.weights.rules import UNUSED
@@ -25,6 +25,7 @@ __all__ = [
     "WeightsFile",
     "check",
     "check_suffix",
+    "family_of",
     "flatten",
     "from_torch",
     "identify",

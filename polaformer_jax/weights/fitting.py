@@ -19,11 +19,13 @@ Fit = Literal["tables", "classifier"]
 # How each kind of table is resized. The official model interpolates `pos_embed` in its forward pass, bilinearly.
 _BICUBIC = ("positional_encoding", "relative_position_bias_table", "absolute_pos_embed")
 _BILINEAR = re.compile(r"pos_embed\d")
-CLASSIFIER = ("head.kernel", "head.weight", "head.bias")  # under our names and the official ones
+# Layers with an output for each class: a classifier, and those of a segmenter's heads.
+CLASSIFIERS = ("head", "decode_head.conv_seg", "auxiliary_head.conv_seg")
+_HEAD = ("head.kernel", "head.weight", "head.bias")  # under our names and the official ones
 # What a model without classifier does not have: PolaFormer++ also leaves out the projection before it.
 _PROJECTION = ("proj.kernel", "proj.weight", "proj.bias")
 _ITS_NORM = ("norm.scale", "norm.weight", "norm.bias", "norm.mean", "norm.var", "norm.running_mean", "norm.running_var")
-OF_CLASSIFIER = (*CLASSIFIER, *_PROJECTION, *_ITS_NORM)
+OF_CLASSIFIER = (*_HEAD, *_PROJECTION, *_ITS_NORM)
 
 
 class Change(NamedTuple):
@@ -63,19 +65,31 @@ def fitted(
             if (shape := tuple(expected[name])) != found[name].shape:
                 if (resized := resize_table(name, found[name], shape)) is not None:
                     tensors[name] = resized
-                    method = "bilinear" if _BILINEAR.fullmatch(name) else "bicubic"
+                    method = "bilinear" if _BILINEAR.fullmatch(name.rsplit(".", 1)[-1]) else "bicubic"
                     sides = " to ".join("x".join([str(_side(array.shape))] * 2) for array in (found[name], resized))
                     changes.append(Change(name, f"resized from {sides} ({method})"))
     if "classifier" in allowed:
-        wanted = [name for name in CLASSIFIER if name in expected]
         if spare:
             changes.append(Change("head", f"classifier of shape {max(spare.values(), key=len)}: omitted"))
-        elif any(name not in found or found[name].shape != tuple(expected[name]) for name in wanted):
-            dtype = found["head.bias"].dtype if "head.bias" in found else np.float32
-            tensors |= {name: np.zeros(expected[name], dtype) for name in wanted}
-            before = f"{found['head.bias'].size} classes" if "head.bias" in found else "no classifier"
-            changes.append(Change("head", f"{before}: replaced by zeros for {expected['head.bias'][0]} classes"))
+        for layer in CLASSIFIERS:
+            replaced, change = _classifier(layer, found, expected)
+            tensors |= replaced
+            changes += change
     return tensors, sorted(changes)
+
+
+def _classifier(
+    layer: str, found: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, np.ndarray], list[Change]]:
+    """Zeros in place of a layer with an output for each class, if it has others than expected, or is missing."""
+    wanted = [name for name in (f"{layer}.kernel", f"{layer}.weight", f"{layer}.bias") if name in expected]
+    if all(name in found and found[name].shape == tuple(expected[name]) for name in wanted):
+        return {}, []
+    bias = f"{layer}.bias"
+    dtype = found[bias].dtype if bias in found else np.float32
+    before = f"{found[bias].size} classes" if bias in found else "no classifier"
+    change = Change(layer, f"{before}: replaced by zeros for {expected[bias][0]} classes")
+    return {name: np.zeros(expected[name], dtype) for name in wanted}, [change]
 
 
 def resize_table(name: str, table: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
@@ -89,7 +103,7 @@ def resize_table(name: str, table: np.ndarray, shape: tuple[int, ...]) -> np.nda
     leaf = name.rsplit(".", 1)[-1]
     if leaf in _BICUBIC:
         method = "bicubic"
-    elif _BILINEAR.fullmatch(name):
+    elif _BILINEAR.fullmatch(leaf):
         method = "bilinear"
     else:
         return None

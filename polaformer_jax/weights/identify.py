@@ -18,6 +18,7 @@ from polaformer_jax.models.pola_pp import PolaPPConfig
 from polaformer_jax.models.pola_pvt import PolaPVTConfig
 from polaformer_jax.models.pola_sequence import PolaSequenceConfig
 from polaformer_jax.models.pola_swin import PolaSwinConfig
+from polaformer_jax.models.segmenter import SegmenterConfig
 from polaformer_jax.weights.files import WeightsFile
 from polaformer_jax.weights.identify_pp import pola_pp
 from polaformer_jax.weights.tensor_names import Names
@@ -50,6 +51,8 @@ def identify(file: WeightsFile, *, img_size: int | None = None) -> Identity:
     """
     if file.metadata.get("family") == "PolaSequence":
         return _sequence(file)
+    if file.metadata.get("family") == SegmenterConfig.family:
+        return Identity(_stated_config(SegmenterConfig, _required(file), file), [])
     names, known = Names(file), _known(file)
     if "patch_embed1.proj.weight" in names.shapes:
         kind, identify_family = PolaPVTConfig, _pvt
@@ -108,6 +111,9 @@ def stored_arguments(file: WeightsFile) -> dict[str, Any]:
         recorded = _recorded(file) or {}
         shown = ("attention", "num_heads") + (("alpha",) if recorded.get("attention") == "polarity" else ())
         return {name: recorded[name] for name in shown if isinstance(recorded.get(name), str | int | float)}
+    if file.metadata.get("family") == SegmenterConfig.family:
+        backbone = _required(file)["backbone"]
+        return {name: backbone[name] for name in ("alpha", "num_heads") if name in backbone}
     known = _known(file)
     names = ("num_heads",) if file.metadata.get("family") == "PolaPP" else ("alpha", "num_heads")
     return {name: known[name] for name in names if name in known}
@@ -117,6 +123,8 @@ def num_classes_of(file: WeightsFile) -> int:
     """The number of classes of the file's classifier, 0 where there is none."""
     if file.metadata.get("family") == "PolaSequence":
         return Names(file).shape("head.fc2.weight", 2)[0]
+    if file.metadata.get("family") == SegmenterConfig.family:
+        return _stated_config(SegmenterConfig, _required(file), file).num_classes
     return Names(file).classes()
 
 
@@ -129,6 +137,13 @@ def _recorded(file: WeightsFile) -> dict[str, Any] | None:
         return {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
     except (ValueError, AttributeError) as error:
         raise WeightsError(f"{file.path}: the arguments of its model are not a JSON object ({error})") from error
+
+
+def _required(file: WeightsFile) -> dict[str, Any]:
+    """The constructor's arguments of a segmenter, which its tensors do not tell."""
+    if not isinstance((recorded := _recorded(file) or {}).get("backbone"), Mapping):
+        raise WeightsError(f"{file.path} does not say which backbone its Segmenter has")
+    return recorded
 
 
 def _known(file: WeightsFile) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from polaformer_jax.errors import WeightsError
 from polaformer_jax.models import registry
 from polaformer_jax.models.model_config import ModelConfig
 from polaformer_jax.models.model_info import ModelInfo
+from polaformer_jax.models.segmenter import SegmenterConfig
 from polaformer_jax.weights.files import WeightsFile, read_file
-from polaformer_jax.weights.fitting import Change, Fit
+from polaformer_jax.weights.fitting import CLASSIFIERS, Change, Fit
 from polaformer_jax.weights.identify import stored_arguments
 from polaformer_jax.weights.params import check, place, shapes
 
@@ -56,7 +57,7 @@ def fitted_info(info: ModelInfo, config: ModelConfig, changes: Sequence[Change],
     if changes:  # it was not this model that was measured
         facts = {name: value for name, value in info.facts.items() if name not in _MEASURED}
         info = dataclasses.replace(info, facts=facts)
-    if any(change.name == "head" for change in changes):
+    if any(change.name in CLASSIFIERS for change in changes):
         info = dataclasses.replace(info, class_names=None)
     if "tables" in fit and info.preprocess is not None and info.preprocess["crop"] != getattr(config, "img_size", None):
         info = dataclasses.replace(info, preprocess=None)
@@ -75,9 +76,13 @@ def params_from(
         checked = check(source, shapes(like), layout="torch", fit=fit)
         return place(checked.tensors, like), checked.changes
     file = source if isinstance(source, WeightsFile) else read_file(source)
-    family = file.metadata.get("family", config.family)
+    family = family_of(file) or (None if config.family == SegmenterConfig.family else config.family)
     if family != config.family:
-        raise WeightsError(f"{file.path} holds the weights of a {family}, and the model is a {config.family}")
+        held = f"the weights of a {family}" if family else "a classifier"
+        way = ""
+        if config.family == SegmenterConfig.family and family not in (None, "PolaSequence"):
+            way = "; a training starts its backbone from it (init.weights); or load_weights(model.backbone, ...)"
+        raise WeightsError(f"{file.path} holds {held}, and the model is a {config.family}{way}")
     known = stored_arguments(file)
     if wrong := [name for name in known if _differ(known[name], getattr(config, name, None))]:
         listed = ", ".join(
@@ -87,13 +92,18 @@ def params_from(
             f"{file.path} was trained with {listed}: no shape shows it, and the model would compute another function. "
             "Give the model the file's value (config.model.alpha, config.task.attention)"
         )
-    if hasattr(config, "alpha") and "alpha" not in known and "attention" not in known:
+    if getattr(config, "alpha", None) is not None and "alpha" not in known and "attention" not in known:
         log.warning("%s does not specify alpha; the model's value %s is used", file.path, config.alpha)
     try:
         checked = check(file.tensors, shapes(like), layout=file.layout, fit=fit, release=True)
         return place(checked.tensors, like, release=True), checked.changes
     except WeightsError as error:
         raise WeightsError(f"{file.path}: {error}") from error
+
+
+def family_of(file: WeightsFile) -> str | None:
+    """The family that a file names; None where it names none, as official checkpoints."""
+    return file.metadata.get("family")
 
 
 def _shown(value: object) -> str:

@@ -9,6 +9,7 @@ from flax import nnx
 from polaformer_jax.errors import WeightsError
 from polaformer_jax.files import atomic
 from polaformer_jax.models import registry
+from polaformer_jax.models.segmenter import SegmenterConfig
 from polaformer_jax.weights import safetensors_file
 from polaformer_jax.weights.files import Layout
 from polaformer_jax.weights.metadata import RESERVED, metadata_of
@@ -37,6 +38,10 @@ def save_weights(
     """
     if layout not in ("ours", "torch"):
         raise ValueError(f"layout is {layout!r}, expected 'ours' or 'torch'")
+    if layout == "torch" and isinstance(model.config, SegmenterConfig):
+        raise WeightsError(
+            "layout='torch': there is no official code of segmenters to give names and layouts; take 'ours'"
+        )
     described = model_metadata(model)
     for key, value in (metadata or {}).items():
         if not isinstance(key, str) or not isinstance(value, str):
