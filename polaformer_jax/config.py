@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("bfloat16", "float32", "float64")
 ATTENTIONS = ("polarity", "softmax", "relu")
+HEADS = ("semantic_fpn", "upernet")
 ATTENTION_IMPLEMENTATIONS = ("auto", "xla", "pallas")
 _LISTOPS_TOKENISATIONS = ("brackets", "no_brackets")
 # The tasks on sequences, with their tokenisations; (None,) where there is only one.
@@ -54,15 +55,15 @@ def defaults() -> "ml_collections.ConfigDict":
     config.seed = 0  # of everything random: initial weights, order of the data, augmentation, stochastic depth
 
     config.task = task = ml_collections.ConfigDict()
-    # "image": image classification; sequences, of the Long Range Arena: "listops", "text", "retrieval", "pathfinder",
-    # "image_lra", and "listops_short", which is not part of it.
+    # "image": image classification; "segmentation": semantic segmentation; sequences, of the Long Range Arena:
+    # "listops", "text", "retrieval", "pathfinder", "image_lra", and "listops_short", which is not part of it.
     task.name = "image"
     task.tokenisation = placeholder(str)  # of ListOps: "brackets", or "no_brackets" (closing brackets dropped)
     task.attention = "polarity"  # of sequence models; "softmax" and linear "relu" are the baselines
 
     config.model = model = ml_collections.ConfigDict()
-    model.name = "pola_pvt_t"  # one of polaformer_jax.list_models()
-    model.img_size = 224  # pixels, square
+    model.name = "pola_pvt_t"  # one of polaformer_jax.list_models(); in segmentation the backbone
+    model.img_size = 224  # pixels, square; in segmentation the side of training crops
     model.num_classes = placeholder(int)  # None: as many as the data set has
     model.num_classes = 1000
     model.drop_path = placeholder(float)  # largest rate of stochastic depth; None: the model's default
@@ -77,18 +78,27 @@ def defaults() -> "ml_collections.ConfigDict":
     model.alpha = placeholder(float)
     model.kernel_size = placeholder(int)
     model.flags = placeholder(str)  # PolaFormer++ only: l or v for each block, "ll,lv,vvvv,vv"; one letter for a stage
+    model.head = placeholder(str)  # segmentation only, like the next two: "semantic_fpn" or "upernet"
+    model.head_channels = placeholder(int)  # None: 128 of semantic_fpn, 512 of upernet
+    model.auxiliary_channels = placeholder(int)  # of the auxiliary head of upernet; 0: none; None: 256
 
     config.init = init = ml_collections.ConfigDict()
     init.weights = placeholder(str)  # weights file to start from, or to evaluate; None: random initialisation
-    init.freeze_backbone = False  # train the classifier only
+    init.freeze_backbone = False  # train the classifier, or the segmentation head, only
+    init.freeze_statistics = False  # batch normalisations of the backbone keep their running statistics, and use them
 
     config.data = data = ml_collections.ConfigDict()
-    # "tfds": prepared as ArrayRecord; "folder": DATA_DIR/{train,val}/CLASS/*.jpeg; "lra": Long Range Arena.
+    # "tfds": prepared as ArrayRecord; "folder": DATA_DIR/{train,val}/CLASS/*.jpeg; "masks": folders of images and of
+    # masks, for segmentation; "lra": Long Range Arena.
     data.source = "tfds"
     data.name = "imagenet2012"  # for a folder, only used in messages
     data.data_dir = "data"  # for a folder, the one that holds train/ and val/
     data.train_split = "train"
     data.eval_split = "validation"
+    data.image_dir = placeholder(str)  # of "masks", below data_dir; None: "images/{split}", {split} being the split
+    data.mask_dir = placeholder(str)  # None: "annotations/{split}"
+    # Whether 0 in masks is none of the classes, and 1 the first one; None: as the data says.
+    data.reduce_zero_label = placeholder(bool)
     data.test_split = placeholder(str)  # the best checkpoint is reported on it; None: on eval_split
     # Sequences are batched by length and padded to one of this many lengths, each compiled once; 1: all are padded to
     # the maximum length.
@@ -104,6 +114,12 @@ def defaults() -> "ml_collections.ConfigDict":
     augment.crop_area = (0.08, 1.0)  # of random resized crops: fraction of the image's area
     augment.crop_aspect = (3 / 4, 4 / 3)  # and width / height
     augment.flip = 0.5  # probability of a horizontal flip
+    # Segmentation resizes images into a box of (long, short) side times a random ratio, keeping their aspect, crops a
+    # part in which no class has more than a share of the labelled pixels, if ten draws find one, and changes colours.
+    augment.scale = placeholder(tuple)  # None: the size of the image itself, times the ratio
+    augment.ratio = (0.5, 2.0)
+    augment.max_class_share = 0.75
+    augment.distortion = True  # of brightness, contrast, saturation and hue
     augment.rand_augment = placeholder(str)  # policy such as "rand-m9-mstd0.5-inc1"; None: no RandAugment
     augment.erase_prob = 0.0  # probability of erasing a random box of an image
     augment.mixup = 0.0  # a of the Beta(a, a) distribution of the mixing weight; 0: no mixup
@@ -117,6 +133,8 @@ def defaults() -> "ml_collections.ConfigDict":
     train.batch_size = 1024  # examples per optimizer update, over all devices and hosts
     train.accumulate = 1  # micro-batches of a batch, one after the other: less memory
     train.label_smoothing = 0.1
+    train.loss_pixels = "all"  # the segmentation loss is divided by "all" pixels of the crops, or the "labelled" ones
+    train.auxiliary_weight = 0.4  # of the loss of the auxiliary segmentation head
     train.on_nonfinite = "stop"  # on a non-finite loss or gradient: "stop" the run, or "skip" and count the step
 
     config.optimizer = optimizer = ml_collections.ConfigDict()
@@ -129,12 +147,15 @@ def defaults() -> "ml_collections.ConfigDict":
     optimizer.clip_norm = placeholder(float)  # maximum global norm of the gradient; None: no clipping
     optimizer.clip_value = placeholder(float)  # maximum absolute value, before clip_norm; None: no clipping
     optimizer.layer_decay = placeholder(float)  # factor of the learning rate from each layer to the one below
+    optimizer.head_factor = 1.0  # of the learning rate of all that is not the backbone, in segmentation
 
     config.schedule = schedule = ml_collections.ConfigDict()
-    # "cosine", or "one_cycle": linear from lr / 25 to lr at the end of the warm-up, then linear to lr / 250,000.
+    # "cosine"; "poly": (1 - step / steps) ** power, times a linear warm-up; or "one_cycle": linear from lr / 25 to lr
+    # at the end of the warm-up, then linear to lr / 250,000.
     schedule.name = "cosine"
+    schedule.power = 1.0  # of "poly"
     schedule.warmup = 5.0  # in the unit of train (epochs or steps), like cooldown
-    schedule.warmup_lr = 1e-6  # this and min_lr are used by "cosine"
+    schedule.warmup_lr = 1e-6  # this and min_lr are used by "cosine" and "poly"
     schedule.min_lr = 1e-5
     schedule.cooldown = 0.0  # at min_lr, after the cosine; added to epochs or steps
 
@@ -147,13 +168,19 @@ def defaults() -> "ml_collections.ConfigDict":
     evaluation.weights = "raw"  # "raw" or "ema": reported, and used to choose the best checkpoint
     evaluation.resize = 256  # pixels, both sides (the aspect is not kept, as in the official evaluation)
     evaluation.crop = 224  # central crop, the model's input; equals model.img_size
+    # Segmentation resizes images into a box of (long, short) side, keeping their aspect, then up to multiples of 32.
+    evaluation.scale = placeholder(tuple)  # None: their own size
+    evaluation.window = placeholder(int)  # side of sliding windows, a multiple of 32; None: the whole image at once
+    evaluation.stride = placeholder(int)  # of the windows; None: they do not overlap
+    evaluation.scales = (1.0,)  # factors of `scale`, and so sizes of each image, whose probabilities are averaged
+    evaluation.flip = False  # also the mirrored image
 
     config.checkpoint = checkpoint = ml_collections.ConfigDict()
     checkpoint.every_steps = 1000  # and after each evaluation
     checkpoint.every_minutes = placeholder(float)  # and at this interval; None: not by time
     checkpoint.every_minutes = 30.0
     checkpoint.keep_last = 2
-    checkpoint.best_metric = "accuracy"  # or "loss": the best evaluated checkpoint is also kept
+    checkpoint.best_metric = "accuracy"  # or "loss", "miou": the best evaluated checkpoint is also kept
     checkpoint.best_after = 0.0  # checkpoints before this fraction of the steps cannot be the best
 
     config.mesh = mesh = ml_collections.ConfigDict()

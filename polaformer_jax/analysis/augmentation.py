@@ -51,7 +51,7 @@ def preview(config: ml_collections.ConfigDict, *, examples: int = EXAMPLES) -> F
         UserError: the config is not valid, or a record cannot be read.
     """
     if config.task.name != "image":
-        raise UserError(f"task.name={config.task.name!r}: the preview draws the augmentation of images")
+        raise UserError(f"task.name={config.task.name!r}: the preview draws the augmentation of image classification")
     experiment = Experiment(config)
     rows, left_out = augmentations(experiment, examples)
     data = figures.plain(f"{config.data.name}, {config.data.train_split}")

@@ -83,7 +83,8 @@ class Passes:
 
     Args:
         dataset: its elements are whole batches.
-        order: (n,) index in the split of the example at each position of the pass; None: the order of the split.
+        order: index in the split of the example at each position of the pass, at least the number of examples for a
+            blank one; None: the order of the split. Positions beyond it are blank.
         workers, prefetch, timeout_s: see `workers.Stream`.
 
     `len()` is the number of batches in a pass.

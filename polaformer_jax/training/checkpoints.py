@@ -23,7 +23,7 @@ from polaformer_jax.training.checksums import described, named, opened, sealed
 from polaformer_jax.training.progress import log
 from polaformer_jax.training.state import TrainState
 
-GREATER_IS_BETTER = {"accuracy": True, "loss": False}
+GREATER_IS_BETTER = {"accuracy": True, "loss": False, "miou": True}
 Kind = Literal["raw", "ema"]
 COUNTS = "counts_for_best"  # one of a checkpoint's metrics: 0 if it cannot be the best, whatever the others are
 _ITEMS = ("params", "optimizer", "ema", "record")

@@ -7,21 +7,22 @@ from typing import Any
 import jax
 import ml_collections
 
-from polaformer_jax.config import ATTENTIONS, DTYPES, SEQUENCE_TASKS
+from polaformer_jax.config import ATTENTIONS, DTYPES, HEADS, SEQUENCE_TASKS
 from polaformer_jax.errors import UserError
 
 _CHOICES = {
-    "task.name": ("image", *SEQUENCE_TASKS),
+    "task.name": ("image", "segmentation", *SEQUENCE_TASKS),
     "task.attention": ATTENTIONS,
     "data.on_error": ("stop", "skip"),
     "data.on_change": ("stop", "accept"),
     "model.dtype": DTYPES,
     "model.param_dtype": ("float32", "float64"),
     "train.on_nonfinite": ("stop", "skip"),
-    "schedule.name": ("cosine", "one_cycle"),
+    "train.loss_pixels": ("all", "labelled"),
+    "schedule.name": ("cosine", "poly", "one_cycle"),
     "debug.transfer_guard": (None, "log", "disallow"),
     "eval.weights": ("raw", "ema"),
-    "checkpoint.best_metric": ("accuracy", "loss"),
+    "checkpoint.best_metric": ("accuracy", "loss", "miou"),
 }
 # What numbers must satisfy: the requirement in words, the test, and the fields. "or None" is part of the words.
 _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
@@ -31,7 +32,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
         (
             *("model.img_size", "train.batch_size", "train.accumulate", "optimizer.lr_base_batch", "optimizer.eps"),
             *("eval.every", "eval.batch_size", "checkpoint.every_steps", "checkpoint.keep_last", "data.prefetch"),
-            *("data.buckets", "log.every", "distributed.heartbeat_s"),
+            *("data.buckets", "log.every", "distributed.heartbeat_s", "schedule.power"),
         ),
     ),
     (
@@ -40,6 +41,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
         (
             *("seed", "data.workers", "augment.mixup", "augment.cutmix", "optimizer.lr", "optimizer.weight_decay"),
             *("schedule.warmup", "schedule.warmup_lr", "schedule.min_lr", "schedule.cooldown"),
+            *("train.auxiliary_weight", "optimizer.head_factor"),
         ),
     ),
     (
@@ -60,6 +62,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     ("it must be positive, or None", lambda x: x > 0, ("optimizer.clip_norm", "optimizer.clip_value")),
     ("it must be in [0, 1), or None", lambda x: 0 <= x < 1, ("ema.decay",)),
     ("it must be in (0, 1], or None", lambda x: 0 < x <= 1, ("optimizer.layer_decay",)),
+    ("it must be in (0, 1]", lambda x: 0 < x <= 1, ("augment.max_class_share",)),
 )
 
 
@@ -98,24 +101,21 @@ def check(config: ml_collections.ConfigDict) -> None:
         problems.append("eval.weights='ema': there is no moving average without ema.decay")
     if config.init.freeze_backbone and config.optimizer.layer_decay is not None:
         problems.append("init.freeze_backbone with optimizer.layer_decay: only the head is trained, at the full rate")
-    problems += _sequence_problems(config) if config.task.name in SEQUENCE_TASKS else _image_problems(config)
+    kind = "sequences" if config.task.name in SEQUENCE_TASKS else config.task.name
+    of_kind = {"sequences": _sequence_problems, "segmentation": _segmentation_problems, "image": _image_problems}
+    problems += of_kind.get(kind, lambda _: [])(config)
     if problems:
         raise UserError("the config cannot work:\n" + "\n".join(f"  {problem}" for problem in problems))
 
 
 def _image_problems(config) -> list[str]:
-    problems = []
-    if config.data.source == "lra" or config.model.name == "pola_sequence":
-        problems.append(
-            f"task.name={config.task.name!r} with data.source={config.data.source!r}, model.name={config.model.name!r}:"
-            " sequence models and data belong to sequence tasks, see the recipe lra"
-        )
+    problems = [*_of_images(config), *_without_head(config)]
+    if config.data.source == "masks":
+        problems.append("data.source='masks': with task.name='image' it is tfds or folder; masks are for segmentation")
     for field in ("crop_area", "crop_aspect"):
-        low_high = tuple(config.augment[field])
-        if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1]:
-            problems.append(f"augment.{field}={low_high}: it is a pair (low, high) with 0 < low <= high")
-        elif field == "crop_area" and low_high[1] > 1:
-            problems.append(f"augment.crop_area={low_high}: a crop is at most the whole image, 1.0")
+        problems += _pair_problems(config, f"augment.{field}")
+    if config.augment.crop_area[-1] > 1:
+        problems.append(f"augment.crop_area={config.augment.crop_area}: a crop is at most the whole image, 1.0")
     if config.eval.crop != config.model.img_size:
         problems.append(f"eval.crop={config.eval.crop}: it must equal model.img_size={config.model.img_size}")
     if config.eval.resize < config.eval.crop:
@@ -123,9 +123,73 @@ def _image_problems(config) -> list[str]:
     return problems
 
 
+def _of_images(config) -> list[str]:
+    """What all tasks on images refuse."""
+    if config.data.source != "lra" and config.model.name != "pola_sequence":
+        return []
+    return [
+        f"task.name={config.task.name!r} with data.source={config.data.source!r}, model.name={config.model.name!r}:"
+        " sequence models and data belong to sequence tasks, see the recipe lra"
+    ]
+
+
+def _without_head(config) -> list[str]:
+    """What all tasks but segmentation refuse."""
+    problems = [
+        f"{field}={value!r}: it is of segmentation, and task.name={config.task.name!r}"
+        for field, value in (
+            ("model.head", config.model.head),
+            ("model.head_channels", config.model.head_channels),
+            ("model.auxiliary_channels", config.model.auxiliary_channels),
+        )
+        if value is not None
+    ]
+    if config.checkpoint.best_metric == "miou":
+        problems.append("checkpoint.best_metric='miou': only segmentation has it; take accuracy or loss")
+    return problems
+
+
+def _pair_problems(config, field: str) -> list[str]:
+    part, name = field.split(".")
+    pair = tuple(config[part][name])
+    if len(pair) == 2 and 0 < pair[0] <= pair[1] < math.inf:
+        return []
+    return [f"{field}={pair}: it is a pair (low, high) with 0 < low <= high"]
+
+
+def _segmentation_problems(config) -> list[str]:
+    problems = [*_of_images(config), *_pair_problems(config, "augment.ratio")]
+    if config.data.source == "folder":
+        problems.append("data.source='folder': with task.name='segmentation' it is tfds or masks")
+    if config.model.head not in HEADS:
+        problems.append(f"model.head={config.model.head!r}: with task.name='segmentation' it is {' or '.join(HEADS)}")
+    if config.checkpoint.best_metric == "accuracy":
+        problems.append("checkpoint.best_metric='accuracy': of segmentation it is miou or loss")
+    for part, name in (("augment", "scale"), ("eval", "scale")):
+        scale = config[part][name]
+        if scale is not None and (len(scale) != 2 or not all(type(side) is int and side > 0 for side in scale)):
+            problems.append(f"{part}.{name}={scale}: it is a pair of sides in pixels, such as (2048, 512), or None")
+    scales = tuple(config.eval.scales)
+    if not scales or len(set(scales)) < len(scales) or not all(0 < scale < math.inf for scale in scales):
+        problems.append(f"eval.scales={scales}: positive numbers, each once, such as (0.5, 1.0, 2.0)")
+    window, stride = config.eval.window, config.eval.stride
+    if window is not None and (window < 32 or window % 32):
+        problems.append(f"eval.window={window}: it must be a multiple of 32, or None")
+    if stride is not None and (window is None or not 0 < stride <= window or stride % 32):
+        problems.append(f"eval.stride={stride}: it must be a multiple of 32, and at most eval.window={window}")
+    if config.augment.rand_augment is not None or any(
+        config.augment[name] for name in ("erase_prob", "mixup", "cutmix")
+    ):
+        problems.append("augment.rand_augment, erase_prob, mixup, cutmix: they are of classification")
+    if config.train.label_smoothing:
+        problems.append(f"train.label_smoothing={config.train.label_smoothing}: of segmentation it is 0")
+    return problems
+
+
 def _sequence_problems(config) -> list[str]:
     name, tokenisation = config.task.name, config.task.tokenisation
-    problems = [
+    problems = _without_head(config)
+    problems += [
         f"{field}={value!r}: with task.name={name!r} it is {expected!r}"
         for field, value, expected in (
             ("data.source", config.data.source, "lra"),

@@ -76,7 +76,7 @@ class Evaluator:
         self._batches: Passes = experiment.inputs.eval_batches(self.split)
         self._source = experiment.inputs.source(self.split)
         self._step: Callable = experiment.eval_step
-        experiment.eval_step.program(experiment.abstract_batch(experiment.inputs.eval_batch_size))
+        experiment.eval_step.program(experiment.abstract_eval_batch(self.split))
 
     def __enter__(self) -> "Evaluator":
         return self
@@ -113,9 +113,11 @@ class Evaluator:
         collect(keep=0)
         seconds = time.monotonic() - began
 
-        joined = {name: np.concatenate([o[name] for o in outputs])[: len(self._source)] for name in outputs[0]}
+        joined = {name: np.concatenate([o[name] for o in outputs]) for name in outputs[0]}
         if self._batches.order is not None:  # back into the order of the split
-            joined = {name: values[np.argsort(self._batches.order)] for name, values in joined.items()}
+            order = np.argsort(self._batches.order, kind="stable")
+            joined = {name: values[order] for name, values in joined.items()}
+        joined = {name: values[: len(self._source)] for name, values in joined.items()}
         counted = mean.count("loss")
         if not counted:
             raise UserError(f"none of the {len(self._source)} examples to evaluate could be decoded: see the warnings")
@@ -216,7 +218,7 @@ def evaluate(
     experiment = Experiment(config)
     split = experiment.inputs.report_split if split is None else split
     source = experiment.inputs.source(split)
-    experiment.inputs.check_workers(training=False)
+    experiment.inputs.check_workers(split, training=False)
     if workdir is None:
         file = weights.read_file(config.init.weights)
         run_data.check_names(file.class_names, source.class_names, f"the weights {file.path}", source.name)

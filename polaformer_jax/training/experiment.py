@@ -1,6 +1,7 @@
 """From a config to the parts of a run: task, devices, model, data, optimizer, states and compiled steps."""
 
 import functools
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from polaformer_jax.training.optimizer import Durations, durations, head_only, l
 from polaformer_jax.training.programs import AnyBatch, ProgramCache, batch_shapes
 from polaformer_jax.training.state import Parameters, States
 from polaformer_jax.training.step import make_eval_step, make_train_step
-from polaformer_jax.training.tasks import task_of
+from polaformer_jax.training.tasks import Shapes, task_of
 
 
 class Experiment:
@@ -89,7 +90,7 @@ class Experiment:
                 f"data.train_split={self.config.data.train_split} has {train.num_classes} classes, and"
                 f" data.eval_split={self.config.data.eval_split} {evaluation.num_classes}"
             )
-        self.inputs.check_workers(training=True)
+        self.inputs.check_workers(self.config.data.eval_split, training=True)
         _ = self.length
 
     def check_batch(self) -> None:
@@ -149,22 +150,32 @@ class Experiment:
 
     @functools.cached_property
     def _trainable(self) -> Any:
-        if self.config.init.freeze_backbone:
-            return head_only(self.params.abstract)
+        chosen = head_only(self.params.abstract) if self.config.init.freeze_backbone else None
         if self._statistics is None:
-            return None
-        return jax.tree.map(lambda is_statistic: not is_statistic, self._statistics)
+            return chosen
+        learnt = jax.tree.map(lambda is_statistic: not is_statistic, self._statistics)
+        return learnt if chosen is None else jax.tree.map(operator.and_, chosen, learnt)
 
     def model(self, params: Any) -> nnx.Module:
         """The model with these parameters."""
         return nnx.merge(self.graphdef, params)
 
     def abstract_batch(self, batch_size: int) -> Mapping[str, jax.ShapeDtypeStruct]:
-        """Shapes, dtypes and shardings of a batch of this size over all hosts; of the largest, where they differ."""
+        """Shapes, dtypes and shardings of a training batch of this size over all hosts.
+
+        Of the largest, where they differ.
+        """
+        return self._abstract(self.task.batch_shapes(), batch_size)
+
+    def abstract_eval_batch(self, split: str) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """Those of a batch of an evaluation; of the largest, where they differ."""
+        return self._abstract(self.task.eval_shapes(self.inputs.source(split)), self.inputs.eval_batch_size)
+
+    def _abstract(self, shapes: Shapes, batch_size: int) -> Mapping[str, jax.ShapeDtypeStruct]:
         placed = sharding.batch_sharding(self.mesh)
         return {
             name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=placed)
-            for name, (shape, dtype) in self.task.batch_shapes().items()
+            for name, (shape, dtype) in shapes.items()
         }
 
     def step_flops(self, batch: AnyBatch) -> float:

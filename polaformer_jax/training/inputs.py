@@ -12,7 +12,7 @@ from polaformer_jax.data.pipeline import Passes
 from polaformer_jax.data.records import Source
 from polaformer_jax.data.workers import Stream, check_shared_memory, check_start
 from polaformer_jax.training.sharding import local_rows
-from polaformer_jax.training.tasks import Task
+from polaformer_jax.training.tasks import Shapes, Task
 
 
 class Inputs:
@@ -71,19 +71,23 @@ class Inputs:
         reading = self._reading(self.eval_batch_size)
         return self._task.eval_batches(self.source(split), batch_size=self.eval_batch_size, **reading)
 
-    def check_workers(self, *, training: bool) -> None:
+    def check_workers(self, split: str, *, training: bool) -> None:
         """Raises a UserError if data workers cannot be started, or their batches do not fit into shared memory.
 
         Args:
+            split: that is evaluated.
             training: whether training batches are read as well as those of an evaluation.
         """
         check_start(self._config.data.workers)
-        sizes = {"evaluation": self.eval_batch_size}
+        batches = {"evaluation": self._bytes(self._task.eval_shapes(self.source(split)), self.eval_batch_size)}
         if training:
-            sizes["training"] = self._config.train.batch_size
-        example = sum(math.prod(shape) * np.dtype(kind).itemsize for shape, kind in self._task.batch_shapes().values())
-        batches = {name: example * len(local_rows(self._mesh, size)) for name, size in sizes.items()}
+            batches["training"] = self._bytes(self._task.batch_shapes(), self._config.train.batch_size)
         check_shared_memory(self._config.data.workers, self._config.data.prefetch, batches)
+
+    def _bytes(self, shapes: Shapes, batch_size: int) -> int:
+        """Of this process's rows of a batch."""
+        example = sum(math.prod(shape) * np.dtype(kind).itemsize for shape, kind in shapes.values())
+        return example * len(local_rows(self._mesh, batch_size))
 
     def describe_batch(self, step: int) -> list[str]:
         """Names of the records in the whole training batch of a step."""

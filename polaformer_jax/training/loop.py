@@ -72,7 +72,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, *, stop: S
         loop = _Loop(experiment, workdir, checkpoints, evaluator, stop)
         if restored is None:
             file = None if config.init.weights is None else weights.read_file(config.init.weights)
-            if file is not None:
+            if file is not None and not experiment.params.is_of_backbone(file):
                 _warn_of_other_names(file, data.class_names)
             loop.run(experiment.states.initial(file))
             del file

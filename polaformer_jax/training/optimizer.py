@@ -1,9 +1,12 @@
 """AdamW as the official recipe uses it, built from Optax, and the learning rate as a function of the step.
 
-There are two schedules. `cosine`, the recipe of images: linear warm-up, cosine, then a constant cooldown. Source: the
+There are three schedules. `cosine`, the recipe of images: linear warm-up, cosine, then a constant cooldown. Source: the
 official trainer (timm's cosine scheduler, stepped after every update), hence two of its properties: step t is taken
 with the rate f(max(t - 1, 0)), so the first two steps share the warm-up rate; and the cosine counts from step 0, so the
 rate drops a little where the warm-up ends.
+
+`poly`, the recipe of segmentation: (1 - step / steps) ** power, which a linear warm-up multiplies. Source: mmcv's
+`PolyLrUpdaterHook` (0.x), as the configs of Swin Transformer and PVT call it: step t is taken with the rate f(t).
 
 `one_cycle`, the recipe of sequences: linear up, then linear down. Source: PyTorch's `OneCycleLR` with
 `anneal_strategy="linear"`, as the code of Nyströmformer and Skyformer calls it for the Long Range Arena: step t is
@@ -47,6 +50,8 @@ def make_optimizer(config, rate: Callable[[jax.Array], jax.Array], *, trainable=
     parts.append(adamw)
     if config.layer_decay is not None:
         parts.append(scale_by_depth(config.layer_decay))
+    if config.head_factor != 1:
+        parts.append(scale_heads(config.head_factor))
     optimizer = optax.chain(*parts) if len(parts) > 1 else adamw
     if trainable is None:
         return optimizer
@@ -55,8 +60,21 @@ def make_optimizer(config, rate: Callable[[jax.Array], jax.Array], *, trainable=
 
 
 def head_only(params) -> dict:
-    """True for the classifier's parameters. Same structure as `params`."""
+    """True for the parameters of the classifier, or of a segmenter's heads. Same structure as `params`."""
+    if "backbone" in params:
+        return jax.tree_util.tree_map_with_path(lambda path, _: _keys(path)[0] != "backbone", params)
     return jax.tree_util.tree_map_with_path(lambda path, _: _keys(path)[0] == "head", params)
+
+
+def scale_heads(factor: float) -> optax.GradientTransformation:
+    """Scales the updates of all that is not the `backbone` of a segmenter."""
+
+    def update(updates, state, params=None):
+        del params
+        heads = head_only(updates)
+        return jax.tree.map(lambda u, is_head: u * factor if is_head else u, updates, heads), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def scale_by_depth(decay: float) -> optax.GradientTransformation:
@@ -98,6 +116,8 @@ def layer_depths(params) -> dict:
 
 def _place(keys: tuple) -> tuple[int, int | None] | None:
     """(stage, block) of a parameter; block is None for layers that lead to the stage. None after the stages."""
+    if keys[0] == "backbone":  # of a segmenter
+        keys = keys[1:]
     name = str(keys[0])
     if name == "layers":  # Pola-Swin: layers.STAGE.blocks.BLOCK, layers.STAGE.downsample leads to the next stage
         return (keys[1], keys[3]) if keys[2] == "blocks" else (keys[1] + 1, None)
@@ -193,12 +213,30 @@ def learning_rate(config, length: Durations) -> Callable[[jax.Array], jax.Array]
         return one_cycle(peak, warmup=length.warmup, steps=length.main)
     start = config.schedule.warmup_lr * scale
     least = config.schedule.min_lr * scale
+    if config.schedule.name == "poly":
+        return poly(
+            peak, start=start, least=least, power=config.schedule.power, warmup=length.warmup, steps=length.main
+        )
 
     def rate(step: jax.Array) -> jax.Array:
         u = jnp.maximum(step - 1, 0).astype(jnp.result_type(float))
         warmup = start + u * ((peak - start) / max(length.warmup, 1))
         cosine = least + 0.5 * (peak - least) * (1 + jnp.cos(jnp.pi * u / length.main))
         return jnp.where(u < length.warmup, warmup, jnp.where(u < length.main, cosine, least))
+
+    return rate
+
+
+def poly(
+    peak: float, *, start: float, least: float, power: float, warmup: int, steps: int
+) -> Callable[[jax.Array], jax.Array]:
+    """least + (peak - least) * (1 - t / steps) ** power, times a factor that rises from start / peak to 1."""
+    first = start / peak if peak else 1.0
+
+    def rate(step: jax.Array) -> jax.Array:
+        t = jnp.asarray(step).astype(jnp.result_type(float))
+        regular = least + (peak - least) * jnp.maximum(1 - t / steps, 0) ** power
+        return regular * jnp.where(t < warmup, 1 - (1 - t / max(warmup, 1)) * (1 - first), 1)
 
     return rate
 

@@ -105,26 +105,27 @@ def _failing(path: str) -> Iterator[None]:
         raise UserError(f"{place}: {type(error).__name__}: {' '.join(said.split())}") from error
 
 
-def parse_arg(arg: str | None, *, models: Sequence[str], **options) -> ml_collections.ConfigDict:
+def parse_arg(arg: str | None, *, models: Sequence[str], first: str = "model", **options) -> ml_collections.ConfigDict:
     """Parses what follows the colon of `RECIPE:MODEL,key=value,...`.
 
     Args:
         arg: the text, or None.
         models: valid values of the optional first item; the first of them is the default.
+        first: what the first item is, in messages and in what is returned.
         options: the other options and their defaults. A value that is given is converted to its default's type.
 
     Returns:
-        A ConfigDict with `model` and every option.
+        A ConfigDict with `model`, or what `first` says, and every option.
 
     Raises:
         UserError: an unknown model or option, or a value of another type.
     """
-    parsed = ml_collections.ConfigDict({"model": models[0], **options})
+    parsed = ml_collections.ConfigDict({first: models[0], **options})
     items = [item.strip() for item in (arg or "").split(",") if item.strip()]
     if items and "=" not in items[0]:
-        parsed.model = items.pop(0)
-    if parsed.model not in models:
-        raise UserError(f"this config has no model {parsed.model!r}; it has {', '.join(models)}")
+        parsed[first] = items.pop(0)
+    if parsed[first] not in models:
+        raise UserError(f"this config has no {first} {parsed[first]!r}; it has {', '.join(models)}")
     for item in items:
         key, equals, text = item.partition("=")
         if not equals or key not in options:

@@ -23,7 +23,13 @@ from polaformer_jax.training.workdir import as_json
 TRAIN, TEST = "#9aa5b1", "#2364aa"
 MIB = 2**20
 # Of metrics that are not called by their names.
-LABELS = {"learning_rate": "learning rate", "accuracy_top5": "top-5"}
+LABELS = {
+    "learning_rate": "learning rate",
+    "accuracy_top5": "top-5",
+    "miou": "mIoU",
+    "aacc": "aAcc",
+    "macc": "mAcc",
+}
 
 
 def draw_all(
@@ -94,7 +100,7 @@ def describe(result: Result, workdir: epath.PathLike) -> str:
     """The summary at the end of a training, for people."""
     evaluation = result.evaluation
     headline = evaluation.headline
-    others = [name for name in evaluation.metrics if name not in ("loss", headline)]
+    others = [name for name in LABELS if name in evaluation.metrics and name != headline]
     told = ", ".join(f"{LABELS.get(name, name)} {100 * evaluation.metrics[name]:.2f} %" for name in others)
     lines = [
         f"test {LABELS.get(headline, headline):<9} {100 * evaluation.metrics[headline]:.2f} %"

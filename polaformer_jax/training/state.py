@@ -53,14 +53,39 @@ class Parameters:
     def initial(self, file: weights.WeightsFile | None = None) -> Any:
         """From `init.weights` if given, otherwise drawn from the seed.
 
+        The weights may be those of the model's backbone alone; the rest is then drawn from the seed.
+
         Args:
             file: what `weights.read_file` returned for `init.weights`; None: it is read here.
 
         Raises:
             UserError: the weights are not this model's.
         """
-        if self.config.init.weights is not None:
-            return self.read(file or self.config.init.weights, fits=self.task.fits)
+        if self.config.init.weights is None:
+            return self._drawn()
+        file = file or weights.read_file(self.config.init.weights)
+        if self.is_of_backbone(file):
+            return self._with_backbone(file)
+        return self.read(file, fits=self.task.fits)
+
+    def is_of_backbone(self, file: weights.WeightsFile) -> bool:
+        """Whether a file holds the backbone of the model only, such as a classifier that a segmenter starts from."""
+        return "backbone" in self.abstract and weights.family_of(file) != self.model_config.family
+
+    def _with_backbone(self, file: weights.WeightsFile) -> Any:
+        """Drawn from the seed, but for the backbone, which is that of the file without its classifier."""
+        params = self._drawn()
+        params["backbone"], changes = weights.params_from(
+            file, self.abstract["backbone"], self.model_config.backbone, fit=self.task.fits
+        )
+        log.info(
+            "%s: the backbone; drawn from the seed: %s", file.path, ", ".join(sorted(params.keys() - {"backbone"}))
+        )
+        self._report(file, changes)
+        return params
+
+    def _drawn(self) -> Any:
+        """From the seed."""
 
         # Eagerly, one parameter after the other: under jit, compiling the many draws takes five times as long as
         # drawing. Each goes from host memory to the devices that keep it, so that no device ever holds all.
@@ -85,9 +110,12 @@ class Parameters:
             fits = [kind for kind in self.task.fits if kind != "classifier"]
         file = source if isinstance(source, weights.WeightsFile) else weights.read_file(source)
         params, changes = weights.params_from(file, self.abstract, self.model_config, fit=fits)
+        self._report(file, changes)
+        return params
+
+    def _report(self, file: weights.WeightsFile, changes: Collection[weights.Change]) -> None:
         for line in weights.summary(changes):
             log.warning("%s, changed to fit the model: %s", file.path, line)
-        return params
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,7 @@ CONFIGS = {
     "pola_pp": ("b2", "b0", "b1", "b3", "b4", "b5,recipe=finetune"),
     "pola_pvt": ("t", "s", "m", "b"),
     "pola_swin": ("t", "s", "b", "b_384"),
+    "segmentation": ("digits", "ade20k", "ade20k,model=pola_pvt_s,head=semantic_fpn", "ade20k,model=pola_pp_b2"),
 }
 ALL = [(file, model) for file, models in CONFIGS.items() for model in models]
 
@@ -104,8 +105,12 @@ def test_a_recipe_is_the_official_one(name):
 def test_the_schema_knows_every_task_and_every_metric():
     assert tuple(SEQUENCE_TASKS) == tuple(TASKS)
     for metric in GREATER_IS_BETTER:
-        config = recipes.load("digits")
+        config = recipes.load("segmentation" if metric == "miou" else "digits")
         config.checkpoint.best_metric = metric
+        check(config)
+    config = recipes.load("digits")
+    config.checkpoint.best_metric = "miou"
+    with pytest.raises(UserError, match="checkpoint.best_metric='miou': only segmentation has it"):
         check(config)
     config.checkpoint.best_metric = "f1"
     with pytest.raises(UserError, match=f"it is one of {', '.join(GREATER_IS_BETTER)}$"):

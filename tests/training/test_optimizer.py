@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from polaformer_jax.config import defaults
-from polaformer_jax.training.optimizer import clip_by_global_norm, decay_mask, make_optimizer
+from polaformer_jax.training.optimizer import clip_by_global_norm, decay_mask, head_only, layer_depths, make_optimizer
 from polaformer_jax.training.state import TrainState
 from polaformer_jax.training.step import make_train_step
 from polaformer_jax.weights import flatten, rules
@@ -107,3 +107,28 @@ def test_clipping_by_value_comes_before_the_norm():
         part.mu for part in jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(part, "mu")
     )
     np.testing.assert_allclose(first_moment["w"], 0.1 * np.array([1.0, -0.5, -1.0]), rtol=1e-5)
+
+
+SEGMENTER = {
+    "backbone": {"layers": {0: {"blocks": {0: {"w": jnp.ones(2)}}}, 1: {"blocks": {0: {"w": jnp.ones(2)}}}}},
+    "norms": {0: {"scale": jnp.ones(2)}},
+    "decode_head": {"conv_seg": {"kernel": jnp.ones(2)}},
+}
+
+
+def test_heads_may_have_another_rate_than_the_backbone():
+    config = defaults().optimizer
+    config.head_factor, config.weight_decay = 10.0, 0.0
+    optimizer = make_optimizer(config, rate)
+    updates, _ = optimizer.update(SEGMENTER, optimizer.init(SEGMENTER), SEGMENTER)
+    np.testing.assert_allclose(updates["decode_head"]["conv_seg"]["kernel"], -1e-2, rtol=1e-5)
+    np.testing.assert_allclose(updates["norms"][0]["scale"], -1e-2, rtol=1e-5)
+    np.testing.assert_allclose(updates["backbone"]["layers"][0]["blocks"][0]["w"], -1e-3, rtol=1e-5)
+
+
+def test_layers_of_a_segmenters_backbone_are_counted_as_those_of_a_classifier():
+    depths = layer_depths(SEGMENTER)
+    assert [depths["backbone"]["layers"][i]["blocks"][0]["w"] for i in (0, 1)] == [1, 2]
+    assert depths["norms"][0]["scale"] == depths["decode_head"]["conv_seg"]["kernel"] == 3
+    heads = head_only(SEGMENTER)
+    assert heads["norms"][0]["scale"] and not heads["backbone"]["layers"][1]["blocks"][0]["w"]

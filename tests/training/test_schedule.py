@@ -109,3 +109,34 @@ def test_a_config_chooses_one_cycle():
     config.schedule.warmup = 3.0
     rate = learning_rate(config, durations(config, num_examples=100))
     assert rate(jnp.arange(5)).tolist() == pytest.approx(by_phases(1e-4, 3, 5), rel=1e-5)
+
+
+def poly_config(**changes):
+    config = defaults()
+    config.schedule.name = "poly"
+    config.train.steps, config.train.batch_size = 160_000, 16
+    config.optimizer.lr, config.optimizer.lr_base_batch = 6e-5, 16
+    config.schedule.warmup, config.schedule.warmup_lr, config.schedule.min_lr = 1500.0, 6e-11, 0.0
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+@pytest.mark.parametrize("power", [1.0, 0.9])
+def test_poly_is_that_of_mmcv(power, x64):
+    config = poly_config(**{"schedule.power": power})
+    length = durations(config, num_examples=1)
+    steps = [0, 1, 750, 1499, 1500, 80_000, 159_999]
+    # PolyLrUpdaterHook with warmup="linear", warmup_iters=1500, warmup_ratio=1e-6 of mmcv 1.7
+    expected = []
+    for t in steps:
+        regular = 6e-5 * (1 - t / 160_000) ** power
+        expected.append(regular * (1 - (1 - t / 1500) * (1 - 1e-6)) if t < 1500 else regular)
+    ours = learning_rate(config, length)(jnp.asarray(steps, jnp.int32))
+    assert ours.tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_poly_ends_at_its_least_rate_without_warm_up(x64):
+    config = poly_config(**{"schedule.warmup": 0.0, "schedule.min_lr": 1e-6, "schedule.cooldown": 10.0})
+    length = durations(config, num_examples=1)
+    ours = learning_rate(config, length)(jnp.asarray([0, 160_000, 160_009], jnp.int32))
+    assert ours.tolist() == pytest.approx([6e-5, 1e-6, 1e-6], rel=1e-12)

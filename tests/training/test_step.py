@@ -46,6 +46,38 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_number(model, step):
     jax.tree.map(np.testing.assert_array_equal, (before.params, before.opt_state), (after.params, after.opt_state))
 
 
+class Weighted:
+    """`TASK`, whose examples count as much as `weights` says."""
+
+    def __init__(self, weights):
+        self._weights = jnp.asarray(weights, jnp.float32)
+
+    def __getattr__(self, name):
+        return getattr(TASK, name)
+
+    def augment(self, batch, key):
+        return {**TASK.augment(batch, key), "weight": jnp.where(batch["mask"], self._weights, 0)}
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_weighted_examples_count_as_often(accumulate):
+    """A batch of weights 2 and 1 is one in which the first examples are there twice, in micro-batches or not."""
+    graphdef, params = small_models.split(dense_model.Dense(num_classes=10, drop_path_rate=0.0, rngs=nnx.Rngs(0)))
+    half = batch_of(size=8)
+    half["mask"][6:] = False
+    twice = {name: np.concatenate([array, array[:4]]) for name, array in half.items()}
+    losses, states = [], []
+    for task, batch, parts in ((Weighted([2.0] * 4 + [1.0] * 4), half, accumulate), (TASK, twice, 1)):
+        step = make_train_step(graphdef, task, optax.sgd(0.1), rate=rate, seed=0, accumulate=parts)
+        state = TrainState(jnp.zeros((), jnp.int32), params, optax.sgd(0.1).init(params))
+        state, sums = jax.jit(step, compiler_options=QUICK)(state, batch)
+        assert sums["loss"][1] == 10
+        losses.append(sums["loss"][0])
+        states.append(state.params)
+    np.testing.assert_allclose(*losses, rtol=1e-6)
+    jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, atol=1e-6), *states)
+
+
 def test_masked_examples_have_no_influence(model, step):
     batch = batch_of()
     batch["mask"][5:] = False

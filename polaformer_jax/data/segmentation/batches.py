@@ -48,6 +48,11 @@ def eval_batches(
     return Passes(grain.MapDataset.source(batches), order=plan.indices.ravel(), **options)
 
 
+def largest(source: SegmentationSource, transform: EvalSegmentationTransform) -> Example:
+    """A blank example with the shapes of the first batch of `eval_batches`, the largest ones."""
+    return transform.blank_of(_Plan(source, transform, 1).sizes[0])
+
+
 class _Plan:
     """Which examples are in a batch, and which shapes they have.
 

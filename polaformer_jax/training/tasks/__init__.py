@@ -3,9 +3,9 @@
 Experiment, step, loop and evaluation use this interface only; `task_of` chooses by the config's `task.name`.
 """
 
-from polaformer_jax.training.tasks.task import Batch, Task
+from polaformer_jax.training.tasks.task import Batch, Shapes, Task
 
-__all__ = ["Batch", "Task", "task_of"]
+__all__ = ["Batch", "Shapes", "Task", "task_of"]
 
 
 def task_of(config) -> Task:
@@ -15,6 +15,10 @@ def task_of(config) -> Task:
         from polaformer_jax.training.tasks.images import ImageClassification
 
         return ImageClassification(config)
+    if config.task.name == "segmentation":
+        from polaformer_jax.training.tasks.segmentation import SemanticSegmentation
+
+        return SemanticSegmentation(config)
     from polaformer_jax.training.tasks.sequences import SequenceClassification
 
     return SequenceClassification(config)

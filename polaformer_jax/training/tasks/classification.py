@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from polaformer_jax.data.records import Source
 from polaformer_jax.training.metrics import Mean, Sums
 from polaformer_jax.training.tasks import classification_pictures
-from polaformer_jax.training.tasks.task import Batch, Evaluated
+from polaformer_jax.training.tasks.task import Batch, Evaluated, Shapes
 
 
 class Classification:
@@ -26,6 +26,12 @@ class Classification:
 
     def inputs(self, batch: Batch) -> Any:
         raise NotImplementedError
+
+    def batch_shapes(self) -> Shapes:
+        raise NotImplementedError
+
+    def eval_shapes(self, source: Source) -> Shapes:
+        return self.batch_shapes()
 
     def metrics(self, logits: jax.Array, batch: Batch) -> Sums:
         raise NotImplementedError

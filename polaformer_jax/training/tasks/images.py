@@ -20,10 +20,9 @@ from polaformer_jax.models import registry
 from polaformer_jax.models.initializers import Keys
 from polaformer_jax.training.metrics import Sums, masked
 from polaformer_jax.training.tasks.classification import Classification
-from polaformer_jax.training.tasks.task import Batch
+from polaformer_jax.training.tasks.task import Batch, Shapes
 
-# Fields of `config.model` that replace those of the model's config where they are not None.
-ARCHITECTURE = ("attn_type", "window_size", "softmax_window_size", "alpha", "kernel_size", "flags")
+_ARCHITECTURE = ("attn_type", "window_size", "softmax_window_size", "alpha", "kernel_size", "flags")
 
 
 class ImageClassification(Classification):
@@ -43,7 +42,7 @@ class ImageClassification(Classification):
                 num_classes=config.num_classes,
                 img_size=config.img_size,
                 drop_path=config.drop_path,
-                **{name: config[name] for name in ARCHITECTURE if config[name] is not None},
+                **architecture(config),
             ),
             attention_impl=config.attention_impl,
             dtype=jnp.dtype(config.dtype),
@@ -83,7 +82,7 @@ class ImageClassification(Classification):
             on_error=self._config.data.on_error,
         )
 
-    def batch_shapes(self) -> dict[str, tuple[tuple[int, ...], type[np.generic]]]:
+    def batch_shapes(self) -> Shapes:
         size = self._config.model.img_size
         return {"image": ((size, size, 3), np.uint8), "label": ((), np.int32), "mask": ((), np.bool_)}
 
@@ -130,6 +129,11 @@ class ImageClassification(Classification):
 
     def metadata(self) -> Mapping[str, Any]:
         return {"preprocess": {"resize": self._config.eval.resize, "crop": self._config.eval.crop}}
+
+
+def architecture(model: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The fields of `config.model` that replace those of the named model's config."""
+    return {name: model[name] for name in _ARCHITECTURE if model[name] is not None}
 
 
 def _rank(logits: jax.Array, label: jax.Array) -> jax.Array:

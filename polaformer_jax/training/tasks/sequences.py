@@ -20,7 +20,7 @@ from polaformer_jax.models.initializers import Keys
 from polaformer_jax.models.pola_sequence import Sequences
 from polaformer_jax.training.metrics import Sums, masked
 from polaformer_jax.training.tasks.classification import Classification
-from polaformer_jax.training.tasks.task import Batch
+from polaformer_jax.training.tasks.task import Batch, Shapes
 
 
 class SequenceClassification(Classification):
@@ -79,7 +79,7 @@ class SequenceClassification(Classification):
     def _bucketing(self) -> dict[str, Any]:
         return {"buckets": self._config.data.buckets, "on_error": self._config.data.on_error}
 
-    def batch_shapes(self) -> dict[str, tuple[tuple[int, ...], type[np.generic]]]:
+    def batch_shapes(self) -> Shapes:
         inner = () if self._facts.texts == 1 else (self._facts.texts,)
         return {
             "tokens": ((*inner, self._facts.max_length), np.int32),

@@ -16,6 +16,7 @@ from polaformer_jax.training.metrics import Mean, Sums
 from polaformer_jax.weights import Fit
 
 Batch = dict[str, jax.Array]
+Shapes = dict[str, tuple[tuple[int, ...], type[np.generic]]]  # of one example, and the dtype, of each array of a batch
 
 
 class Task(Protocol):
@@ -50,8 +51,11 @@ class Task(Protocol):
     def eval_batches(self, source: Source, *, batch_size: int, **reading: Any) -> Passes:
         """Batches of a whole split."""
 
-    def batch_shapes(self) -> dict[str, tuple[tuple[int, ...], type[np.generic]]]:
-        """Shape of one example and dtype of each array of a batch; of the largest batch, where they differ."""
+    def batch_shapes(self) -> Shapes:
+        """Of training batches; of the largest, where they differ."""
+
+    def eval_shapes(self, source: Source) -> Shapes:
+        """Of the batches of an evaluation; of the largest, where they differ."""
 
     # Computation on the device, inside the compiled steps.
 
