@@ -16,6 +16,7 @@ from polaformer_jax.errors import UserError, WeightsError
 from polaformer_jax.files import paths
 from polaformer_jax.files.names import shown
 from polaformer_jax.models.backbone import Backbone
+from polaformer_jax.models.segmenter import Segmenter
 
 # A file (local, or in a bucket), the content of one, an image of Pillow, or an array of numbers of 8 bits: (h, w, 3),
 # with an alpha channel, which is ignored, (h, w, 4), or grey (h, w).
@@ -63,6 +64,8 @@ def evaluation_transform(model: Backbone) -> EvalImageTransform:
         UserError: the model does not take images.
         WeightsError: `preprocess` does not fit the model's image size.
     """
+    if isinstance(model, Segmenter):
+        raise UserError("the model segments images: pf.segment(model, images), or `polaformer predict --out DIR`")
     if not isinstance(model, Backbone):
         raise UserError(f"the model is a {type(model).__name__}, which does not take images")
     size = model.config.img_size
@@ -94,10 +97,19 @@ def read_image(image: ImageLike, transform: EvalImageTransform, number: int = 0)
         number: of the image in its batch, for errors about images that have no name.
 
     Raises:
+        UserError: see `read_pixels`.
+    """
+    return transform.prepared(read_pixels(image, number))
+
+
+def read_pixels(image: ImageLike, number: int = 0) -> np.ndarray:
+    """An image at its own size: (h, w, 3) uint8.
+
+    Raises:
         UserError: it cannot be read or decoded, or is no image; the message names it.
     """
     try:
-        return transform.prepared(_pixels(image))
+        return _pixels(image)
     except OSError as error:
         raise UserError(f"{name_of(image, number)}: {error.strerror or error}") from error
     except CorruptRecordError as error:
