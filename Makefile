@@ -1,4 +1,5 @@
 # make train       set up .venv, prepare the digits, train, evaluate the best checkpoint
+# make segment     the same with a segmenter, on scenes of digits (docs/segmentation.md)
 # make test        set up what is missing and run the tests        make test-all   the slow ones
 #                  make test ROOM=weights runs those of one package
 # make demo        build the page that classifies images in a browser (docs/demo), with the model of make train; needs npm
@@ -13,13 +14,18 @@ DATA ?= data
 CONFIG ?= digits
 ROOM ?=
 WORKDIR ?= runs/digits
+SEGMENT_WORKDIR ?= runs/scenes
 
-.PHONY: train test test-all demo docs notebooks lint clean
+.PHONY: train segment test test-all demo docs notebooks lint clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.runtime
 	$(BIN)/polaformer prepare sklearn_digits --data-dir $(DATA)
 	$(BIN)/python train.py --config $(CONFIG) --config.data.data_dir=$(DATA) --workdir $(WORKDIR)
+
+segment: $(VENV)/.runtime
+	$(BIN)/polaformer prepare digit_scenes --data-dir $(DATA)
+	$(BIN)/python train.py --config segmentation:digits --config.data.data_dir=$(DATA) --workdir $(SEGMENT_WORKDIR)
 
 # Tests leave out most of XLA's optimisations, whose time they would spend on programs that run once; those that compare
 # full-size models and a training of the official recipe have them (tests/support/quick.py). Three processes share two
