@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -22,6 +22,11 @@ class Timing(NamedTuple):
     least: float
     greatest: float
     calls: int
+
+
+def timing_of(times: Sequence[float]) -> Timing:
+    """The timing of calls that took these seconds."""
+    return Timing(statistics.median(times), min(times), max(times), len(times))
 
 
 def seconds_of(call: Callable[[], object]) -> float:
@@ -58,4 +63,4 @@ def take_turns(
                 found[name].append(run())
                 spent += found[name][-1]
             after_turn()
-    return {name: Timing(statistics.median(times), min(times), max(times), len(times)) for name, times in found.items()}
+    return {name: timing_of(times) for name, times in found.items()}

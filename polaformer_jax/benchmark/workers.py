@@ -1,4 +1,4 @@
-"""Code of other programs, in a process of its own, that answers questions and is timed next to ours."""
+"""Processes that answer questions: code of other programs, timed next to ours, or ours, alone in its memory."""
 
 import functools
 import json
@@ -9,6 +9,35 @@ from collections.abc import Sequence
 
 from polaformer_jax.benchmark.ours import Subject
 from polaformer_jax.errors import UserError
+
+
+def answer_of(command: Sequence[str], question: dict, *, failure: str, folder: str | None = None) -> dict:
+    """The answer of a process that reads one question from standard input, answers it and ends.
+
+    Both are lines of JSON; what it prints before the answer is ignored.
+
+    Args:
+        failure: what to tell a user when the process fails, with `{error}` in it.
+        folder: where the process runs; None: here.
+
+    Raises:
+        UserError: the process fails, or does not answer.
+    """
+    done = subprocess.run(
+        [os.fspath(word) for word in command],
+        input=json.dumps(question),
+        capture_output=True,
+        text=True,
+        cwd=folder,
+    )
+    if done.returncode or not done.stdout.strip():
+        raise UserError(failure.format(error=_end(done.returncode, done.stderr)))
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _end(status: int, messages: str) -> str:
+    lines = messages.strip().splitlines()
+    return f"it ended with status {status}" + (f", saying {lines[-1]!r}" if lines else "")
 
 
 class Worker:
@@ -78,8 +107,7 @@ class Worker:
     def _last_words(self) -> str:
         status = self._process.wait()
         self._messages.seek(0)
-        lines = self._messages.read().strip().splitlines()
-        return f"it ended with status {status}" + (f", saying {lines[-1]!r}" if lines else "")
+        return _end(status, self._messages.read())
 
     def close(self) -> None:
         """Ends the process."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from polaformer_jax.cli import command
 
-# What can be measured: each is a module of `benchmark` with `add_arguments(parser)` and `main(args)`.
+# What can be measured: each is a module of `benchmark`, with _ for -, with `add_arguments(parser)` and `main(args)`.
 SUBJECTS = {
     "input": "images/s per core of each stage of the training input, and of the whole",
     "ceilings": "the two ceilings of a device: matrix products, and reading and writing memory",
@@ -22,6 +22,7 @@ SUBJECTS = {
     "attention": "ms of the attention core against the number of tokens, next to softmax attention",
     "all": "on a GPU or TPU: ceilings, cores and models in bfloat16, in one go",
     "length": "time and memory of the sequence model against the length, with polarity, relu and softmax",
+    "image-size": "time and memory of a segmenter against the size of its images, with polarity and softmax",
 }
 
 
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for subject, summary in SUBJECTS.items():
         options = subparsers.add_parser(subject, help=summary, description=summary)
         if argv and argv[0] == subject:  # the others would import much for nothing
-            module = importlib.import_module(f"polaformer_jax.benchmark.{subject}")
+            module = importlib.import_module(f"polaformer_jax.benchmark.{subject.replace('-', '_')}")
             module.add_arguments(options)
     args = parser.parse_args(argv)
     return command.run(lambda: _main(module, args))

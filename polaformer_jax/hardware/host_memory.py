@@ -1,13 +1,17 @@
-"""How the C library allocates memory, where the host computes."""
+"""The memory of this process: how the C library allocates it, where the host computes, and the most that it held."""
 
 import ctypes
 import importlib.metadata
 import importlib.util
+import re
+from pathlib import Path
 
 import jax
 
 # From malloc.h: the parameters of glibc's mallopt.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+
+_STATUS = Path("/proc/self/status")
 
 
 def keep_freed_memory() -> bool:
@@ -39,3 +43,14 @@ def _only_cpu() -> bool:
         return platforms == "cpu"
     plugins = importlib.metadata.entry_points(group="jax_plugins")
     return not plugins and importlib.util.find_spec("libtpu") is None
+
+
+def peak() -> int | None:
+    """The most memory that this process held at any time, in bytes; None where there is no Linux to say so.
+
+    Unlike `getrusage`, this leaves out what the process was before it became this program: a copy of its parent.
+    """
+    if not _STATUS.exists():
+        return None
+    found = re.search(r"^VmHWM:\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
+    return 1024 * int(found[1]) if found else None
