@@ -1,5 +1,6 @@
-"""Memory that is freed stays with the process: the system is not asked for it again."""
+"""Memory that is freed stays with the process: the system is not asked for it again; and the most that it held."""
 
+import re
 import subprocess
 import sys
 import types
@@ -74,3 +75,13 @@ def test_where_there_could_be_an_accelerator_nothing_changes(called, monkeypatch
 def test_another_c_library_is_left_alone(monkeypatch):
     monkeypatch.setattr(host_memory.ctypes, "CDLL", lambda name: object())
     assert not host_memory.keep_freed_memory()
+
+
+def test_the_peak_is_what_the_system_says(monkeypatch, tmp_path):
+    held = int(re.search(r"VmRSS:\s+(\d+) kB", host_memory.Path("/proc/self/status").read_text())[1])
+    assert host_memory.peak() >= 1024 * held
+    status = tmp_path / "status"
+    monkeypatch.setattr(host_memory, "_STATUS", status)
+    assert host_memory.peak() is None  # no Linux
+    status.write_text("VmPeak:\t  900 kB\nVmHWM:\t  123 kB\nVmRSS:\t  100 kB\n")
+    assert host_memory.peak() == 123 * 1024
