@@ -2,7 +2,9 @@
 
     python -m polaformer_jax.benchmark.image_size_worker < question.json
 
-A process of its own, since the most memory that a process has held is that of its largest program.
+A process of its own, since the most memory that a process has held is that of its largest program. It does not call
+`keep_freed_memory`, unlike other benchmarks: freed memory that is kept may be in pieces too small for the next call, so
+that the process grows to three times of what its program needs, and large images do not fit.
 """
 
 import json
@@ -86,7 +88,6 @@ def timed(case: Case, *, calls: int, seconds: float) -> dict[str, object]:
 
 
 def main(question: dict) -> None:
-    host_memory.keep_freed_memory()  # as training and evaluation do
     jax.config.update("jax_compilation_cache_dir", question["cache"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     case = Case(**question["case"])
