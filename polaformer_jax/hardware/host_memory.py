@@ -19,8 +19,9 @@ def keep_freed_memory() -> bool:
 
     XLA allocates the memory of a program again for every call. From the size of 32 MiB on, glibc gets such blocks from
     the system and returns them, and the system fills them with zeros page by page: a fifth to a third of the time of a
-    model on a CPU. Once called, the process holds the largest amount that it has needed, until it ends. Where there
-    could be a GPU or TPU nothing changes.
+    model on a CPU. Once called, the process holds the largest amount that it has needed, until it ends; or up to three
+    times as much, where what was freed is in pieces too small for the next call. Where there could be a GPU or TPU
+    nothing changes.
 
     Call it before JAX has looked for devices, since JAX's threads keep the heaps that they have.
 
