@@ -143,7 +143,7 @@ def test_processes_take_turns_and_what_does_not_fit_is_not_run(monkeypatch):
 
     def answer(command, question, **_):
         name = question["case"]["attention"]
-        asked.append((question["what"], name))
+        asked.append((question["what"], name, question["case"]["img_size"]))
         if question["what"] == "compiled":
             memory = None if name == "softmax_reduced" else {"polarity": 100, "softmax": 101}[name]
             return {"memory": memory, "limit": 100, "seconds": 1.0, "flops": 1.0, "device": "cpu", "jax": "0"}
@@ -156,7 +156,11 @@ def test_processes_take_turns_and_what_does_not_fit_is_not_run(monkeypatch):
     found = image_size.measure(
         cases, memory_gib=1, rounds=2, calls=3, seconds=1, after_process=lambda: ended.append(None)
     )
-    assert asked == [*[("compiled", name) for name in (*ATTENTIONS, "polarity")], *[("timed", "polarity")] * 4]
+    assert asked == [
+        *[("compiled", name, 32) for name in ATTENTIONS],
+        ("compiled", "polarity", 64),
+        *[("timed", "polarity", 32), ("timed", "polarity", 64)] * 2,
+    ]
     assert len(ended) == 12 and [row.case for row in found] == cases
     assert found[0].timing == Timing(3.0, 1.0, 7, 4) and (found[0].peak, found[3].peak) == (4, 3)
     assert [row.timing for row in found[1:3]] == [None, None]
