@@ -13,7 +13,7 @@ or read the unpacked archive: `--config.data.source=masks --config.data.data_dir
 
 The authors of PolaFormer report ADE20K and have not published the code of it, so the settings are those of the models
 that they build on: `semantic_fpn` as PVT (AdamW 1e-4, 80,000 steps of 16 crops), `upernet` as Swin Transformer (AdamW
-6e-5, 160,000 steps of 16 crops).
+6e-5, 160,000 steps of 16 crops). Rates of stochastic depth are the classifiers'.
 
 Options: `model=`, an image model of `polaformer_jax.list_models()`; `head=`, semantic_fpn or upernet; `steps=`, 0 for
 the head's own (of `digits` 1,500).
@@ -58,7 +58,8 @@ def _ade20k(config):
     config.data.name = "ade20k"
     config.augment.scale = config.eval.scale = (2048, 512)
     config.train.batch_size = config.optimizer.lr_base_batch = 16
-    config.init.freeze_statistics = True  # of PolaFormer++, as its authors do for dense prediction
+    # As in the configs for dense prediction of https://github.com/ZacharyMeng/PolaFormerPP (`norm_eval`).
+    config.init.freeze_statistics = model_config(config.model.name).family == "PolaPP"
 
     if config.model.head == "upernet":
         config.train.steps = 160_000

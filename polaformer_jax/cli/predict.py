@@ -29,12 +29,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", metavar="DIR", help="folder for the masks of a segmentation")
     parser.add_argument("--flip", action="store_true", help="in a segmentation, average over the mirrored image too")
+    parser.add_argument("--scale", metavar="LONG,SHORT", help="box that images to be segmented are resized into")
     parser.add_argument("--model", help="name of the model, where the weights do not tell")
     parser.add_argument("--top", type=command.positive_integer, default=5, help="classes to name for each image [5]")
     parser.add_argument("--classes", metavar="FILE", help="text file with the names of the classes, one on each line")
     parser.add_argument("--data", metavar="NAME", help="prepared tfds data set that names the classes")
     parser.add_argument("--data-dir", metavar="DIR", help="directory of that data set")
-    parser.add_argument("--batch-size", type=command.positive_integer, default=8, help="images at a time [8]")
+    parser.add_argument("--batch-size", type=command.positive_integer, help="images at a time, to be classified [8]")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--picture", metavar="OUT.png", help="draw the images beside maps of where the model looks")
     parser.add_argument(
@@ -60,8 +61,9 @@ def _predict(args) -> None:
     progress.set_up_logging()
     if args.task == "segmentation" and args.out is None:
         raise UserError("--task segmentation writes masks: give --out DIR")
-    if args.task != "segmentation" and (args.out is not None or args.flip) and args.picture is not None:
-        raise UserError("--out and --flip are of a segmentation, --picture of a classification")
+    of_masks = args.out is not None or args.flip or args.scale is not None
+    if args.task != "segmentation" and of_masks and args.picture is not None:
+        raise UserError("--out, --scale and --flip are of a segmentation, --picture of a classification")
     if args.picture is not None:
         pictures.check_request(args.picture, images=len(args.images))
     elif any(value is not None for value in (args.stage, args.block, args.token)):
@@ -72,13 +74,13 @@ def _predict(args) -> None:
         raise UserError(f"--task {args.task}: the weights are of a {model.config.family}")
     if is_segmenter:
         return _segment(model, args)
-    if args.out is not None or args.flip:
-        raise UserError(f"--out and --flip are of a segmentation: the weights are of a {model.config.family}")
+    if of_masks:
+        raise UserError(f"--out, --scale and --flip are of a segmentation: the weights are of a {model.config.family}")
     num_classes = prediction.num_classes_of(model)
     names = prediction.read_class_names(num_classes, file=args.classes, data=args.data, data_dir=args.data_dir)
     token = None if args.token is None else args.token.split(",")
     where = pictures.choose(model, stage=args.stage, block=args.block, token=token)
-    results = prediction.predict(model, args.images, class_names=names, top=args.top, batch_size=args.batch_size)
+    results = prediction.predict(model, args.images, class_names=names, top=args.top, batch_size=args.batch_size or 8)
     print(json.dumps(results, indent=2) if args.json else prediction.table(results))
     if args.picture is not None:
         figures.save(pictures.draw(model, args.images, results, where=where), args.picture)
@@ -89,13 +91,20 @@ def _segment(model, args) -> None:
 
     if args.out is None:
         raise UserError("the weights are of a segmenter, which writes masks: give --out DIR")
+    if args.batch_size is not None:
+        raise UserError("--batch-size: images are segmented one after the other, at their sizes")
+    scale = None if args.scale is None else args.scale.split(",")
+    if scale is not None and (len(scale) != 2 or not all(side.isdecimal() and int(side) for side in scale)):
+        raise UserError(f"--scale {args.scale}: expected two sides in pixels, such as 2048,512")
+    scale = None if scale is None else tuple(map(int, scale))
     if args.picture is not None:
         raise UserError("--picture shows where a classifier looks: a segmenter writes masks into --out DIR")
     classes = model.config.num_classes
     names = prediction.read_class_names(classes, file=args.classes, data=args.data, data_dir=args.data_dir)
     output = segmentation.Output(args.out, args.images)
     results = []
-    for number, result in enumerate(segmentation.segment(model, args.images, class_names=names, flip=args.flip)):
+    options = {"class_names": names, "scale": scale, "flip": args.flip or None}
+    for number, result in enumerate(segmentation.segment(model, args.images, **options)):
         files = [str(path) for path in output.write(number, result)]
         results.append({"image": result.name, "classes": result.shares(), "files": files})
     if args.json:

@@ -4,7 +4,7 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +23,8 @@ from polaformer_jax.models.segmenter import Segmenter
 from polaformer_jax.weights import WeightsFile
 from polaformer_jax.weights.creation import create_model
 
-LARGEST = 8192  # pixels of a side that are segmented
+LARGEST = 8192  # pixels of a side of images
+LARGEST_INPUT = 2048**2  # pixels of the model's input: softmax attention takes the square of its tokens in memory
 SUFFIXES = {"labels": "_labels.png", "colours": "_colours.png", "overlay": "_overlay.png"}  # of the files of an image
 
 
@@ -59,7 +60,8 @@ def segment(
     images: ImageLike | Iterable[ImageLike],
     *,
     class_names: Sequence[str] | None = None,
-    flip: bool = False,
+    scale: tuple[int, int] | None = None,
+    flip: bool | None = None,
 ) -> Iterator[Segmented]:
     """The class of each pixel: `for result in pf.segment("runs/scenes.safetensors", ["photo.jpg"])`.
 
@@ -70,7 +72,9 @@ def segment(
         model: a segmenter; or its weights, as `create_model(weights=...)` takes them.
         images: one, or several, see `preprocess`.
         class_names: names of the classes, in label order; None: those of `model.info`, or else the classes' numbers.
-        flip: average the probabilities with those of the mirrored image.
+        scale: the box, of two sides in pixels, that images are resized into, keeping their aspect; None: as the model's
+            `info` says, which may be their own size.
+        flip: average the probabilities with those of the mirrored image; None: as the `info` says.
 
     Raises:
         UserError: images cannot be read or decoded, or are too large (it names up to 10 of them, before the first
@@ -86,9 +90,9 @@ def segment(
         if not isinstance(model, Segmenter):
             raise UserError(f"the weights are of a {type(model).__name__}, which does not segment images")
     names = names_of(model, class_names)
-    transform, mode = _transform(model), _mode(model, flip=flip)
+    transform, mode = _transform(model, scale), _mode(model, flip)
     images = as_list(images)
-    _check(images)
+    _check(images, transform)
     return _segmented(model, images, names, transform, mode)
 
 
@@ -103,7 +107,7 @@ def _segmented(model, images, names, transform, mode) -> Iterator[Segmented]:
         yield Segmented(name_of(image, number), pixels, labels, probability, names)
 
 
-def _check(images: Sequence[ImageLike]) -> None:
+def _check(images: Sequence[ImageLike], transform: EvalSegmentationTransform) -> None:
     """Raises one UserError for all images that cannot be segmented. Decoding them takes little beside the rest."""
     problems = []
     for number, image in enumerate(images):
@@ -112,6 +116,11 @@ def _check(images: Sequence[ImageLike]) -> None:
             if max(height, width) > LARGEST:
                 problems.append(
                     f"{name_of(image, number)}: {height} x {width} pixels, expected at most {LARGEST} a side: resize it"
+                )
+            elif (largest := max(h * w for h, w in transform.image_sizes((height, width)).values())) > LARGEST_INPUT:
+                problems.append(
+                    f"{name_of(image, number)}: the model's input would have {largest:,} pixels, expected at most"
+                    f" {LARGEST_INPUT:,}: give a scale, such as 2048,512, into which images are resized"
                 )
         except UserError as error:
             problems.append(str(error))
@@ -131,28 +140,40 @@ def names_of(model: Segmenter, class_names: Sequence[str] | None) -> tuple[str, 
     return tuple(names)
 
 
-def _settings(model: Segmenter) -> Mapping[str, object]:
-    """How images were segmented in the evaluation of the model's training."""
+def _settings(model: Segmenter) -> Mapping[str, Any]:
+    """How images were segmented in the evaluation of the model's training.
+
+    Raises:
+        WeightsError: what the weights say of it cannot be understood.
+    """
     text = model.info.other.get("segmentation", "{}")
     try:
-        settings = json.loads(text)
-        scale, window, stride = (settings.get(name) for name in ("scale", "window", "stride"))
-        numbers = [*(scale or ()), *(number for number in (window, stride) if number is not None)]
-        if all(type(number) is int and number > 0 for number in numbers) and len(scale or (1, 1)) == 2:
+        settings = {"scale": None, "scales": [1.0], "flip": False, "window": None, "stride": None, **json.loads(text)}
+        EvalSegmentationTransform(settings["scale"], scales=tuple(settings["scales"]), num_classes=1)
+        window, stride = settings["window"], settings["stride"]
+        fits = window is None or (type(window) is int and window > 0 and window % 32 == 0)
+        fits &= stride is None or (fits and type(stride) is int and 0 < stride <= (window or 0))
+        if fits and isinstance(settings["flip"], bool):
             return settings
     except (ValueError, AttributeError, TypeError):
         pass
-    raise WeightsError(f"metadata segmentation={text!r}: expected JSON such as {{'scale': [2048, 512]}}")
+    raise WeightsError(f"metadata segmentation={text!r}: expected JSON such as {{'scale': [2048, 512], 'flip': false}}")
 
 
-def _transform(model: Segmenter) -> EvalSegmentationTransform:
-    scale = _settings(model).get("scale")
-    return EvalSegmentationTransform(None if scale is None else tuple(scale), num_classes=model.config.num_classes)
-
-
-def _mode(model: Segmenter, *, flip: bool) -> InferenceMode:
+def _transform(model: Segmenter, scale: tuple[int, int] | None) -> EvalSegmentationTransform:
     settings = _settings(model)
-    return InferenceMode(window=settings.get("window"), stride=settings.get("stride"), flip=flip)
+    scale = settings["scale"] if scale is None else scale
+    return EvalSegmentationTransform(
+        None if scale is None else tuple(scale),
+        scales=tuple(settings["scales"]),
+        num_classes=model.config.num_classes,
+    )
+
+
+def _mode(model: Segmenter, flip: bool | None) -> InferenceMode:
+    settings = _settings(model)
+    flip = settings["flip"] if flip is None else flip
+    return InferenceMode(window=settings["window"], stride=settings["stride"], flip=flip)
 
 
 class Output:

@@ -99,6 +99,8 @@ def by_blocks(
         What `reduce` returned, stacked along a leading axis, one entry for each block.
     """
     rows, (height, width) = min(ROWS, shape[0]), shape
+    if height % rows:
+        raise ValueError(f"maps are padded to {height} rows, expected a multiple of {ROWS}")
     down = [
         _weights(x.shape[1], h, size[:, 0], height, x.dtype) for x, (h, _) in zip(maps, inputs, strict=True)
     ]  # (B, H, h')

@@ -225,6 +225,8 @@ def change(
     if isinstance(config, SegmenterConfig):
         own = {name: value for name, value in overrides.items() if name in config.names()}
         rest = {name: value for name, value in overrides.items() if name not in own}
+        if own.get("head", config.head) != config.head:  # another head has its own numbers of channels
+            own = {"head_channels": None, "auxiliary_channels": None, **own}
         own["backbone"] = change(own.get("backbone", config.backbone), img_size=img_size, drop_path=drop_path, **rest)
         return dataclasses.replace(config, **own, **({} if num_classes is None else {"num_classes": num_classes}))
     given = {"num_classes": num_classes, "img_size": img_size, "drop_path_rate": drop_path}

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from polaformer_jax.config import HEADS
 from polaformer_jax.models.dense_heads import FPN, FCNHead, SemanticFPNHead, UPerHead
 from polaformer_jax.models.families import BACKBONES, config_of
 from polaformer_jax.models.initializers import Keys
@@ -19,7 +20,8 @@ from polaformer_jax.models.layers import layer_norm
 from polaformer_jax.models.model_config import Checks, ModelConfig, check_computation, resolve_config
 from polaformer_jax.models.model_info import ModelInfo
 
-HEADS = {"semantic_fpn": 128, "upernet": 512}  # with their channels
+_CHANNELS = dict(zip(HEADS, (128, 512), strict=True))
+_AUXILIARY = 256
 EPSILON = {"PolaPVT": 1e-6, "PolaSwin": 1e-5, "PolaPP": 1e-6}  # of each family's other LayerNorms
 
 
@@ -33,7 +35,7 @@ class SegmenterConfig(ModelConfig):
         head: "semantic_fpn" (Kirillov et al., CVPR 2019) or "upernet" (Xiao et al., ECCV 2018).
         head_channels: of the head; None: 128 of "semantic_fpn", whose neck has twice as many, 512 of "upernet".
         auxiliary_channels: of the auxiliary head of "upernet", on the map of stride 16, which is used in training only;
-            0: there is none.
+            0: there is none; None: 256 of "upernet".
         dropout: the share of channels that are dropped before the last convolution of a head.
 
     Raises:
@@ -46,25 +48,28 @@ class SegmenterConfig(ModelConfig):
     num_classes: int = 150
     head: str = "upernet"
     head_channels: int | None = None
-    auxiliary_channels: int = 256
+    auxiliary_channels: int | None = None
     dropout: float = 0.1
 
     def _normalised(self, checks: Checks) -> dict[str, object]:
         values = {
             "num_classes": checks.integer("num_classes", self.num_classes, least=2),
             "head": self.head,
-            "auxiliary_channels": checks.integer("auxiliary_channels", self.auxiliary_channels, least=0),
             "dropout": checks.number("dropout", self.dropout, least=0, below=1),
         }
-        checks.choice("head", self.head, tuple(HEADS))
-        channels = HEADS.get(self.head, 1) if self.head_channels is None else self.head_channels
+        checks.choice("head", self.head, HEADS)
+        channels = _CHANNELS.get(self.head, 1) if self.head_channels is None else self.head_channels
         values["head_channels"] = checks.integer("head_channels", channels)
         if values["num_classes"] > 255:
             checks.problems.append(
                 f"num_classes={self.num_classes}: at most 255, for masks have 8 bits and 255 is none"
             )
-        if self.head == "semantic_fpn":
-            values["auxiliary_channels"] = 0
+        auxiliary = self.auxiliary_channels
+        if auxiliary is None:
+            auxiliary = _AUXILIARY if self.head == "upernet" else 0
+        values["auxiliary_channels"] = checks.integer("auxiliary_channels", auxiliary, least=0)
+        if auxiliary and self.head == "semantic_fpn":
+            checks.problems.append(f"auxiliary_channels={auxiliary}: only head='upernet' has an auxiliary head")
         values["backbone"] = self._backbone(checks)
         return values
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from polaformer_jax.config import ATTENTIONS, DTYPES, HEADS, SEQUENCE_TASKS
+from polaformer_jax.config import ATTENTIONS, DTYPES, HEADS, SEQUENCE_TASKS, defaults
 from polaformer_jax.errors import UserError
 
 _CHOICES = {
@@ -63,6 +63,15 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     ("it must be in [0, 1), or None", lambda x: 0 <= x < 1, ("ema.decay",)),
     ("it must be in (0, 1], or None", lambda x: 0 < x <= 1, ("optimizer.layer_decay",)),
     ("it must be in (0, 1]", lambda x: 0 < x <= 1, ("augment.max_class_share",)),
+)
+
+
+# Fields that only segmentation uses.
+_OF_SEGMENTATION = (
+    *("model.head", "model.head_channels", "model.auxiliary_channels", "train.loss_pixels", "train.auxiliary_weight"),
+    *("data.image_dir", "data.mask_dir", "data.reduce_zero_label", "optimizer.head_factor"),
+    *("augment.scale", "augment.ratio", "augment.max_class_share", "augment.distortion"),
+    *("eval.scale", "eval.window", "eval.stride", "eval.scales", "eval.flip"),
 )
 
 
@@ -135,18 +144,21 @@ def _of_images(config) -> list[str]:
 
 def _without_head(config) -> list[str]:
     """What all tasks but segmentation refuse."""
-    problems = [
-        f"{field}={value!r}: it is of segmentation, and task.name={config.task.name!r}"
-        for field, value in (
-            ("model.head", config.model.head),
-            ("model.head_channels", config.model.head_channels),
-            ("model.auxiliary_channels", config.model.auxiliary_channels),
-        )
-        if value is not None
-    ]
+    unset, problems = defaults(), []
+    for field in _OF_SEGMENTATION:
+        part, name = field.split(".")
+        if _plain(config[part][name]) != _plain(unset[part][name]):
+            problems.append(
+                f"{field}={config[part][name]!r}: it is of segmentation, and task.name={config.task.name!r}"
+            )
     if config.checkpoint.best_metric == "miou":
         problems.append("checkpoint.best_metric='miou': only segmentation has it; take accuracy or loss")
     return problems
+
+
+def _plain(value: Any) -> Any:
+    """As it was before it was stored as JSON."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _pair_problems(config, field: str) -> list[str]:
@@ -170,7 +182,8 @@ def _segmentation_problems(config) -> list[str]:
         if scale is not None and (len(scale) != 2 or not all(type(side) is int and side > 0 for side in scale)):
             problems.append(f"{part}.{name}={scale}: it is a pair of sides in pixels, such as (2048, 512), or None")
     scales = tuple(config.eval.scales)
-    if not scales or len(set(scales)) < len(scales) or not all(0 < scale < math.inf for scale in scales):
+    numbers = all(isinstance(scale, int | float) and 0 < scale < math.inf for scale in scales)
+    if not scales or not numbers or len(set(scales)) < len(scales):
         problems.append(f"eval.scales={scales}: positive numbers, each once, such as (0.5, 1.0, 2.0)")
     window, stride = config.eval.window, config.eval.stride
     if window is not None and (window < 32 or window % 32):

@@ -84,6 +84,12 @@ class Experiment:
     def check_training(self) -> None:
         """Raises a UserError if this cannot be trained, though it may be evaluated: data, batch, workers, length."""
         self.check_batch()
+        init = self.config.init
+        if init.freeze_statistics and init.weights is None and self._statistics is not None:
+            raise UserError(
+                "init.freeze_statistics=True without init.weights: batch normalisations would keep initial statistics,"
+                " which normalise nothing; give weights to start from, or set init.freeze_statistics=False"
+            )
         train, evaluation = self.inputs.train_source, self.inputs.eval_source
         if train.num_classes != evaluation.num_classes:
             raise UserError(

@@ -15,12 +15,14 @@ import ml_collections
 import numpy as np
 from clu import parameter_overview
 from etils import epath
+from flax import nnx
+from jax.experimental import multihost_utils
 
 from polaformer_jax import weights
 from polaformer_jax.errors import Interrupted, NotWrittenError, UserError
 from polaformer_jax.files import paths
 from polaformer_jax.training import reports, run_data, runtime
-from polaformer_jax.training.checkpoints import COUNTS, Checkpoints, metric_name
+from polaformer_jax.training.checkpoints import COUNTS, Checkpoints, Kind, metric_name
 from polaformer_jax.training.evaluation import Evaluation, Evaluator, Stopped, report, write_json
 from polaformer_jax.training.experiment import Experiment
 from polaformer_jax.training.metrics import RunningAverages, Utilisation, make_writer
@@ -278,18 +280,32 @@ def _conclude(experiment: Experiment, workdir: epath.Path, checkpoints: Checkpoi
         with Evaluator(experiment, split) as another:
             evaluation = another(params)
     result = Result(evaluation, step, checkpoints.directory / str(step), [])
-    draws = experiment.config.log.pictures
-    model = experiment.model(on_one_device(params)) if draws else None  # all processes take part in gathering it
-    if jax.process_index() > 0:
-        return result
-    evaluated = {"checkpoint": os.fspath(result.checkpoint), "step": step, "kind": kind}
+    model = None
+    if experiment.config.log.pictures and experiment.task.draws_with_model:
+        model = experiment.model(on_one_device(params))  # all processes take part in gathering it
+    try:
+        if jax.process_index() == 0:
+            _write(experiment, workdir, result, kind, model)
+    finally:
+        if model is not None and jax.process_count() > 1:  # drawing may take longer than processes wait at their end
+            multihost_utils.sync_global_devices("the pictures are drawn")
+    return result
+
+
+def _write(experiment: Experiment, workdir: epath.Path, result: Result, kind: Kind, model: nnx.Module | None) -> None:
+    """Writes `eval.json` and the pictures.
+
+    Raises:
+        NotWrittenError: `eval.json` could not be written.
+    """
+    evaluation = result.evaluation
+    evaluated = {"checkpoint": os.fspath(result.checkpoint), "step": result.step, "kind": kind}
     try:
         write_json(workdir / "eval.json", report(experiment.config, evaluation, evaluated))
     except UserError as error:
         raise NotWrittenError(str(error), result) from error
-    if model is not None:
+    if experiment.config.log.pictures:
         result.pictures.extend(reports.draw_all(workdir, evaluation, experiment, model))
-    return result
 
 
 def _warn_of_other_names(file: weights.WeightsFile, class_names: tuple[str, ...] | None) -> None:

@@ -33,7 +33,7 @@ LABELS = {
 
 
 def draw_all(
-    workdir: epath.Path, evaluation: Evaluation, experiment: Experiment, model: nnx.Module
+    workdir: epath.Path, evaluation: Evaluation, experiment: Experiment, model: nnx.Module | None
 ) -> list[epath.Path]:
     """Draws all pictures into `workdir/pictures`.
 

@@ -40,9 +40,8 @@ def make_train_step(
     """Returns the training step: one update of the parameters.
 
     The loss is the mean over the valid examples of the whole batch, over all devices, weighted where the task gives
-    weights. If the loss or a gradient is not
-    finite, the parameters and the optimizer keep their values, so the state stays usable; the metrics `loss` and
-    `grad_norm` show it.
+    weights. If the loss or a gradient is not finite, the parameters and the optimizer keep their values, so the state
+    stays usable; the metrics `loss` and `grad_norm` show it.
 
     Running statistics of batch normalisations are among the parameters. Each micro-batch is normalised by its own
     statistics, which are those of its valid examples over all devices, and the running ones take them up one after the

@@ -37,7 +37,9 @@ def scores_of(means):
 @pytest.mark.parametrize("family, head", [("pvt", "semantic_fpn"), ("swin", "upernet"), ("pp", "upernet")])
 def test_scores_are_those_of_the_head_on_the_normalised_maps(family, head):
     model = pf.Segmenter(
-        backbone=BACKBONES[family], head=head, head_channels=4, auxiliary_channels=3, num_classes=5, rngs=nnx.Rngs(0)
+        backbone=BACKBONES[family],
+        **{"head": head, "head_channels": 4, "auxiliary_channels": 3 if head == "upernet" else None, "num_classes": 5},
+        rngs=nnx.Rngs(0),
     )
     images = noise(1, 32, 64, 3)
     assert [width for width in model.config.backbone.stage_channels] == [norm.num_features for norm in model.norms]
@@ -87,6 +89,7 @@ def test_segmenters_are_made_of_named_backbones_and_changed():
     changed = registry.change(config, num_classes=20, img_size=224, drop_path=0.5, head="semantic_fpn", alpha=3)
     assert (changed.num_classes, changed.head, changed.img_size, changed.alpha) == (20, "semantic_fpn", 224, 3)
     assert changed.backbone.drop_path_rate == 0.5
+    assert (changed.head_channels, changed.auxiliary_channels) == (128, 0)
     with pytest.raises(UserError, match="'pola_sequence' is a PolaSequence: a segmenter needs one of"):
         registry.segmenter_config("pola_sequence", head="upernet")
 

@@ -173,12 +173,16 @@ def _run(
     import jax
 
     from polaformer_jax.training import sharding
-    from tests.support import dense_model, small_models
+    from tests.support import dense_backbone, dense_model, small_models
     from tests.support.device_order import permuted
 
     jax.config.update("jax_num_cpu_devices", devices)
     arranged = sharding.arranged if order is None else permuted(order)
-    models = dense_model.registered(), small_models.shallow()  # as in the tests of training
+    models = (
+        dense_model.registered(),
+        dense_backbone.registered(),
+        small_models.shallow(),
+    )  # as in the tests of training
     with models[0], models[1], mock.patch.object(sharding, "arranged", arranged):
         runpy.run_path(str(ROOT / argv[0]), run_name="__main__")
 

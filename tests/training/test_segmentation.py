@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +26,10 @@ from polaformer_jax.training.experiment import Experiment
 from polaformer_jax.training.metrics import read_scalars
 from polaformer_jax.training.sharding import to_devices
 from tests.support import dense_backbone, mask_folders
+from tests.support.forked_scripts import Group
 from tests.support.log_messages import logged
 from tests.support.recipes import recipe
+from tests.support.runs import final_arrays
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -155,7 +158,9 @@ def test_weights_say_what_they_are(trained, tmp_path):
     config, workdir, _ = trained
     model = pf.create_model(weights=exported(workdir))
     assert isinstance(model, pf.Segmenter) and model.info.class_names == ("sky", "earth", "sea")
-    assert json.loads(model.info.other["segmentation"]) == {"scale": None, "window": None, "stride": None}
+    assert json.loads(model.info.other["segmentation"]) == {
+        **{"scale": None, "scales": [1.0], "window": None, "stride": None, "flip": False}
+    }
     again = tmp_path / "again.safetensors"
     pf.save_weights(model, again)
     with pytest.raises(pf.errors.WeightsError, match="there is no official code of segmenters"):
@@ -256,6 +261,73 @@ def test_a_step_is_the_same_on_any_mesh(folder):
     jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-4), params, others)
 
 
+def test_a_run_resumes_bit_for_bit(folder, tmp_path):
+    config = config_of(folder, **{"ema.decay": 0.9, "eval.weights": "ema", "log.pictures": False})
+    loop.train(config, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "part")
+    shutil.rmtree(tmp_path / "part/checkpoints/4")
+    loop.train(config, tmp_path / "part")
+    arrays, again = (final_arrays(tmp_path / name) for name in ("whole", "part"))
+    assert any("'mean'" in name and "ema" in name for name in arrays)
+    assert [name for name in arrays if arrays[name].tobytes() != again[name].tobytes()] == []
+    one, two = (json.loads((tmp_path / name / "eval.json").read_text()) for name in ("whole", "part"))
+    assert one["classes"] == two["classes"] and one["kind"] == "ema"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("shallow")
+def test_a_step_of_a_real_model_with_all_that_a_recipe_may_have(folder):
+    """Auxiliary head, micro-batches, labelled pixels, moving average; rematerialised and sharded, or neither."""
+    found = []
+    for data, fsdp, remat in ((1, 1, False), (2, 2, True)):
+        changes = {"mesh.data": data, "mesh.fsdp": fsdp, "model.remat": remat, "model.head": "upernet"}
+        changes |= {
+            "train.accumulate": 2,
+            "train.loss_pixels": "labelled",
+            "ema.decay": 0.5,
+            "model.name": "pola_swin_nano",
+        }
+        experiment = Experiment(config_of(folder, **changes))
+        batch = next(iter(experiment.inputs.train_batches(0)))
+        state, sums = experiment.train_step(experiment.states.initial(), to_devices(batch, experiment.mesh))
+        found.append((jax.device_get((state.params, state.ema)), jax.device_get(sums)))
+    (params, sums), (others, other_sums) = found
+    assert float(sums["loss"][1]) == (batch["label"] < 255).sum()
+    np.testing.assert_allclose(sums["loss"][0], other_sums["loss"][0], rtol=1e-4)
+    np.testing.assert_allclose(sums["grad_norm"][0], other_sums["grad_norm"][0], rtol=1e-3)
+    # Adam's first step is the sign of a gradient: where that is about zero, either one.
+    differences = [np.abs(one - two).max() for one, two in zip(*map(jax.tree.leaves, (params, others)), strict=True)]
+    assert np.median(differences) < 1e-4 and max(differences) < 5e-3
+
+
+@pytest.mark.slow
+def test_two_processes_count_each_image_once(folder, trained, tmp_path):
+    config, workdir, result = trained
+    fields = ("task.name", "model.name", "model.img_size", "model.num_classes", "model.head_channels", "data.source")
+    fields += (
+        "data.data_dir",
+        "data.train_split",
+        "data.eval_split",
+        "data.workers",
+        "train.steps",
+        "train.batch_size",
+    )
+    fields += ("schedule.warmup", "eval.every", "eval.batch_size", "checkpoint.every_steps", "log.every")
+    values = {field: config[field.split(".")[0]][field.split(".")[1]] for field in fields}
+    arguments = [f"--config.{field}={value}" for field, value in values.items()]
+    arguments = ["--config=configs/segmentation.py:digits", *arguments, f"--workdir={tmp_path / 'run'}"]
+    with Group("train.py", arguments, processes=2, logs=tmp_path / "logs") as running:
+        assert running.statuses() == [0, 0], running.errors()
+    found = json.loads((tmp_path / "run/eval.json").read_text())
+    assert (found["images"], found["skipped"]) == (6, 0)
+    assert found["miou"] == pytest.approx(result.evaluation.metrics["miou"], abs=2e-3)
+    assert [row["pixels"] for row in found["classes"]] == [
+        row["pixels"] for row in result.evaluation.details["classes"]
+    ]
+    pictures = {path.name for path in (tmp_path / "run/pictures").iterdir()}
+    assert pictures == {"curves.png", "classes.png", "predictions.png"}
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -265,6 +337,8 @@ def test_a_step_is_the_same_on_any_mesh(folder):
         ({"augment.mixup": 0.8}, "they are of classification"),
         ({"augment.ratio": (2.0, 0.5)}, r"augment.ratio=\(2.0, 0.5\): it is a pair \(low, high\)"),
         ({"eval.scale": (512,)}, r"eval.scale=\(512,\): it is a pair of sides in pixels"),
+        ({"eval.scales": ("a",)}, r"eval.scales=\('a',\): positive numbers, each once"),
+        ({"model.auxiliary_channels": 4}, "auxiliary_channels=4: only head='upernet' has an auxiliary head"),
         ({"eval.scales": ()}, r"eval.scales=\(\): positive numbers, each once"),
         ({"eval.window": 50}, "eval.window=50: it must be a multiple of 32"),
         ({"eval.stride": 32}, "eval.stride=32: it must be a multiple of 32, and at most eval.window=None"),
@@ -344,8 +418,13 @@ def test_predicted_masks_are_written(trained, folder, tmp_path, capsys):
         (["--task", "segmentation"], "--task segmentation writes masks: give --out DIR"),
         ([], "the weights are of a segmenter, which writes masks: give --out DIR"),
         (["--out", "masks", "--task", "classification"], "--task classification: the weights are of a Segmenter"),
-        (["--out", "masks", "--picture", "p.png"], "--out and --flip are of a segmentation, --picture of a classif"),
+        (
+            ["--out", "masks", "--picture", "p.png"],
+            "--out, --scale and --flip are of a segmentation, --picture of",
+        ),
         (["--out", "OWN"], "is a file: name a folder"),
+        (["--out", "masks", "--scale", "5"], "--scale 5: expected two sides in pixels, such as 2048,512"),
+        (["--out", "masks", "--batch-size", "2"], "--batch-size: images are segmented one after the other"),
         (["--out", "masks", "OWN"], "1 of 2 images cannot be read"),
         (["--out", "masks", "elsewhere/00.png"], "several images are called 00, up to folder and suffix"),
     ],
@@ -369,6 +448,10 @@ def test_images_that_cannot_be_segmented(trained, monkeypatch):
         segmentation.segment(pf.create_model("pola_pvt_nano", rngs=nnx.Rngs(0)), [])
     with pytest.raises(UserError, match="the model segments images: pf.segment"):
         pf.predict(pf.create_model(weights=path), [np.zeros((1, 1, 3), np.uint8)])
+    with pytest.raises(
+        UserError, match="input would have 9,048,064 pixels, .*: give a scale, such as 2048,512"
+    ) as error:
+        segmentation.segment(path, [np.zeros((2991, 2991, 3), np.uint8)])
     (pixel,) = segmentation.segment(path, np.zeros((1, 1, 3), np.uint8))
     assert pixel.labels.shape == (1, 1) and pixel.shares()[0]["share"] == 1
 

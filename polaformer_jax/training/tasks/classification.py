@@ -23,6 +23,7 @@ class Classification:
 
     examples: str
     headline = "accuracy"
+    draws_with_model = False
 
     def inputs(self, batch: Batch) -> Any:
         raise NotImplementedError
@@ -68,7 +69,9 @@ class Classification:
             rows.append([source.describe(index), name(label), *answer])
         return rows
 
-    def pictures(self, evaluation: Evaluated, source: Source, model: nnx.Module) -> Mapping[str, Callable[[], Figure]]:
+    def pictures(
+        self, evaluation: Evaluated, source: Source, model: nnx.Module | None
+    ) -> Mapping[str, Callable[[], Figure]]:
         names = source.class_names or tuple(str(label) for label in range(source.num_classes))
         drawers = {"confusion.png": lambda: classification_pictures.confusion(evaluation.outputs, names, self.examples)}
         if (image_of := self.image_of(source)) is not None:

@@ -50,7 +50,8 @@ class ImageClassification(Classification):
             rngs=rngs,
         )
         model.remat = config.remat
-        model.frozen_statistics = self._config.init.freeze_backbone
+        init = self._config.init
+        model.frozen_statistics = init.freeze_backbone or init.freeze_statistics
         return model
 
     def open_source(self, split: str) -> Source:

@@ -22,6 +22,7 @@ from polaformer_jax.data.segmentation.labels import IGNORED
 from polaformer_jax.data.segmentation.source import SegmentationSource, open_source
 from polaformer_jax.data.segmentation.transforms import EvalSegmentationTransform, TrainSegmentationTransform
 from polaformer_jax.data.workers import Stream
+from polaformer_jax.errors import UserError
 from polaformer_jax.models import registry
 from polaformer_jax.models.dense_inference import InferenceMode, by_blocks, score_maps
 from polaformer_jax.models.initializers import Keys
@@ -37,11 +38,13 @@ class SemanticSegmentation:
     """Images (B, S, S, 3) uint8 with labels (B, S, S) uint8, 255 where there is none. See `Task`.
 
     The training loss of an image is the mean cross-entropy over all of its crop's pixels, in which pixels without label
-    have none; with `train.loss_pixels="labelled"` the mean over the labelled pixels, of the whole batch.
+    have none; with `train.loss_pixels="labelled"` the mean over the labelled pixels, of the whole batch. The loss of an
+    evaluation is a mean over images.
     """
 
     examples = "images"
     headline = "miou"
+    draws_with_model = True
     fits = ("tables", "classifier")
 
     def __init__(self, config: ml_collections.ConfigDict):
@@ -208,6 +211,8 @@ class SemanticSegmentation:
 
     def result(self, mean: Mean, source: SegmentationSource) -> tuple[dict[str, float], dict[str, Any]]:
         confusion = mean.total("confusion")  # (label, prediction), exact: whole numbers of float64
+        if not confusion.any():
+            raise UserError(f"no pixel of {source.name} has a label: are the masks those of other classes?")
         right, true, found = np.diagonal(confusion), confusion.sum(1), confusion.sum(0)
         with np.errstate(divide="ignore", invalid="ignore"):
             iou, accuracy = right / (true + found - right), right / true  # nan for classes that never occur
@@ -218,9 +223,9 @@ class SemanticSegmentation:
         ]
         metrics = {
             **mean.result(),
-            "miou": float(np.nanmean(iou)) if np.isfinite(iou).any() else float("nan"),
-            "aacc": float(right.sum() / true.sum()) if true.sum() else float("nan"),
-            "macc": float(np.nanmean(accuracy)) if np.isfinite(accuracy).any() else float("nan"),
+            "miou": float(np.nanmean(iou)),
+            "aacc": float(right.sum() / true.sum()),
+            "macc": float(np.nanmean(accuracy)),
         }
         return metrics, {"classes": table}
 
@@ -251,7 +256,9 @@ class SemanticSegmentation:
     def metadata(self) -> Mapping[str, Any]:
         evaluation = self._config.eval
         scale = None if evaluation.scale is None else list(evaluation.scale)
-        return {"segmentation": {"scale": scale, "window": evaluation.window, "stride": evaluation.stride}}
+        names = ("window", "stride", "flip")
+        settings = {"scale": scale, "scales": list(map(float, evaluation.scales))}
+        return {"segmentation": {**settings, **{name: evaluation[name] for name in names}}}
 
 
 def class_names(source: SegmentationSource) -> tuple[str, ...]:

@@ -79,7 +79,7 @@ def predictions(
     figure = figures.new(11.5, 2.6 * len(shown) + 1.6)
     columns = figure.subplots(max(len(shown), 1), 4, squeeze=False)
     occurring: set[int] = set()
-    for row, index in zip(columns, shown, strict=True):
+    for row, index in zip(columns, shown, strict=False):
         record = source[int(index)]
         image = decode(record["image"])
         labels = decode_labels(

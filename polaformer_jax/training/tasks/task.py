@@ -25,11 +25,13 @@ class Task(Protocol):
     Attributes:
         examples: what examples are called, in the plural.
         headline: the evaluation metric by which a result is told, in [0, 1]; greater is better.
+        draws_with_model: whether `pictures` uses the model.
         fits: what may be changed in a run's initial weights to fit the model, see `weights.load_weights`.
     """
 
     examples: str
     headline: str
+    draws_with_model: bool
     fits: Collection[Fit]
 
     # The model.
@@ -100,12 +102,12 @@ class Task(Protocol):
         """
 
     def pictures(
-        self, evaluation: "Evaluated", source: Source, model: nnx.Module
+        self, evaluation: "Evaluated", source: Source, model: nnx.Module | None
     ) -> Mapping[str, Callable[[], Figure]]:
         """What is drawn at the end of a run: functions by name of the file.
 
         Args:
-            model: the evaluated model, on one device of process 0, which draws.
+            model: the evaluated model, on one device of process 0, which draws; None unless `draws_with_model`.
         """
 
     def metadata(self) -> Mapping[str, Any]:
