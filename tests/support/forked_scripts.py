@@ -178,12 +178,12 @@ def _run(
 
     jax.config.update("jax_num_cpu_devices", devices)
     arranged = sharding.arranged if order is None else permuted(order)
-    models = (
-        dense_model.registered(),
+    with (
+        dense_model.registered(),  # as in the tests of training
         dense_backbone.registered(),
         small_models.shallow(),
-    )  # as in the tests of training
-    with models[0], models[1], mock.patch.object(sharding, "arranged", arranged):
+        mock.patch.object(sharding, "arranged", arranged),
+    ):
         runpy.run_path(str(ROOT / argv[0]), run_name="__main__")
 
 
