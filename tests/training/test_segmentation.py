@@ -243,6 +243,7 @@ def test_only_the_heads_are_trained_behind_a_frozen_backbone(folder, tmp_path):
     assert (old != np.asarray(new)).any()
 
 
+@pytest.mark.slow
 def test_a_step_is_the_same_on_any_mesh(folder):
     """Losses, gradients and running statistics are those of the whole batch, however it and the state are split."""
     found = []
