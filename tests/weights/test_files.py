@@ -243,7 +243,9 @@ def test_other_files_are_refused(tmp_path):
             weights.load_weights(tiny(), path)
     with pytest.raises(weights.WeightsError, match="an entry 3, expected names of tensors"):
         weights.load_weights(tiny(), {3: np.ones(3)})
-    with pytest.raises(TypeError, match="model is a Linear, expected a PolaPVT, PolaSwin, PolaPP, PolaSequence or Segmenter"):
+    with pytest.raises(
+        TypeError, match="model is a Linear, expected a PolaPVT, PolaSwin, PolaPP, PolaSequence or Segmenter"
+    ):
         weights.load_weights(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), {})
     with pytest.raises(weights.WeightsError, match="written as .safetensors"):
         weights.save_weights(tiny(), tmp_path / "a.pth")

@@ -20,7 +20,7 @@ from polaformer_jax.models import registry
 from polaformer_jax.models.initializers import Keys
 from polaformer_jax.training.metrics import Sums, masked
 from polaformer_jax.training.tasks.classification import Classification
-from polaformer_jax.training.tasks.task import Batch, Shapes
+from polaformer_jax.training.tasks.task import Batch, Shapes, computation
 
 _ARCHITECTURE = ("attn_type", "window_size", "softmax_window_size", "alpha", "kernel_size", "flags")
 
@@ -44,9 +44,7 @@ class ImageClassification(Classification):
                 drop_path=config.drop_path,
                 **architecture(config),
             ),
-            attention_impl=config.attention_impl,
-            dtype=jnp.dtype(config.dtype),
-            param_dtype=jnp.dtype(config.param_dtype),
+            **computation(config),
             rngs=rngs,
         )
         model.remat = config.remat

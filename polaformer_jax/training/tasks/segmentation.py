@@ -31,7 +31,7 @@ from polaformer_jax.models.segmenter import Scores, Segmenter
 from polaformer_jax.training.metrics import Mean, Sums, masked
 from polaformer_jax.training.tasks import segmentation_pictures
 from polaformer_jax.training.tasks.images import architecture
-from polaformer_jax.training.tasks.task import Batch, Evaluated, Shapes
+from polaformer_jax.training.tasks.task import Batch, Evaluated, Shapes, computation
 
 
 class SemanticSegmentation:
@@ -63,9 +63,7 @@ class SemanticSegmentation:
                 **given,
                 **architecture(config),
             ),
-            attention_impl=config.attention_impl,
-            dtype=jnp.dtype(config.dtype),
-            param_dtype=jnp.dtype(config.param_dtype),
+            **computation(config),
             rngs=rngs,
         )
         model.remat = config.remat

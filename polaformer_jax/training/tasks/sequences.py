@@ -20,7 +20,7 @@ from polaformer_jax.models.initializers import Keys
 from polaformer_jax.models.pola_sequence import Sequences
 from polaformer_jax.training.metrics import Sums, masked
 from polaformer_jax.training.tasks.classification import Classification
-from polaformer_jax.training.tasks.task import Batch, Shapes
+from polaformer_jax.training.tasks.task import Batch, Shapes, computation
 
 
 class SequenceClassification(Classification):
@@ -46,9 +46,7 @@ class SequenceClassification(Classification):
                 attention=self._config.task.attention,
                 **{name: config[name] for name in ("alpha", "kernel_size") if config[name] is not None},
             ),
-            attention_impl=config.attention_impl,
-            dtype=jnp.dtype(config.dtype),
-            param_dtype=jnp.dtype(config.param_dtype),
+            **computation(config),
             rngs=rngs,
         )
         model.remat = config.remat

@@ -4,6 +4,8 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from flax import nnx
 from matplotlib.figure import Figure
@@ -17,6 +19,16 @@ from polaformer_jax.weights import Fit
 
 Batch = dict[str, jax.Array]
 Shapes = dict[str, tuple[tuple[int, ...], type[np.generic]]]  # of one example, and the dtype, of each array of a batch
+
+
+def computation(model: ml_collections.ConfigDict) -> dict[str, Any]:
+    """How the model of a config is computed and stored, as `registry.create` takes it.
+
+    Args:
+        model: the config's `model` part.
+    """
+    types = {name: jnp.dtype(model[name]) for name in ("dtype", "param_dtype")}
+    return {"attention_impl": model.attention_impl, **types}
 
 
 class Task(Protocol):
