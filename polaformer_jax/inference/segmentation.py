@@ -18,7 +18,7 @@ from polaformer_jax.errors import UserError, WeightsError
 from polaformer_jax.files import atomic, paths
 from polaformer_jax.files.palette import coloured, palette
 from polaformer_jax.inference.images import ImageLike, as_list, name_of, raise_problems, read_pixels
-from polaformer_jax.models.dense_inference import InferenceMode, label_maps, padded_shape
+from polaformer_jax.models.dense_inference import InferenceMode, label_map
 from polaformer_jax.models.segmenter import Segmenter
 from polaformer_jax.weights import WeightsFile
 from polaformer_jax.weights.creation import create_model
@@ -99,12 +99,8 @@ def segment(
 def _segmented(model, images, names, transform, mode) -> Iterator[Segmented]:
     for number, image in enumerate(tqdm.tqdm(images, unit=" images", disable=None if len(images) > 1 else True)):
         pixels = read_pixels(image, number)
-        height, width = pixels.shape[:2]
-        arrays = [normalise(jnp.asarray(array)[None]) for array in transform.prepared(pixels).values()]
-        size = jnp.asarray([[height, width]], jnp.int32)
-        found = label_maps(model, arrays, size, padded_shape((height, width)), mode)
-        labels, probability = (np.asarray(x)[0, :height, :width] for x in found)
-        yield Segmented(name_of(image, number), pixels, labels, probability, names)
+        arrays = [normalise(jnp.asarray(array)) for array in transform.prepared(pixels).values()]
+        yield Segmented(name_of(image, number), pixels, *label_map(model, arrays, pixels.shape[:2], mode), names)
 
 
 def _check(images: Sequence[ImageLike], transform: EvalSegmentationTransform) -> None:

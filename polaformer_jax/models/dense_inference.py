@@ -8,6 +8,7 @@ scores of 150 classes at full size would be the largest array by far.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from polaformer_jax.models.maps import bilinear_weights, resize_bilinear
 from polaformer_jax.models.segmenter import Segmenter
 
 ROWS = 64  # of a block
+_MULTIPLE = 128  # of the sides to which the maps of one image are padded
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,20 +38,29 @@ class InferenceMode:
     flip: bool = False
 
 
-def score_maps(model: Segmenter, images: Sequence[jax.Array], mode: InferenceMode) -> list[jax.Array]:
-    """The scores from which `by_blocks` computes probabilities: one map for each image and its mirrored one.
+class ScoreMap(NamedTuple):
+    """The scores of images that the model took in one size.
+
+    Attributes:
+        scores: (B, h', w', classes), float32 at least.
+        size: (height, width) of the model's input.
+    """
+
+    scores: jax.Array
+    size: tuple[int, int]
+
+
+def score_maps(model: Segmenter, images: Sequence[jax.Array], mode: InferenceMode) -> list[ScoreMap]:
+    """The scores from which `by_blocks` computes probabilities: for each size of the images, and mirrored ones.
 
     Args:
         images: the same normalised images in several sizes, each (B, h, w, 3), h and w multiples of 32.
-
-    Returns:
-        Maps (B, h', w', classes), float32 at least.
     """
     maps = []
     for image in images:
-        maps.append(_scores(model, image, mode))
+        maps.append(ScoreMap(_scores(model, image, mode), image.shape[1:3]))
         if mode.flip:
-            maps.append(_scores(model, image[:, :, ::-1], mode)[:, :, ::-1])
+            maps.append(ScoreMap(_scores(model, image[:, :, ::-1], mode)[:, :, ::-1], image.shape[1:3]))
     return maps
 
 
@@ -79,8 +90,7 @@ def starts(length: int, window: int, stride: int) -> list[int]:
 
 
 def by_blocks(
-    maps: Sequence[jax.Array],
-    inputs: Sequence[tuple[int, int]],
+    maps: Sequence[ScoreMap],
     size: jax.Array,
     shape: tuple[int, int],
     reduce: Callable[[jax.Array, jax.Array], jax.Array],
@@ -89,7 +99,6 @@ def by_blocks(
 
     Args:
         maps: as `score_maps` returns them.
-        inputs: (height, width) of the model's input for each of them.
         size: (B, 2) int32, each image's own (height, width).
         shape: (H, W), the size to which images of a batch are padded; H is a multiple of `ROWS`, or less.
         reduce: from log-probabilities (B, rows, W, classes) and the numbers of the rows (rows,) to a pytree. Beyond an
@@ -101,20 +110,16 @@ def by_blocks(
     rows, (height, width) = min(ROWS, shape[0]), shape
     if height % rows:
         raise ValueError(f"maps are padded to {height} rows, expected a multiple of {ROWS}")
-    down = [
-        _weights(x.shape[1], h, size[:, 0], height, x.dtype) for x, (h, _) in zip(maps, inputs, strict=True)
-    ]  # (B, H, h')
-    across = [
-        _weights(x.shape[2], w, size[:, 1], width, x.dtype) for x, (_, w) in zip(maps, inputs, strict=True)
-    ]  # (B, W, w')
+    down = [_weights(one, 0, size, height) for one in maps]  # (B, H, h')
+    across = [_weights(one, 1, size, width) for one in maps]  # (B, W, w')
 
     def block(first: jax.Array):
         total = None
-        for x, vertical, horizontal in zip(maps, down, across, strict=True):
+        for one, vertical, horizontal in zip(maps, down, across, strict=True):
             part = jax.lax.dynamic_slice_in_dim(vertical, first, rows, axis=1)  # (B, rows, h')
-            scores = _product("brh,bhwk->brwk", part, x)
-            scores = _product("bcw,brwk->brck", horizontal, scores)  # (B, rows, W, classes)
-            logs = jax.nn.log_softmax(scores)
+            x = _product("brh,bhwk->brwk", part, one.scores)
+            x = _product("bcw,brwk->brck", horizontal, x)  # (B, rows, W, classes)
+            logs = jax.nn.log_softmax(x)
             total = logs if total is None else jnp.logaddexp(total, logs)
         return reduce(total - jnp.log(jnp.asarray(len(maps), total.dtype)), first + jnp.arange(rows))
 
@@ -126,9 +131,10 @@ def _product(subscripts: str, weights: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.einsum(subscripts, weights, x, precision=jax.lax.Precision.HIGHEST)
 
 
-def _weights(length: int, middle: int, size: jax.Array, padded: int, dtype) -> jax.Array:
-    """(B, padded, length): the matrices that resize an axis from `length` to `middle`, and from there to `size`."""
-    second = bilinear_weights(middle, size, padded, dtype)  # (B, padded, middle)
+def _weights(scores: ScoreMap, axis: int, size: jax.Array, padded: int) -> jax.Array:
+    """(B, padded, h' or w'): matrices that resize an axis to the model's input, and from there to `size`."""
+    length, middle, dtype = scores.scores.shape[1 + axis], scores.size[axis], scores.scores.dtype
+    second = bilinear_weights(middle, size[:, axis], padded, dtype)  # (B, padded, middle)
     if length == middle:
         return second
     first = bilinear_weights(length, jnp.full(1, middle), middle, dtype)[0]  # (middle, length)
@@ -139,10 +145,22 @@ def _full(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def padded_shape(size: tuple[int, int]) -> tuple[int, int]:
-    """The (H, W) of `by_blocks` for images of one size: a few values, so that few programs are compiled."""
-    height, width = (-(-side // 128) * 128 for side in size)
-    return height, width
+def label_map(
+    model: Segmenter, images: Sequence[jax.Array], size: tuple[int, int], mode: InferenceMode
+) -> tuple[np.ndarray, np.ndarray]:
+    """`label_maps` of one image, at its own size, for which few programs are compiled.
+
+    Args:
+        images: the normalised image in one or several sizes, each (h, w, 3).
+        size: its own (height, width).
+
+    Returns:
+        (height, width) uint8 and (height, width) float32 at least.
+    """
+    shape = tuple(-(-side // _MULTIPLE) * _MULTIPLE for side in size)
+    found = label_maps(model, [image[None] for image in images], jnp.asarray([size], jnp.int32), shape, mode)
+    labels, probability = (np.asarray(x)[0, : size[0], : size[1]] for x in found)
+    return labels, probability
 
 
 def label_maps(
@@ -164,7 +182,6 @@ def label_maps(
 @functools.partial(jax.jit, static_argnames=("graphdef", "shape", "mode"))
 def _label_maps(params, images: list[jax.Array], size: jax.Array, *, graphdef, shape, mode: InferenceMode):
     maps = score_maps(nnx.merge(graphdef, params), images, mode)
-    inputs = [image.shape[1:3] for image in images for _ in range(2 if mode.flip else 1)]
 
     def best(logs: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jnp.argmax(logs, -1).astype(jnp.uint8), jnp.exp(jnp.max(logs, -1))  # (B, rows, W)
@@ -172,4 +189,4 @@ def _label_maps(params, images: list[jax.Array], size: jax.Array, *, graphdef, s
     def joined(blocks: jax.Array) -> jax.Array:
         return jnp.moveaxis(blocks, 0, 1).reshape(size.shape[0], *shape)
 
-    return jax.tree.map(joined, by_blocks(maps, inputs, size, shape, best))
+    return jax.tree.map(joined, by_blocks(maps, size, shape, best))

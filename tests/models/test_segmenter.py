@@ -11,7 +11,7 @@ from flax import nnx
 import polaformer_jax as pf
 from polaformer_jax.errors import UserError
 from polaformer_jax.models import registry
-from polaformer_jax.models.dense_inference import InferenceMode, by_blocks, label_maps, padded_shape, score_maps, starts
+from polaformer_jax.models.dense_inference import InferenceMode, by_blocks, label_map, label_maps, score_maps, starts
 from polaformer_jax.models.maps import resize_bilinear
 from polaformer_jax.models.segmenter import SegmenterConfig
 from tests.support import dense_backbone
@@ -123,6 +123,9 @@ def test_classes_at_the_images_own_sizes(means, scores_of):
     labels, probability = label_maps(means, [images], jnp.asarray(sizes, jnp.int32), shape, InferenceMode())
     assert labels.shape == probability.shape == (3, *shape) and labels.dtype == jnp.uint8
     scores = scores_of(images)
+    alone = label_map(means, [images[0]], sizes[0], InferenceMode())
+    for one, all_of_them in zip(alone, (labels, probability), strict=True):
+        np.testing.assert_allclose(one, all_of_them[0, :50, :70], atol=1e-5)
     for i, (height, width) in enumerate(sizes):
         expected = resized(scores[i : i + 1], (64, 64), (height, width))[0]
         found = np.asarray(labels[i, :height, :width])
@@ -137,12 +140,11 @@ def test_classes_at_the_images_own_sizes(means, scores_of):
 def test_probabilities_are_averaged_over_sizes_and_mirrored_images(means, scores_of):
     images = [noise(1, 32, 64, 3), noise(1, 64, 64, 3)]
     size, mode = jnp.asarray([[40, 50]], jnp.int32), InferenceMode(flip=True)
-    inputs = [(32, 64), (32, 64), (64, 64), (64, 64)]
 
     @jax.jit
     def found(images):
         maps = score_maps(means, images, mode)
-        return by_blocks(maps, inputs, size, (64, 50), lambda logs, rows: jnp.exp(logs))
+        return by_blocks(maps, size, (64, 50), lambda logs, rows: jnp.exp(logs))
 
     expected = 0
     for image in images:
@@ -155,11 +157,8 @@ def test_probabilities_are_averaged_over_sizes_and_mirrored_images(means, scores
 
 def test_windows_are_averaged_where_they_overlap(means, scores_of):
     image = noise(1, 64, 96, 3)
-    (found,) = jax.jit(lambda x: score_maps(means, [x], InferenceMode(window=64, stride=32)))(image)
+    mode = InferenceMode(window=64, stride=32)
+    found = jax.jit(lambda x: score_maps(means, [x], mode)[0].scores)(image)
     left, right = (resize_bilinear(scores_of(part), (64, 64)) for part in (image[:, :, :64], image[:, :, 32:]))
     expected = np.concatenate([left[:, :, :32], (left[:, :, 32:] + right[:, :, :32]) / 2, right[:, :, 32:]], axis=2)
     np.testing.assert_allclose(found, expected, atol=1e-5)
-
-
-def test_padded_shapes_are_few():
-    assert [padded_shape(size) for size in ((1, 1), (128, 129), (8000, 3))] == [(128, 128), (128, 256), (8064, 128)]

@@ -167,7 +167,6 @@ class SemanticSegmentation:
         """See `Task`. The sum `confusion` counts pixels by label and prediction, (classes, classes)."""
         names = sorted(name for name in batch if name.startswith("image"))
         maps = score_maps(model, [normalise(batch[name]) for name in names], self._mode)
-        inputs = [batch[name].shape[1:3] for name in names for _ in range(2 if self._mode.flip else 1)]
         label, classes = batch["label"], self._config.model.num_classes
         labelled = (label != IGNORED) & batch["mask"].reshape(-1, 1, 1)
         example = jnp.arange(label.shape[0]).reshape(-1, 1, 1)
@@ -181,7 +180,7 @@ class SemanticSegmentation:
             losses = -jnp.take_along_axis(logs, true[..., None], axis=-1)[..., 0]
             return confusion, jnp.sum(jnp.where(counts, losses, 0), axis=(1, 2))
 
-        confusions, losses = by_blocks(maps, inputs, batch["size"], label.shape[1:], count)
+        confusions, losses = by_blocks(maps, batch["size"], label.shape[1:], count)
         confusion = jnp.sum(confusions, axis=0).reshape(-1, classes, classes)  # (B, label, prediction)
         pixels = jnp.sum(confusion, axis=(1, 2))
         divisor = jnp.prod(batch["size"], axis=1) if self._config.train.loss_pixels == "all" else pixels

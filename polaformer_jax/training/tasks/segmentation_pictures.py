@@ -17,7 +17,7 @@ from polaformer_jax.data.segmentation.transforms import EvalSegmentationTransfor
 from polaformer_jax.files import figures
 from polaformer_jax.files.figures import FAINT, INK
 from polaformer_jax.files.palette import coloured, palette
-from polaformer_jax.models.dense_inference import InferenceMode, label_maps, padded_shape
+from polaformer_jax.models.dense_inference import InferenceMode, label_map
 from polaformer_jax.models.segmenter import Segmenter
 
 IMAGES = 8  # that are shown, the worst first
@@ -29,10 +29,8 @@ def segmented(
     model: Segmenter, transform: EvalSegmentationTransform, mode: InferenceMode, image: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """The predicted classes (h, w) uint8 of an image (h, w, 3) uint8, and their probabilities."""
-    size = np.array([image.shape[:2]], np.int32)
-    arrays = [normalise(jnp.asarray(array)[None]) for array in transform.prepared(image).values()]
-    found = label_maps(model, arrays, jnp.asarray(size), padded_shape(image.shape[:2]), mode)
-    return tuple(np.asarray(x)[0, : image.shape[0], : image.shape[1]] for x in found)
+    arrays = [normalise(jnp.asarray(array)) for array in transform.prepared(image).values()]
+    return label_map(model, arrays, image.shape[:2], mode)
 
 
 def classes(table: Sequence[Mapping[str, Any]], metrics: Mapping[str, float]) -> Figure:
