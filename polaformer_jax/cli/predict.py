@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _predict(args) -> None:
     # Imported here: JAX takes a second, which a wrong flag need not wait for.
-    from polaformer_jax import create_model
+    from polaformer_jax import Segmenter, create_model
     from polaformer_jax.files import figures
     from polaformer_jax.inference import pictures, prediction
     from polaformer_jax.training import progress
@@ -69,7 +69,7 @@ def _predict(args) -> None:
     elif any(value is not None for value in (args.stage, args.block, args.token)):
         raise UserError("--stage, --block and --token say what --picture shows: give --picture OUT.png")
     model = create_model(args.model, weights=args.weights)
-    is_segmenter = model.config.family == "Segmenter"
+    is_segmenter = isinstance(model, Segmenter)
     if args.task is not None and is_segmenter != (args.task == "segmentation"):
         raise UserError(f"--task {args.task}: the weights are of a {model.config.family}")
     if is_segmenter:

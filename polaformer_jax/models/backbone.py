@@ -1,6 +1,7 @@
 """What Pola-PVT and Pola-Swin share: four stages, and the ways to call a model."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ class Backbone(nnx.Module):
         config: the hyper-parameters, a `PolaPVTConfig` or `PolaSwinConfig`.
         dtype: of activations and matrix products.
         head: the classifier, or None.
+        epsilon: of the LayerNorms of its blocks.
         remat: recompute each block's activations in the backward pass instead of storing them.
         info: what is known of the model besides its function, such as the names of its classes.
     """
@@ -34,6 +36,7 @@ class Backbone(nnx.Module):
     config: ModelConfig
     remat: bool = False
     frozen_statistics: bool = False  # batch normalisations use their running statistics in training too, and keep them
+    epsilon: ClassVar[float]
     any_image_size: bool = False  # `__call__` and `pooled` too take images that are not of `config.img_size`
     info: ModelInfo
 

@@ -208,6 +208,7 @@ class PolaPP(Backbone):
     """
 
     Config = PolaPPConfig
+    epsilon = EPSILON
     any_image_size = True
 
     def __init__(

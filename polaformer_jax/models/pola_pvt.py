@@ -172,6 +172,7 @@ class PolaPVT(Backbone):
     """
 
     Config = PolaPVTConfig
+    epsilon = EPSILON
 
     def __init__(
         self,

@@ -190,6 +190,7 @@ class PolaSwin(Backbone):
     """
 
     Config = PolaSwinConfig
+    epsilon = EPSILON
 
     def __init__(
         self,

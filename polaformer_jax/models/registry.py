@@ -191,10 +191,10 @@ def segmenter_config(
     Raises:
         UserError: unknown name, a model of sequences, or values that do not fit.
     """
-    family = model_config(backbone).family
-    if family not in BACKBONES:
-        raise UserError(f"model {backbone!r} is a {family}: a segmenter needs one of {', '.join(BACKBONES)}")
-    if family == PolaSwinConfig.family:
+    named = model_config(backbone)
+    if named.family not in BACKBONES:
+        raise UserError(f"model {backbone!r} is a {named.family}: a segmenter needs one of {', '.join(BACKBONES)}")
+    if "padded_windows" in named.names():
         overrides = {"padded_windows": True, **overrides}
     config = model_config(backbone, img_size=img_size, drop_path=drop_path, **overrides)
     given = {"num_classes": num_classes, "head_channels": head_channels, "auxiliary_channels": auxiliary_channels}

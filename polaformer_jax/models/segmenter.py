@@ -22,7 +22,6 @@ from polaformer_jax.models.model_info import ModelInfo
 
 _CHANNELS = dict(zip(HEADS, (128, 512), strict=True))
 _AUXILIARY = 256
-EPSILON = {"PolaPVT": 1e-6, "PolaSwin": 1e-5, "PolaPP": 1e-6}  # of each family's other LayerNorms
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,10 +159,9 @@ class Segmenter(nnx.Module):
             config.family, dtype=dtype, param_dtype=param_dtype, attention_impl=attention_impl
         )
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": Keys.of(rngs)}
-        family = config.backbone.family
-        self.backbone = BACKBONES[family](config.backbone, attention_impl=attention_impl, **types)
+        self.backbone = BACKBONES[config.backbone.family](config.backbone, attention_impl=attention_impl, **types)
         channels = config.backbone.stage_channels
-        self.norms = nnx.List([layer_norm(width, epsilon=EPSILON[family], **types) for width in channels])
+        self.norms = nnx.List([layer_norm(width, epsilon=self.backbone.epsilon, **types) for width in channels])
         common = {"num_classes": config.num_classes, "dropout": config.dropout, **types}
         neck = auxiliary = None
         if config.head == "semantic_fpn":

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from polaformer_jax.models import families, registry, segmenter
+from polaformer_jax.models import families, registry
 from polaformer_jax.models.initializers import Keys
 from polaformer_jax.models.layers import linear
 from polaformer_jax.models.model_config import STRIDES, Checks, ModelConfig, resolve_config
@@ -51,6 +51,7 @@ class MeansConfig(ModelConfig):
 
 class Means(nnx.Module):
     Config = MeansConfig
+    epsilon = 1e-6
     remat = frozen_statistics = False
 
     def __init__(self, config=None, *, rngs, dtype="float32", param_dtype="float32", attention_impl="auto", **given):
@@ -73,6 +74,5 @@ def registered() -> Iterator[None]:
     with (
         mock.patch.dict(registry._MODELS, {NAME: MeansConfig()}),
         mock.patch.dict(families.BACKBONES, {MeansConfig.family: Means}),
-        mock.patch.dict(segmenter.EPSILON, {MeansConfig.family: 1e-6}),
     ):
         yield
