@@ -25,10 +25,10 @@ from polaformer_jax.benchmark.image_size_case import ATTENTIONS, CELLS, MODES, C
 from polaformer_jax.benchmark.programs import CPU_SHARE, DEVICE_SHARE
 from polaformer_jax.benchmark.timing import timing_of
 from polaformer_jax.benchmark.workers import answer_of
+from polaformer_jax.config import HEADS
 from polaformer_jax.errors import UserError
 from polaformer_jax.files import figures, tables
 from polaformer_jax.models import registry
-from polaformer_jax.models.segmenter import HEADS
 
 SIZES = (256, 512, 1024, 2048)
 _WORKER = "polaformer_jax.benchmark.image_size_worker"
@@ -118,7 +118,7 @@ def exponent(rows: Sequence[Row]) -> tuple[float, int, int] | None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="pola_pvt_t", help="backbone, a Pola-PVT [pola_pvt_t]")
-    parser.add_argument("--head", choices=tuple(HEADS), default="semantic_fpn", help="[semantic_fpn]")
+    parser.add_argument("--head", choices=HEADS, default="semantic_fpn", help="[semantic_fpn]")
     shown = " ".join(map(str, SIZES))
     parser.add_argument("--sizes", nargs="+", type=int, default=list(SIZES), help=f"pixels, multiples of 32 [{shown}]")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="[all]")

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
 
 from polaformer_jax.benchmark.image_size_case import ATTENTIONS, MODES, Row, measured
 from polaformer_jax.benchmark.programs import GIB
@@ -35,7 +34,7 @@ def draw(rows: Sequence[Row]) -> Figure:
     grid = figure.subplots(2, len(modes), squeeze=False, sharex=True, sharey="row")
     for (row, title), (column, mode) in itertools.product(enumerate(("time", "memory")), enumerate(modes)):
         axes = grid[row][column]
-        _tidy(axes, sizes)
+        figures.logarithmic(axes, sizes)
         axes.set_title(f"{mode}: {title}", loc="left", color=INK, fontweight="bold")
         for name in attentions:
             _line(axes, measured(rows, mode, name), name, memory=row == 1)
@@ -72,13 +71,3 @@ def _guides(axes: Axes, sizes: Sequence[int]) -> None:
         values = [1.3 * low * (size / sizes[0]) ** (2 * power) for size in sizes]
         axes.plot(sizes, values, color=_FAINT, linestyle=style, linewidth=1, label=label, zorder=1.5)
     axes.set_ylim(low, high)
-
-
-def _tidy(axes: Axes, sizes: Sequence[int]) -> None:
-    figures.tidy(axes)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(sizes)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size:,.0f}"))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))

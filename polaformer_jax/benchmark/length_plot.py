@@ -3,9 +3,7 @@
 import itertools
 from collections.abc import Mapping, Sequence
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
 
 from polaformer_jax.benchmark.programs import GIB
 from polaformer_jax.benchmark.sweep import Point
@@ -30,7 +28,7 @@ def draw(
     lengths = sorted({point.tokens for point in points})
     for (row, title), (column, mode) in itertools.product(enumerate(("time", "memory")), enumerate(modes)):
         axes = grid[row][column]
-        _tidy(axes, lengths)
+        figures.logarithmic(axes, lengths)
         axes.set_title(f"{mode}: {title}", loc="left", color=INK, fontweight="bold")
         for attention in attentions:
             values = {
@@ -56,13 +54,3 @@ def draw(
         axes.set_xlabel("tokens", color=INK)
     grid[0][0].legend(loc="upper left", frameon=False, labelcolor=INK)
     return figure
-
-
-def _tidy(axes: Axes, lengths: Sequence[int]) -> None:
-    figures.tidy(axes)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(lengths)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: f"{tokens:,.0f}"))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))

@@ -3,11 +3,13 @@
 import io
 import os
 import warnings
+from collections.abc import Sequence
 
 from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
 
 from polaformer_jax.errors import UserError
 from polaformer_jax.files import atomic, names, paths
@@ -31,6 +33,17 @@ def tidy(axes: Axes) -> None:
     axes.tick_params(which="both", color=FAINT, labelcolor=INK)
     axes.grid(color=FAINT, linewidth=0.6, alpha=0.7)
     axes.set_axisbelow(True)
+
+
+def logarithmic(axes: Axes, ticks: Sequence[float]) -> None:
+    """Tidy axes, both logarithmic, with these ticks below, and numbers in full."""
+    tidy(axes)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(ticks)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
 
 
 def plain(name: str) -> str:
