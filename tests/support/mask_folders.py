@@ -46,3 +46,8 @@ def write(root, splits=("training", "validation"), sizes=SIZES, classes=CLASSES)
     if classes:
         (root / "classes.txt").write_text("\n".join(classes) + "\n")
     return root
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image)

@@ -5,7 +5,7 @@ import numpy as np
 from polaformer_jax.config import defaults
 from polaformer_jax.training import recipes
 from polaformer_jax.training.tasks.images import ImageClassification
-from tests.support import dense_model
+from tests.support import dense_backbone, dense_model
 
 
 def recipe(name: str, arg: str | None = None):
@@ -54,3 +54,21 @@ def batch_of(seed=0, size=16):
         "label": rng.integers(10, size=size, dtype=np.int32),
         "mask": np.ones(size, bool),
     }
+
+
+def means_segmentation(folder, **changes):
+    """Of `dense_backbone`, on the images and masks of a folder (`mask_folders`): four steps of eight crops."""
+    config = recipe("segmentation", "digits")
+    config.model.name = dense_backbone.NAME
+    config.model.num_classes = 3
+    config.model.img_size = 32
+    config.model.head_channels = 4
+    config.data.source, config.data.data_dir, config.data.workers = "masks", str(folder), 0
+    config.data.train_split, config.data.eval_split = "training", "validation"
+    config.mesh.data = 2
+    config.train.steps, config.train.batch_size = 4, 8
+    config.schedule.warmup = 1.0
+    config.eval.every, config.eval.batch_size = 2.0, 2
+    config.checkpoint.every_steps, config.log.every = 2, 2
+    config.update_from_flattened_dict(changes)
+    return config

@@ -1,15 +1,15 @@
-"""Trainings in these tests may have two dense layers, `config.model.name = "dense"`: `tests/support/dense_model.py`."""
+"""Trainings in these tests may have cheap models: `tests/support/dense_model.py`, `tests/support/dense_backbone.py`."""
 
 import pytest
 
 from polaformer_jax.training import loop
-from tests.support import dense_model
+from tests.support import dense_backbone, dense_model
 from tests.support.recipes import dense_digits
 
 
 @pytest.fixture(scope="package", autouse=True)
 def dense_registered():
-    with dense_model.registered():
+    with dense_model.registered(), dense_backbone.registered():
         yield
 
 
