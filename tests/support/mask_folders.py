@@ -5,6 +5,8 @@ import io
 import numpy as np
 from PIL import Image
 
+from polaformer_jax.data.segmentation.transforms import TrainSegmentationTransform
+
 SIZES = [(20, 30), (33, 40), (20, 30), (64, 31), (20, 30), (33, 40)]  # (height, width) of the images of a split
 CLASSES = ("sky", "earth", "sea")
 
@@ -51,3 +53,8 @@ def write(root, splits=("training", "validation"), sizes=SIZES, classes=CLASSES)
 def pixels(path):
     with Image.open(path) as image:
         return np.asarray(image)
+
+
+def train_transform(crop_size=32, **options):
+    """That of three classes, with small images."""
+    return TrainSegmentationTransform(crop_size, **{"num_classes": len(CLASSES), "scale": (64, 48)} | options)
