@@ -54,16 +54,8 @@ class FolderSource:
     """
 
     def __init__(self, root: str | os.PathLike, split: str, *, class_split: str = "train", name: str | None = None):
-        root = paths.given(root, "data_dir")
-        if paths.in_bucket(root):
-            raise UserError(
-                f"data folder {root}: a folder of images must be local (mount it, or copy it). From a bucket, read a "
-                "data set prepared with tfds: data.source=tfds"
-            )
-        folder = Path(os.path.abspath(root))
+        folder = paths.data_folder(root, expected=f"{_LAYOUT}, ROOT given by data.data_dir")
         self.name, self.origin = shown(f"{name or folder.name}/{split}"), shown(str(folder))
-        if not folder.is_dir():
-            raise UserError(f"data folder {folder} does not exist; expected {_LAYOUT}, ROOT given by data.data_dir")
         directory = _split_directory(folder, split)
         if directory is None:
             found = ", ".join(entry.name for entry in _class_folders(folder)) or "no folders"

@@ -5,6 +5,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 from etils import epath
 from etils.epath.gpath import PosixGPath
@@ -129,6 +130,27 @@ def check_checkpoint_client(path: epath.Path) -> None:
                 f"{path}: checkpoints in a bucket need google-cloud-storage ({error}):"
                 ' pip install "polaformer_jax[gcs]"'
             ) from error
+
+
+def data_folder(root: epath.PathLike, *, expected: str) -> Path:
+    """The folder of a data set of image files, the value of `data_dir`.
+
+    Args:
+        expected: what should be there, for the error.
+
+    Raises:
+        UserError: it is in a bucket, or does not exist.
+    """
+    root = given(root, "data_dir")
+    if in_bucket(root):
+        raise UserError(
+            f"data folder {root}: a folder of images must be local (mount it, or copy it). From a bucket, read a data"
+            " set prepared with tfds: data.source=tfds"
+        )
+    folder = Path(os.path.abspath(root))
+    if not folder.is_dir():
+        raise UserError(f"data folder {folder} does not exist; expected {expected}")
+    return folder
 
 
 def check_local(data_dir: epath.PathLike, name: str) -> None:

@@ -54,15 +54,7 @@ class MaskFolderSource:
         reduce_zero_label: bool | None = None,
         name: str | None = None,
     ):
-        root = paths.given(root, "data_dir")
-        if paths.in_bucket(root):
-            raise UserError(
-                f"data folder {root}: a folder of images must be local (mount it, or copy it). From a bucket, read a "
-                "data set prepared with tfds: data.source=tfds"
-            )
-        folder = Path(os.path.abspath(root))
-        if not folder.is_dir():
-            raise UserError(f"data folder {folder} does not exist; expected ROOT with {image_dir} and {mask_dir}")
+        folder = paths.data_folder(root, expected=f"ROOT with {image_dir} and {mask_dir}")
         self.name = shown(f"{name or folder.name}/{split}")
         images, masks = (_directory(folder, given, split) for given in (image_dir, mask_dir))
         if (images is None or masks is None) and (folder / layout.ADE20K).is_dir():
