@@ -21,8 +21,8 @@ from polaformer_jax.benchmark import options, sweep
 from polaformer_jax.benchmark.sweep import Job, Point
 from polaformer_jax.errors import UserError
 from polaformer_jax.files import tables
-from polaformer_jax.models import kernels
 from polaformer_jax.models.attention import polarity_attention
+from polaformer_jax.models.kernels.polarity import has_kernel
 
 MODES = ("forward", "gradient")
 KERNEL = 5  # size of the depthwise convolution
@@ -72,7 +72,7 @@ RATIOS = (("softmax", "polarity"), ("polarity", "floor"), ("kernel", "floor"))
 
 def here(width: int) -> tuple[str, ...]:
     """The names of `ATTENTIONS` to measure on this process's devices: without the kernel if it would be interpreted."""
-    kernel = kernels.has_kernel(jax.default_backend(), width)
+    kernel = has_kernel(jax.default_backend(), width)
     return tuple(name for name in ATTENTIONS if kernel or name != "kernel")
 
 

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from polaformer_jax.config import ATTENTION_IMPLEMENTATIONS
-from polaformer_jax.models import kernels
 from polaformer_jax.models.depthwise import depthwise_conv, upsample_tokens
 from polaformer_jax.models.initializers import zeros
 from polaformer_jax.models.interpolation import table_on
+from polaformer_jax.models.kernels import polarity
 from polaformer_jax.models.layers import (
     ConvParams,
     PatchConv,
@@ -110,7 +110,7 @@ def polarity_attention(
         return _by_operations(arrays)
     if implementation == "pallas":
         return _by_one_kernel(arrays)
-    if not kernels.usable(q.shape[2], power.shape[3]):
+    if not polarity.usable(q.shape[2], power.shape[3]):
         return _by_operations(arrays)
     by_tpu = functools.partial(_by_one_kernel, on_tpu=True)
     return jax.lax.platform_dependent(arrays, tpu=by_tpu, default=_by_operations)
@@ -132,7 +132,7 @@ def _by_one_kernel(arrays: dict[str, jax.Array], *, on_tpu: bool = False) -> jax
     else:
         arrays["mask"] = mask[:, None].astype(arrays["q"].dtype)
         arrays["count"] = jnp.maximum(jnp.sum(mask, axis=1), 1).astype(full).reshape(-1, 1, 1)
-    return kernels.fused_attention(arrays, width=width, eps=NORMALISER_EPS, on_tpu=on_tpu)
+    return polarity.fused_attention(arrays, width=width, eps=NORMALISER_EPS, on_tpu=on_tpu)
 
 
 def _by_operations(arrays: dict[str, jax.Array]) -> jax.Array:

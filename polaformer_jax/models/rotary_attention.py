@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from polaformer_jax.models import kernels
 from polaformer_jax.models.depthwise import depthwise_conv
 from polaformer_jax.models.initializers import normal_init, zeros
+from polaformer_jax.models.kernels import placement
 from polaformer_jax.models.layers import ConvParams, Grid, accumulation_dtype, linear, product
 from polaformer_jax.models.rotary import rotary_tables, rotated
 
@@ -94,7 +94,7 @@ def rotary_linear_attention(
     # Either way the tokens are axis 1. XLA's CPU back end would transpose for products of each head, a third of the
     # time, where the batch and the heads are not one first axis. On a TPU programs with the tokens before the heads
     # move fewer bytes: 2,154 instead of 3,350 MiB with gradients in stage 2 of `pola_pp_b1`, 64 images.
-    on_tpu = kernels.for_tpu()
+    on_tpu = placement.for_tpu()
     if on_tpu:
         axes = "bnh"
         q, k, v, s1, s2 = (jnp.swapaxes(x, 1, 2) for x in (q, k, v, s1, s2))
@@ -157,7 +157,7 @@ def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     shape = q.shape
     q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (q * shape[-1] ** -0.5, k, v))  # one axis of heads: see above
     scores = product("hqd,hkd->hqk", q, k)
-    if kernels.for_tpu():  # there gradients of this move fewer bytes
+    if placement.for_tpu():  # there gradients of this move fewer bytes
         return product("hqk,hkd->hqd", jax.nn.softmax(scores, axis=-1).astype(q.dtype), v).reshape(shape)
     # Divided after the product: by N d instead of N² numbers.
     weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))

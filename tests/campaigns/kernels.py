@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from polaformer_jax.models import kernels
 from polaformer_jax.models.attention import polarity_attention
+from polaformer_jax.models.kernels.polarity import has_kernel
 from tests.models.test_attention import draw
 
 # Heads, width, grid, reduction of the keys, and whether keys are masked.
@@ -39,7 +39,7 @@ LINE = "{:25} {:10} {:>13} {:>10} {:>22} {:>11} {:>9}"
 
 def main() -> int:
     backend = jax.default_backend()
-    if not kernels.has_kernel(backend, 32):
+    if not has_kernel(backend, 32):
         print(f"{backend} has no kernel in jax {jax.__version__}")
         return 2
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")

@@ -9,7 +9,7 @@ from flax import nnx
 import polaformer_jax as pf
 from polaformer_jax import weights
 from polaformer_jax.errors import UserError
-from polaformer_jax.models import kernels
+from polaformer_jax.models.kernels import placement
 from polaformer_jax.models.rotary_attention import rotary_linear_attention, softmax_attention
 from polaformer_jax.weights import rules
 from tests.golden.fill import image
@@ -160,7 +160,7 @@ def test_programs_for_tpus_compute_the_same(x64, monkeypatch):
         return linear, softmax_attention.__wrapped__(q, k, v)
 
     ours = results()
-    monkeypatch.setattr(kernels, "for_tpu", lambda: True)
+    monkeypatch.setattr(placement, "for_tpu", lambda: True)
     for expected, result in zip(ours, results(), strict=True):
         np.testing.assert_allclose(result, expected, rtol=1e-13, atol=1e-15)
 

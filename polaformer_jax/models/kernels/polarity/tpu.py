@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from polaformer_jax.models.kernels import blocks
-from polaformer_jax.models.kernels.blocks import Plan
+from polaformer_jax.models.kernels.polarity import blocks
+from polaformer_jax.models.kernels.polarity.blocks import Plan
 
 LANES = 128  # the last axis of a register, and the side of the matrix unit
 BLOCK = 512 * LANES  # the most elements of a block; about thirty blocks are in memory at a time

@@ -16,9 +16,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from polaformer_jax.aot.collectives import collectives
 from polaformer_jax.errors import UserError
-from polaformer_jax.models import kernels
 from polaformer_jax.models.attention import polarity_attention
-from polaformer_jax.models.kernels import gpu, tpu
+from polaformer_jax.models.kernels import placement, polarity
+from polaformer_jax.models.kernels.polarity import gpu, tpu
 from polaformer_jax.training import sharding
 from polaformer_jax.training.experiment import Experiment
 from tests.models.test_attention import draw
@@ -124,7 +124,7 @@ def test_nan_goes_through_the_gpu_kernel(gpu_kernel):
 @pytest.fixture
 def gpu_kernel(monkeypatch):
     """The kernel for GPUs is what is interpreted, in blocks of 16 tokens."""
-    monkeypatch.setattr(kernels, "_interpreted", lambda: gpu)
+    monkeypatch.setattr(polarity, "_interpreted", lambda: gpu)
     monkeypatch.setattr(gpu, "BLOCK", 16)
     polarity_attention.clear_cache()
     yield
@@ -272,7 +272,7 @@ def test_an_unknown_implementation_is_refused():
 @pytest.mark.slow
 def test_the_training_step_of_a_tpu_has_the_kernel(monkeypatch):
     """The step says on which mesh the batch lies."""
-    monkeypatch.setattr(kernels, "for_tpu", lambda: True)  # the devices of that mesh are this machine's
+    monkeypatch.setattr(placement, "for_tpu", lambda: True)  # the devices of that mesh are this machine's
     made = Experiment(config_of(), num_examples=64)
     step = made.train_step.trace(made.abstract_batch(16)).lower(lowering_platforms=("tpu",))
     assert step.as_text().count("tpu_custom_call") >= 2  # there and back; blocks of one shape share theirs

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from polaformer_jax.models.kernels import blocks
-from polaformer_jax.models.kernels.blocks import Plan
+from polaformer_jax.models.kernels.polarity import blocks
+from polaformer_jax.models.kernels.polarity.blocks import Plan
 
 BLOCK = 32 * 64  # the most elements of a block; more would not fit in the registers
 

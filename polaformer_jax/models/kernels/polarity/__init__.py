@@ -1,0 +1,118 @@
+"""Polarity attention in one kernel: one pass over keys and values, one over queries, gates and convolved values.
+
+Powers, products and quotients, which `models.attention` computes as whole arrays that go to memory and back, are
+computed here block by block. The sums over keys never leave the chip, and the backward pass recomputes them and the
+feature maps.
+"""
+
+import functools
+import importlib.util
+import types
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from polaformer_jax.models.kernels import placement
+from polaformer_jax.models.kernels.placement import Placement
+
+_WITHOUT_BATCH = frozenset(("table", "s", "p"))
+
+
+def usable(channels: int, width: int) -> bool:
+    """Whether "auto" may choose the kernel, which it does only on a TPU.
+
+    The matrices of a group of heads have to fit in a core's memory, and it has to be known how the batch is sharded.
+    """
+    if not placement.sharding_is_known() or not placement.for_tpu():
+        return False
+    tpu = _kernel_of_tpus()
+    return tpu.group_of(channels, width) <= tpu.LARGEST_GROUP
+
+
+def has_kernel(platform: str, width: int) -> bool:
+    """Whether a platform, as `jax.default_backend` names it, has a kernel for heads of this width."""
+    return platform == "tpu" or (platform == "gpu" and _kernel_of_gpus(width) is not None)
+
+
+def fused_attention(arrays: dict[str, jax.Array], *, width: int, eps: float, on_tpu: bool = False) -> jax.Array:
+    """y of `polarity_attention`, ([o1, o2] + u) * g.
+
+    Args:
+        arrays: q, g, u: (B, N, C), u the convolved values. k, v: (B, n, C), all in one dtype, that of the products.
+            table: (1, n, C), added to the keys. s, p: (1, C), at least float32.
+            count: (B, 1, 1), the number of valid keys, in the dtype of s. mask (optional): (B, 1, n), zero at masked
+            keys, whose values are zero.
+        width: channels of a head, d.
+        eps: added to the denominators.
+        on_tpu: whether only a TPU will run it, which makes it faster to trace.
+
+    Returns:
+        (B, N, C) in the dtype of `q`. Where a mesh is set, the batch is sharded over its devices if it divides evenly.
+    """
+    return _fused(_Setting(width, eps, Placement.here(on_tpu)), arrays)
+
+
+class _Setting(NamedTuple):
+    """Everything that a program of the kernel depends on, except for its arrays; see `fused_attention`."""
+
+    width: int
+    eps: float
+    placement: Placement
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused(setting: _Setting, arrays: dict[str, jax.Array]) -> jax.Array:
+    return _run("forward", setting, arrays)
+
+
+def _fwd(setting, arrays):
+    return _fused(setting, arrays), arrays
+
+
+def _bwd(setting, arrays, y_bar):
+    q, k, v, g, u, s, p = _run("backward", setting, arrays | {"y_bar": y_bar})
+    table = jnp.sum(k, axis=0, keepdims=True, dtype=s.dtype).astype(arrays["table"].dtype)
+    bars = {"q": q, "k": k, "v": v, "g": g, "u": u, "table": table, "s": jnp.sum(s, axis=0), "p": jnp.sum(p, axis=0)}
+    return (jax.tree.map(jnp.zeros_like, arrays) | bars,)  # zeros for the count and the mask
+
+
+_fused.defvjp(_fwd, _bwd)
+
+
+def _run(direction: str, setting: _Setting, arrays: dict[str, jax.Array]):
+    """Runs `direction` of the kernel. All results have a batch axis."""
+    width, eps, where = setting
+
+    def by(kernel, interpret: bool):
+        plan = kernel.plan(arrays["q"], arrays["k"], width, eps, "mask" in arrays)
+        run = functools.partial(getattr(kernel, direction), plan, interpret)
+        return lambda examples: (run(examples), ())
+
+    makers = {"tpu": lambda: by(_kernel_of_tpus(), False), "default": lambda: by(_interpreted(), True)}
+    if not where.only_tpu and (gpu := _kernel_of_gpus(width)) is not None:
+        makers["cuda"] = lambda: by(gpu, False)
+    return where.run(makers, arrays, replicated=_WITHOUT_BATCH)[0]
+
+
+# Imported where they are needed: importing Pallas takes a while.
+
+
+def _kernel_of_tpus() -> types.ModuleType:
+    from polaformer_jax.models.kernels.polarity import tpu
+
+    return tpu
+
+
+def _interpreted() -> types.ModuleType:
+    """The kernel that is interpreted on devices that have none of their own."""
+    return _kernel_of_tpus()
+
+
+def _kernel_of_gpus(width: int) -> types.ModuleType | None:
+    """The kernel of GPUs; None if it does not support this width, or jax has no Triton (deprecated since 0.11)."""
+    if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
+        return None
+    from polaformer_jax.models.kernels.polarity import gpu
+
+    return gpu if gpu.has_width(width) else None
