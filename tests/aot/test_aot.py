@@ -14,9 +14,10 @@ import pytest
 
 from polaformer_jax.aot import report
 from polaformer_jax.aot.collectives import collectives, totals
-from polaformer_jax.aot.compiling import OutOfMemoryError, compile_step, out_of_memory, topology_devices
+from polaformer_jax.aot.compiling import OutOfMemoryError, compile_step, out_of_memory
 from polaformer_jax.aot.largest import largest
 from polaformer_jax.aot.roofline import estimate
+from polaformer_jax.aot.topologies import topology_devices
 from polaformer_jax.cli import aot as command
 from polaformer_jax.errors import UserError
 from polaformer_jax.files import tables
