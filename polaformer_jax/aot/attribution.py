@@ -99,6 +99,7 @@ class _Origins:
     def of(self, move: Move) -> tuple[str, bool]:
         """The part that an instruction belongs to, and whether it is of the backward pass."""
         module, backward = self._find(move) or (OTHER, False)
+        backward = backward or any("transpose(" in caller.op_name for caller in move.callers)
         return module, backward and module not in WITHOUT_PASSES
 
     def _find(self, move: Move) -> tuple[str, bool] | None:

@@ -120,7 +120,7 @@ def compile_step(
     batch = experiment.abstract_batch(config.train.batch_size)
     began = time.monotonic()
     try:
-        compiled, options = _compiled(experiment, batch, compiler_options(devices))
+        compiled, options = compile_first(experiment, batch, compiler_options(devices))
     except jax.errors.JaxRuntimeError as error:
         if (explained := out_of_memory(error, config)) is None:
             raise
@@ -152,10 +152,10 @@ def compile_step(
     )
 
 
-def _compiled(
+def compile_first(
     experiment: Experiment, batch: AnyBatch, choices: Sequence[Mapping[str, Any]]
 ) -> tuple[jax.stages.Compiled, Mapping[str, Any]]:
-    """The compiled training step, and those of the options that it was compiled with."""
+    """The training step compiled with the first of these options that all products have a default for, and these."""
     for options in choices[:-1]:
         try:
             return experiment.train_step.program(batch, options), options

@@ -164,7 +164,7 @@ class Program:
         entry = None
         lines = iter(text.splitlines())
         for line in lines:
-            if not line or line[0].isspace() or not line.endswith("{") or " -> " not in line:
+            if not line or line[0].isspace() or not line.endswith("{"):
                 continue
             is_entry, name = _HEADER.match(line).groups()
             inside = itertools.takewhile(lambda line: not _END.match(line), lines)

@@ -11,8 +11,9 @@ _INDEX = re.compile(r"\bindex=(\d+)")
 def trips(program: Program, loop: Instruction, around: Computation) -> int | None:
     """How often the body of a `while` runs; None: not known.
 
-    XLA's back ends for CPUs and GPUs note it. For TPUs it follows from a counter, as `scan` and `fori_loop` have one: an
-    element of the loop's tuple that starts at a constant, to which the body adds a constant, while it is less than one.
+    XLA's back ends for CPUs and GPUs note it. For TPUs it follows from the counter, which `scan` and `fori_loop` have:
+    an element of the loop's tuple that starts at a constant, and to which the body adds a constant, while it is less
+    than a third one.
 
     Args:
         loop: an instruction of `around`.

@@ -8,7 +8,6 @@ What the traffic does not depend on is cut out: stack frames, shardings, code of
 
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
