@@ -95,6 +95,7 @@ def origin(op_name: str) -> tuple[str, bool] | None:
 class _Origins:
     def __init__(self, program: Program):
         self._program = program
+        self._known: dict[int, tuple[str, bool] | None] = {}  # by identity: instructions are compared slowly
 
     def of(self, move: Move) -> tuple[str, bool]:
         """The part that an instruction belongs to, and whether it is of the backward pass."""
@@ -120,10 +121,11 @@ class _Origins:
         """The part of the nearest instruction with a name, among those that use a value or make what it is made of."""
         seen, front = {item.name}, [item]
         for _ in range(_STEPS):
-            front = [near for one in front for near in neighbours(one, computation) if near.name not in seen]
-            seen |= {near.name for near in front}
-            for near in front:
-                if not self.is_copy(near) and (found := self._own(near)) is not None:
+            near = {one.name: one for item in front for one in neighbours(item, computation) if one.name not in seen}
+            front = list(near.values())
+            seen |= near.keys()
+            for one in front:
+                if (found := self._own(one)) is not None and not self.is_copy(one):
                     return found
         return None
 
@@ -136,12 +138,12 @@ class _Origins:
     def _own(self, item: Instruction) -> tuple[str, bool] | None:
         """From the names of the instruction: of a fusion those of its product or kernel, else its own, else its last
         member's that has any."""
-        if item.opcode != "fusion":
-            return origin(item.op_name)
-        members = list(self._members(item))
-        products = [one for one in members if one.opcode in ("convolution", "dot", "custom-call")]
-        names = (one.op_name for one in (*products, item, *reversed(members)))
-        return next(filter(None, map(origin, names)), None)
+        if id(item) not in self._known:
+            members = list(self._members(item)) if item.opcode == "fusion" else []
+            products = [one for one in members if one.opcode in ("convolution", "dot", "custom-call")]
+            names = (one.op_name for one in (*products, item, *reversed(members)))
+            self._known[id(item)] = next(filter(None, map(origin, names)), None)
+        return self._known[id(item)]
 
     def _members(self, item: Instruction) -> Iterator[Instruction]:
         """What a fusion computes, also in fusions inside it."""
