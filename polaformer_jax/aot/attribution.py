@@ -4,6 +4,8 @@ Models and steps name their parts by `jax.named_scope`, and jitted functions hav
 path of names of the operation that an instruction comes from, "jit(step)/transpose(jvp(block))/mlp/jit(gelu)/mul". The
 innermost name of `MODULES` says to which part an instruction belongs, and `transpose` that it is of the backward pass.
 
+A fusion belongs to the part of its matrix product or kernel, whatever is fused with it; one without to its result's.
+
 Instructions that compute nothing, copies into another layout or between memories, belong to the part that uses what
 they make. So do others without a name; or, if nothing uses them, to the part that made what they read.
 """

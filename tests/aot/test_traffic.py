@@ -211,10 +211,13 @@ FUSED = f"""
         ("%b = f32[64,1024]{1,0:T(8,128)} fusion(%a), kind=kLoop, calls=%inner", 0.25, 0.25),
         (f"%b = {A} fusion(%a, %u), kind=kLoop, calls=%outer", 0.25, 0.25),  # in place
         (f"%b = {A} fusion(%a), kind=kLoop, calls=%whole", 1, 1),  # one use needs a quarter, another all
+        # As many rows as there are updates are read and written, beside updates and indices.
+        (f"%b = {A} scatter(%a, %i, %u), to_apply=%add", 0.25 + 0.25 + 1 / 4096, 0.25),
     ],
 )
-def test_fusions(line, read, written):
-    text = entry(A_PARAMETER, "%u = f32[64,1024]{1,0:T(8,128)} parameter(1)", line, before=FUSED)
+def test_fusions_and_updates_in_place(line, read, written):
+    updates, indices = "%u = f32[64,1024]{1,0:T(8,128)} parameter(1)", "%i = s32[64]{0} parameter(2)"
+    text = entry(A_PARAMETER, updates, indices, line, before=FUSED)
     assert counted(text, "tpu") == (read, written, 0)
 
 
@@ -228,6 +231,13 @@ BRANCHES = f"""
   ROOT %n = {A} negate(%p)
 }}
 """
+
+
+@pytest.mark.parametrize("opcode, attribute", [("call", "to_apply"), ("async-start", "calls")])
+def test_what_runs_another_computation(opcode, attribute):
+    """A call, and one that runs beside others until its `async-done`."""
+    line, end = f"%s = {A} {opcode}(%a), {attribute}=%large", f"%d = {A} async-done(%s)"
+    assert counted(entry(A_PARAMETER, line, end, before=BRANCHES), "tpu") == (1, 1, 0)
 
 
 @pytest.mark.parametrize(
