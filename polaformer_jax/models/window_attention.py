@@ -44,9 +44,10 @@ class WindowAttention(nnx.Module):
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None, *, windows: Windows) -> jax.Array:
         """(B * windows, n, C) -> the same, n = window². Results of padding are to be ignored."""
+        of_images = x.reshape(-1, windows.count, *x.shape[1:])
         bias = self.relative_bias(accumulation_dtype(x.dtype))
-        y = softmax_in_windows(self.qkv(x), bias, windows=windows, implementation=self.attention_impl)
-        return dropout(self.proj(y), self.drop_rate, key)
+        y = softmax_in_windows(self.qkv(of_images), bias, windows=windows, implementation=self.attention_impl)
+        return dropout(self.proj(y).reshape(x.shape), self.drop_rate, key)
 
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Tokens (B', n, C) of windows -> queries, keys and values (B', n, h, d)."""
@@ -69,7 +70,7 @@ def softmax_in_windows(qkv: jax.Array, bias: jax.Array, *, windows: Windows, imp
     Pairs of tokens that only a shift brought together have 100 subtracted from their scores; padding is no key.
 
     Args:
-        qkv: (B * windows, n, 3C), the queries, keys and values of windows as `windows.cut` orders them.
+        qkv: (B, windows, n, 3C), the queries, keys and values of windows as `windows.cut` orders them.
         bias: (h, n, n) in the dtype of sums, see `WindowAttention.relative_bias`.
         windows: how they lie on the map.
         implementation: "xla", operations that XLA compiles; "pallas", one kernel (`models.kernels.windows`) where it
@@ -77,11 +78,11 @@ def softmax_in_windows(qkv: jax.Array, bias: jax.Array, *, windows: Windows, imp
             XLA. The kernel has gradients only; forward-mode differentiation and gradients of gradients take "xla".
 
     Returns:
-        (B * windows, n, C) in the dtype of `qkv`.
+        (B, windows, n, C) in the dtype of `qkv`.
     """
     by_operations = functools.partial(_by_operations, windows=windows)
     by_kernel = functools.partial(kernel.window_attention, mask=windows.score_mask)
-    heads, channels = bias.shape[0], qkv.shape[2] // 3
+    heads, channels = bias.shape[0], qkv.shape[-1] // 3
     if implementation == "pallas" and kernel.supports(channels, heads):
         return by_kernel(qkv, bias)
     if implementation == "auto" and kernel.usable(qkv, heads):
@@ -93,12 +94,12 @@ def softmax_in_windows(qkv: jax.Array, bias: jax.Array, *, windows: Windows, imp
 
 def _by_operations(qkv: jax.Array, bias: jax.Array, *, windows: Windows) -> jax.Array:
     heads, n, _ = bias.shape
-    q, k, v = _by_heads(qkv, heads)
+    q, k, v = _by_heads(qkv.reshape(-1, *qkv.shape[2:]), heads)
     scores = product("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
     bias = _masked(bias, windows)
     scores = scores.reshape(-1, bias.shape[1], heads, n, n) + bias
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(-1, heads, n, n)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(*qkv.shape[:2], -1)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(*qkv.shape[:3], -1)
 
 
 def _by_heads(qkv: jax.Array, heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -70,6 +70,11 @@ class Windows(NamedTuple):
         return self._padded != self.grid
 
     @property
+    def count(self) -> int:
+        """How many windows a map has."""
+        return math.prod(self._counts)
+
+    @property
     def members(self) -> np.ndarray:
         """(windows, n) the index in the map of each token of each window, -1 for padding."""
         index = np.full(self._padded, -1)
@@ -101,7 +106,7 @@ class Windows(NamedTuple):
         if apart is None and valid is None:
             return None
         n = self.window**2
-        mask = np.zeros((math.prod(self._counts), n, n), np.float32)
+        mask = np.zeros((self.count, n, n), np.float32)
         if apart is not None:
             mask[apart] = -100
         if valid is not None:
