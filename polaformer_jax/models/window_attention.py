@@ -104,7 +104,8 @@ def _by_operations(qkv: jax.Array, bias: jax.Array, *, windows: Windows) -> jax.
 
 def _by_heads(qkv: jax.Array, heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(B', n, 3C) -> queries, keys and values (B', n, h, d)."""
-    q, k, v = jnp.moveaxis(qkv.reshape(*qkv.shape[:2], 3, heads, -1), 2, 0)
+    # Split before heads are formed, which on a TPU would pad the array of all three.
+    q, k, v = (part.reshape(*part.shape[:2], heads, -1) for part in jnp.split(qkv, 3, axis=-1))
     return q, k, v
 
 
