@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from polaformer_jax.config import ATTENTION_IMPLEMENTATIONS
 from polaformer_jax.models.attention import PolarityAttention
 from polaformer_jax.models.initializers import table
 from polaformer_jax.models.kernels import windows as kernel
@@ -80,6 +81,8 @@ def softmax_in_windows(qkv: jax.Array, bias: jax.Array, *, windows: Windows, imp
     Returns:
         (B, windows, n, C) in the dtype of `qkv`.
     """
+    if implementation not in ATTENTION_IMPLEMENTATIONS:
+        raise ValueError(f"implementation {implementation!r}: expected one of {', '.join(ATTENTION_IMPLEMENTATIONS)}")
     by_operations = functools.partial(_by_operations, windows=windows)
     by_kernel = functools.partial(kernel.window_attention, mask=windows.score_mask)
     heads, channels = bias.shape[0], qkv.shape[-1] // 3
