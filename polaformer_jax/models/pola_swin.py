@@ -182,7 +182,8 @@ class PolaSwin(Backbone):
         config: the hyper-parameters; None: `PolaSwinConfig(**hyperparameters)`.
         dtype: of activations and matrix products: bfloat16, float32 or float64.
         param_dtype: of the stored parameters: float32 or float64.
-        attention_impl: how polarity-aware attention is computed: "auto", "xla" or "pallas" (see `polarity_attention`).
+        attention_impl: how attention is computed: "auto", "xla" or "pallas" (see `polarity_attention` and, for softmax
+            within windows, `softmax_in_windows`).
         rngs: source of the keys for initial parameters, by `rngs.params()`.
         hyperparameters: fields of `PolaSwinConfig`, if no config is given.
 
@@ -213,9 +214,9 @@ class PolaSwin(Backbone):
         def block(i: int, j: int, drop_path: float) -> SwinBlock:
             grid, dim, kind = config.img_size // STRIDES[i], config.embed_dim * 2**i, kinds[i][j]
             window = min(windows[kind], grid)
-            common = {"qkv_bias": config.qkv_bias, "drop_rate": config.drop_rate, **types}
+            common = {"qkv_bias": config.qkv_bias, "drop_rate": config.drop_rate, "attention_impl": attention_impl}
             if kind == "S":
-                attn = WindowAttention(dim, config.num_heads[i], window=window, **common)
+                attn = WindowAttention(dim, config.num_heads[i], window=window, **common, **types)
             else:
                 attn = PolarityAttention(
                     dim,
@@ -224,8 +225,8 @@ class PolaSwin(Backbone):
                     projections="qkvg",
                     alpha=config.alpha,
                     kernel_size=config.kernel_size,
-                    attention_impl=attention_impl,
                     **common,
+                    **types,
                 )
             return SwinBlock(
                 attn,

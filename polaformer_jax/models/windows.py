@@ -5,6 +5,7 @@ Swin's code for dense prediction (https://github.com/SwinTransformer). Unlike th
 zeros are not attended to, and `valid` says which tokens may be.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -71,6 +72,11 @@ class Windows(NamedTuple):
         return self._padded != self.grid
 
     @property
+    def count(self) -> int:
+        """How many windows a map has."""
+        return math.prod(self._counts)
+
+    @property
     def members(self) -> np.ndarray:
         """(windows, n) the index in the map of each token of each window, -1 for padding."""
         index = np.full(self._padded, -1)
@@ -91,6 +97,23 @@ class Windows(NamedTuple):
         below, right = (np.arange(side) >= side - by for side, by in zip(self._padded, self.shift, strict=True))
         region = self._cut_plane(2 * below[:, None] + right[None, :])
         return region[:, :, None] != region[:, None, :]
+
+    @property
+    def score_mask(self) -> np.ndarray | None:
+        """(windows, n, n) added to scores of queries and keys: -100 for those `apart`, -inf for keys not `valid`.
+
+        None where there is neither shift nor padding.
+        """
+        apart, valid = self.apart, self.valid
+        if apart is None and valid is None:
+            return None
+        n = self.window**2
+        mask = np.zeros((self.count, n, n), np.float32)
+        if apart is not None:
+            mask[apart] = -100
+        if valid is not None:
+            mask[np.broadcast_to(~valid[:, None], mask.shape)] = -np.inf
+        return mask
 
     @property
     def _counts(self) -> tuple[int, int]:

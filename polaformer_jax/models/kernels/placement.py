@@ -43,6 +43,17 @@ class Placement(NamedTuple):
         """On the mesh that is set."""
         return cls(only_tpu, jax.sharding.get_abstract_mesh())
 
+    @property
+    def devices(self) -> int:
+        """Over how many devices a batch is sharded: 1 without a mesh, or where the caller has sharded the batch."""
+        return math.prod(self._axes.values())
+
+    @property
+    def _axes(self) -> dict[str, int]:
+        """The sizes of the mesh's axes, without those over which the caller has sharded the batch."""
+        axes = zip(self.mesh.axis_names, self.mesh.axis_sizes, self.mesh.axis_types, strict=True)
+        return {name: size for name, size, kind in axes if kind == AxisType.Auto}
+
     def run(self, kernels: Mapping[str, Callable[[], Callable]], arrays: Mapping, *, replicated: frozenset[str]):
         """Runs a kernel on named arrays, each device on its own examples.
 
@@ -62,15 +73,11 @@ class Placement(NamedTuple):
                 return kernels["tpu"]()(arrays)
             return jax.lax.platform_dependent(arrays, **{name: make() for name, make in kernels.items()})
 
-        axes = {
-            name: size
-            for name, size, kind in zip(self.mesh.axis_names, self.mesh.axis_sizes, self.mesh.axis_types, strict=True)
-            if kind == AxisType.Auto
-        }
+        axes = self._axes
         if not axes:  # no mesh, or the caller has sharded the batch
             return on_one_device(arrays)
         batch = next(array.shape[0] for name, array in arrays.items() if name not in replicated)
-        shared = batch % math.prod(axes.values()) == 0
+        shared = batch % self.devices == 0
         by_example = PartitionSpec(tuple(axes)) if shared else PartitionSpec()
 
         def with_sums_by_device(arrays):
