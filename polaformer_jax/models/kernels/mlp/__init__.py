@@ -19,9 +19,19 @@ _PARAMETERS = frozenset(("gamma", "beta", "w1", "b1", "w2", "b2"))
 
 
 def usable(x: jax.Array, hidden: int) -> bool:
-    """Whether "auto" may choose the kernel for tokens (B, N, C), which it does only on a TPU."""
-    del x, hidden
-    return placement.sharding_is_known() and placement.for_tpu()
+    """Whether "auto" may choose the kernel for tokens (B, N, C), which it does only on a TPU.
+
+    It has to be known how the batch is sharded, and the kernel has to fit in a core's memory. Only for 16 bits has it
+    been shown to save memory traffic.
+    """
+    if not placement.sharding_is_known() or not placement.for_tpu() or x.dtype.itemsize != 2:
+        return False
+    return _kernel_of_tpus().fits(x, hidden)
+
+
+def supports(x: jax.Array, hidden: int) -> bool:
+    """Whether the kernel can be told to run: anywhere but on TPUs with too little memory."""
+    return not placement.for_tpu() or _kernel_of_tpus().fits(x, hidden)
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "on_tpu"))  # traced once for all blocks of one shape
