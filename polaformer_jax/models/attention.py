@@ -17,6 +17,7 @@ from polaformer_jax.models.depthwise import depthwise_conv, upsample_tokens
 from polaformer_jax.models.initializers import zeros
 from polaformer_jax.models.interpolation import table_on
 from polaformer_jax.models.kernels import polarity
+from polaformer_jax.models.kernels.polarity import packed
 from polaformer_jax.models.layers import (
     ConvParams,
     PatchConv,
@@ -296,13 +297,15 @@ class PolarityAttention(nnx.Module):
             mask: (B, N), see `polarity_attention`.
         """
         grid = grid or self.grid
-        q, k, v, g = self.project(x, grid)
         if len(grid) == 1:
             grid = x.shape[1:2]
             table = self.positional_encoding[:, : x.shape[1]]
         else:
             own, of_keys = (tuple(side // self.sr_ratio for side in sides) for sides in (self.grid, grid))
             table = table_on(self.positional_encoding[...], own, of_keys, "bicubic")
+        if mask is None and self.sr_ratio == 1 and packed.usable(self.attention_impl, self.power.shape[3]):
+            return dropout(self.proj(self._from_products(x, table, grid)), self.drop_rate, key)
+        q, k, v, g = self.project(x, grid)
         y = polarity_attention(
             q,
             k,
@@ -335,3 +338,10 @@ class PolarityAttention(nnx.Module):
         if self.sr_ratio == 1:
             return x
         return self.norm(self.sr(x.reshape(x.shape[0], *grid, -1)))  # (B, N / sr_ratio², C)
+
+    def _from_products(self, x: jax.Array, table: jax.Array, grid: tuple[int, ...]) -> jax.Array:
+        """y of `polarity_attention` from the products of the linear layers, as GPUs read them."""
+        names = ("qkvg",) if self.projections == "qkvg" else ("qg", "kv")
+        s, p = rescaling(self.power[...], self.scale[...], self.alpha, accumulation_dtype(self.proj.dtype))
+        layers = {name: getattr(self, name) for name in names}
+        return packed.attention(x, layers, self.dwc, s=s, p=p, table=table, grid=grid, eps=NORMALISER_EPS)

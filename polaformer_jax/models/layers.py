@@ -92,6 +92,11 @@ def linear(
     )
 
 
+def without_bias(layer: nnx.Linear, x: jax.Array) -> jax.Array:
+    """The product of a layer that `linear` made, (..., in) -> (..., out), for a kernel that adds the bias."""
+    return apply_kernel(x.astype(layer.dtype), layer.kernel[...].astype(layer.dtype))
+
+
 def layer_norm(features: int, *, epsilon: float, dtype, param_dtype, rngs) -> nnx.LayerNorm:
     """LayerNorm with statistics in at least float32; in two passes, since E[x²] - E[x]² cancels."""
     return nnx.LayerNorm(

@@ -13,6 +13,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from polaformer_jax.models.kernels.polarity import blocks
 from polaformer_jax.models.kernels.polarity.blocks import Plan
+from polaformer_jax.models.kernels.triton_part import Part
 
 BLOCK = 32 * 64  # the most elements of a block; more would not fit in the registers
 
@@ -76,7 +77,7 @@ def _forward_kernel(plan: Plan, names, *refs):
     m = _matrices(plan, x, _sum_keys(plan, x))
 
     def query(i, _):
-        at = _Part(i, plan.query_block, plan.queries)
+        at = Part(i, plan.query_block, plan.queries)
         z = at.of(x.q).astype(s.dtype) / s
         at.set(y, blocks.output(z, p, at.of(x.g), at.of(x.u), m, plan.eps))
 
@@ -89,7 +90,7 @@ def _backward_kernel(plan: Plan, names, *refs):
     m = _matrices(plan, x, _sum_keys(plan, x))
 
     def query(i, totals):
-        at = _Part(i, plan.query_block, plan.queries)
+        at = Part(i, plan.query_block, plan.queries)
         z = at.of(x.q).astype(s.dtype) / s
         *bars, s_more, p_more, m_more = blocks.query_bars(z, s, p, at.of(x.g), at.of(x.u), at.of(x.y_bar), m, plan.eps)
         for ref, bar in zip((q_bar, g_bar, u_bar), bars, strict=True):
@@ -102,7 +103,7 @@ def _backward_kernel(plan: Plan, names, *refs):
     sums_bar = _matrices(plan, x, m_bar)
 
     def key(i, totals):
-        at = _Part(i, plan.key_block, plan.keys)
+        at = Part(i, plan.key_block, plan.keys)
         z, values, there = _keys(at, x)
         *bars, s_more, p_more = blocks.key_bars(z, s, p, values, there, sums_bar)
         for ref, bar in zip((k_bar, v_bar), bars, strict=True):
@@ -114,7 +115,7 @@ def _backward_kernel(plan: Plan, names, *refs):
 
 def _sum_keys(plan: Plan, x) -> list[jax.Array]:
     def key(i, sums):
-        more = blocks.key_sums(*_keys(_Part(i, plan.key_block, plan.keys), x), x.p[...])
+        more = blocks.key_sums(*_keys(Part(i, plan.key_block, plan.keys), x), x.p[...])
         return jax.tree.map(jnp.add, sums, more)
 
     zeros = [jnp.zeros((plan.width, plan.width), x.s.dtype) for _ in range(4)]
@@ -125,7 +126,7 @@ def _matrices(plan: Plan, x, sums) -> list[jax.Array]:
     return blocks.matrices(sums, x.count[...], plan.width, x.q.dtype)
 
 
-def _keys(at: "_Part", x):
+def _keys(at: Part, x):
     """z of a block of keys, its values, and ones at valid keys."""
     z = (at.of(x.k).astype(x.s.dtype) + at.of(x.table).astype(x.s.dtype)) / x.s[...]
     values = at.of(x.v)
@@ -134,21 +135,3 @@ def _keys(at: "_Part", x):
         inside &= at.of(x.mask) != 0
     there = jnp.broadcast_to(inside[:, None], values.shape)
     return jnp.where(there, z, 0), values, there.astype(values.dtype)
-
-
-class _Part:
-    """Part `index` of an array's tokens; beyond the end of the array the last part reads zeros and writes nothing."""
-
-    def __init__(self, index, size: int, tokens: int):
-        self.at = pl.ds(index * size, size)
-        self.inside = jax.lax.broadcasted_iota(jnp.int32, (size,), 0) < tokens - index * size
-
-    def of(self, ref) -> jax.Array:
-        return plgpu.load(ref.at[self.at], mask=self._mask(ref), other=0)
-
-    def set(self, ref, value: jax.Array) -> None:
-        plgpu.store(ref.at[self.at], value.astype(ref.dtype), mask=self._mask(ref))
-
-    def _mask(self, ref) -> jax.Array:
-        inside = self.inside
-        return inside if len(ref.shape) == 1 else jnp.broadcast_to(inside[:, None], (*inside.shape, ref.shape[1]))
