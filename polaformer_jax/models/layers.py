@@ -16,14 +16,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from polaformer_jax.models.dtypes import accumulation_dtype
 from polaformer_jax.models.initializers import normal_init, ones_init, placed, uniform_init, zeros_init
+from polaformer_jax.models.kernels import mlp
 
 Grid = tuple[int, int]  # height and width of a map, in tokens
-
-
-def accumulation_dtype(dtype) -> jnp.dtype:
-    """The dtype of sums, powers, quotients and softmax where products are in `dtype`: at least float32."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -205,7 +202,12 @@ class ResidualBlock(nnx.Module):
 
 
 class Block(ResidualBlock):
-    """Pre-norm residual block: attention, then MLP, with stochastic depth drawn separately for the two branches."""
+    """Pre-norm residual block: attention, then MLP, with stochastic depth drawn separately for the two branches.
+
+    `implementation` is that of the second half, LayerNorm and MLP: "xla", operations that XLA compiles; "pallas", one
+    kernel (`models.kernels.mlp`), available on TPUs, and interpreted, slowly, elsewhere; "auto", the kernel on TPUs
+    where it saves memory traffic, otherwise XLA. Dropout within the MLP is always by operations.
+    """
 
     def __init__(
         self,
@@ -216,19 +218,44 @@ class Block(ResidualBlock):
         epsilon: float,
         drop_rate: float,
         drop_path: float,
+        implementation: str = "auto",
         **types,
     ):
         self.norm1 = layer_norm(dim, epsilon=epsilon, **types)
         self.attn = attn
         self.norm2 = layer_norm(dim, epsilon=epsilon, **types)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop_rate=drop_rate, **types)
-        self.drop_path = drop_path
+        self.drop_path, self.implementation = drop_path, implementation
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None, **context) -> jax.Array:
         """(B, N, C) -> (B, N, C); `context` is passed on to the attention: the `grid` of a map, or a mask."""
         key_attn, key_path1, key_mlp, key_path2 = split_key(key, 4)
         x = x + stochastic_depth(self.mix(self.norm1(x), key_attn, **context), self.drop_path, key_path1)
-        return x + stochastic_depth(self.mlp(self.norm2(x), key_mlp), self.drop_path, key_path2)
+        return self.add_mlp(x, key_mlp, key_path2)
+
+    def add_mlp(self, x: jax.Array, key: jax.Array | None, key_path: jax.Array | None) -> jax.Array:
+        """x + mlp(norm2(x)): (B, N, C) -> (B, N, C). `key` draws the dropout, `key_path` the stochastic depth."""
+
+        def by_operations(x):
+            return x + stochastic_depth(self.mlp(self.norm2(x), key), self.drop_path, key_path)
+
+        def by_one_kernel(x, *, on_tpu: bool = False):
+            fc1, fc2, norm = self.mlp.fc1, self.mlp.fc2, self.norm2
+            arrays = {"gamma": norm.scale, "beta": norm.bias}
+            arrays |= {"w1": fc1.kernel, "b1": fc1.bias, "w2": fc2.kernel, "b2": fc2.bias}
+            arrays = {name: param[...] for name, param in arrays.items()}
+            ones = jnp.ones((x.shape[0], 1, 1), accumulation_dtype(x.dtype))
+            keep = stochastic_depth(ones, self.drop_path, key_path)
+            return mlp.fused_mlp({"x": x, "keep": keep, **arrays}, eps=norm.epsilon, on_tpu=on_tpu)
+
+        dropping = key is not None and self.mlp.drop_rate > 0
+        if self.implementation == "xla" or dropping or x.dtype != self.norm2.dtype:
+            return by_operations(x)
+        if self.implementation == "pallas":
+            return by_one_kernel(x)
+        if not mlp.usable(x, self.mlp.fc1.out_features):
+            return by_operations(x)
+        return jax.lax.platform_dependent(x, tpu=functools.partial(by_one_kernel, on_tpu=True), default=by_operations)
 
     def attention_input(self, x: jax.Array, grid: Grid) -> jax.Array:
         """What the attention takes of the tokens (B, N, C) that enter the block; of Pola-Swin its windows."""

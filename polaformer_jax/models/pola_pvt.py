@@ -224,6 +224,7 @@ class PolaPVT(Backbone):
                             epsilon=EPSILON,
                             drop_rate=config.drop_rate,
                             drop_path=rate,
+                            implementation=attention_impl,
                             **types,
                         )
                         for rate in rates

@@ -184,6 +184,7 @@ class PolaSequence(nnx.Module):
                 epsilon=EPSILON,
                 drop_rate=drop_rate,
                 drop_path=0.0,
+                implementation=attention_impl,
                 **types,
             )
             for _ in range(config.depth)

@@ -235,6 +235,7 @@ class PolaSwin(Backbone):
                 epsilon=EPSILON,
                 drop_rate=config.drop_rate,
                 drop_path=drop_path,
+                implementation=attention_impl,
                 **types,
             )
 
