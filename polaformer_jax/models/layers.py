@@ -205,8 +205,9 @@ class Block(ResidualBlock):
     """Pre-norm residual block: attention, then MLP, with stochastic depth drawn separately for the two branches.
 
     `implementation` is that of the second half, LayerNorm and MLP: "xla", operations that XLA compiles; "pallas", one
-    kernel (`models.kernels.mlp`), available on TPUs, and interpreted, slowly, elsewhere; "auto", the kernel on TPUs
-    where it saves memory traffic, otherwise XLA. Dropout within the MLP is always by operations.
+    kernel (`models.kernels.mlp`), available on TPUs, on GPUs for up to 256 channels (with more they have operations),
+    and interpreted, slowly, elsewhere; "auto", the kernel on TPUs where it saves memory traffic, otherwise XLA. Dropout
+    within the MLP is always by operations.
     """
 
     def __init__(
@@ -249,7 +250,8 @@ class Block(ResidualBlock):
             return mlp.fused_mlp({"x": x, "keep": keep, **arrays}, eps=norm.epsilon, on_tpu=on_tpu)
 
         dropping = key is not None and self.mlp.drop_rate > 0
-        if self.implementation == "xla" or dropping or x.dtype != self.norm2.dtype:
+        supported = mlp.supported(x.shape[-1]) and x.dtype == self.norm2.dtype and not dropping
+        if self.implementation == "xla" or not supported:
             return by_operations(x)
         if self.implementation == "pallas":
             return by_one_kernel(x)

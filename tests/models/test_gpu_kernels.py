@@ -1,6 +1,7 @@
-"""The kernels that only GPUs have, interpreted: the same functions as the operations, from the layers' own products."""
+"""The kernels that only GPUs have, interpreted: the same functions as the operations."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from polaformer_jax.aot.collectives import collectives
 from polaformer_jax.models.attention import PolarityAttention
-from polaformer_jax.models.kernels import placement
+from polaformer_jax.models.kernels import mlp, placement
+from polaformer_jax.models.kernels.erf import erf
+from polaformer_jax.models.kernels.mlp import gpu as mlp_gpu
 from polaformer_jax.models.kernels.polarity import gpu
 from polaformer_jax.models.kernels.polarity.taps import Taps
+from polaformer_jax.models.layers import Block, gelu
 from polaformer_jax.training import sharding
 from tests.models.test_polarity_kernel import abstract_mesh, agree
 from tests.support.quick import QUICK
@@ -145,6 +149,75 @@ def test_only_a_gpu_that_is_told_has_the_kernel():
     assert "packed_forward_kernel" in lowered("cuda", "pallas", mesh)
     assert "xla.gpu.triton" not in lowered("cuda", "auto", mesh)
     assert "packed" not in lowered("cpu", "pallas", mesh_of(8, 1).abstract_mesh)
+
+
+def mlp_arguments(batch, tokens, channels, hidden):
+    """Arguments of `fused_mlp`; some examples are dropped, the others scaled."""
+    rng = np.random.default_rng(0)
+    shapes = {"x": (batch, tokens, channels), "gamma": (channels,), "beta": (channels,), "w1": (channels, hidden)}
+    shapes |= {"b1": (hidden,), "w2": (hidden, channels), "b2": (channels,)}
+    arrays = {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
+    return arrays | {"keep": jnp.asarray([1.25 * (i % 2) for i in range(batch)]).reshape(-1, 1, 1)}
+
+
+def mlp_by_operations(arrays):
+    x, keep, w1, w2 = (arrays[name] for name in ("x", "keep", "w1", "w2"))
+    gamma, beta, b1, b2 = (arrays[name].reshape(1, 1, -1) for name in ("gamma", "beta", "b1", "b2"))
+    standard = (x - x.mean(axis=-1, keepdims=True)) / jnp.sqrt(x.var(axis=-1, keepdims=True) + 1e-5)
+    return x + keep * (gelu((standard * gamma + beta) @ w1 + b1) @ w2 + b2)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (3, 11, 24, 40),  # channels and hidden channels are padded, and a block has tokens of two examples
+        pytest.param((2, 16, 16, 32), marks=pytest.mark.slow),  # nothing is padded
+        pytest.param((1, 5, 40, 16), marks=pytest.mark.slow),  # fewer tokens than a block has
+    ],
+)
+def test_the_mlp_is_that_of_the_operations(sizes, x64, monkeypatch):
+    """Values and gradients, of dropped examples too."""
+    monkeypatch.setattr(mlp, "_interpreted", lambda: mlp_gpu)
+    monkeypatch.setattr(mlp_gpu, "ELEMENTS", 16 * 16)
+    arrays = mlp_arguments(*sizes)
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=arrays["x"].shape))
+
+    def outcome(function):
+        def total(given):
+            y = function(given | {"keep": arrays["keep"]})
+            return jnp.sum(y * weights), y
+
+        given = {name: array for name, array in arrays.items() if name != "keep"}
+        gradients, y = jax.jit(jax.grad(total, has_aux=True), compiler_options=QUICK)(given)
+        return gradients | {"y": y}
+
+    mlp.fused_mlp.clear_cache()
+    agree(outcome(functools.partial(mlp.fused_mlp, eps=1e-5)), outcome(mlp_by_operations), 1e-12)
+    mlp.fused_mlp.clear_cache()
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")  # since jax 0.11
+def test_a_gpu_has_the_mlp_kernel_for_few_channels_and_operations_for_many():
+    mesh = abstract_mesh("cuda", "NVIDIA H100 80GB HBM3", size=1)
+
+    def lowered(channels, implementation):
+        types = {"dtype": jnp.float32, "param_dtype": jnp.float32, "rngs": nnx.Rngs(0)}
+        settings = {"mlp_ratio": 0.5, "epsilon": 1e-5, "drop_rate": 0.0, "drop_path": 0.0}
+        graphdef, params = nnx.split(Block(None, channels, implementation=implementation, **settings, **types))
+        run = jax.jit(lambda params, x: nnx.merge(graphdef, params).add_mlp(x, None, None))
+        x = jax.ShapeDtypeStruct((1, 16, channels), jnp.float32)
+        with jax.sharding.use_abstract_mesh(mesh):
+            return run.trace(params, x).lower(lowering_platforms=("cuda",)).as_text()
+
+    assert "mlp_forward_kernel" in lowered(96, "pallas")
+    assert "mlp_forward_kernel" not in lowered(96, "auto")
+    wide = lowered(257, "pallas")
+    assert "mlp_forward_kernel" not in wide and "while" not in wide  # nor is it interpreted
+
+
+def test_the_error_function_is_that_of_single_precision():
+    x = np.concatenate([np.linspace(-5, 5, 10001), [np.inf, -np.inf, np.nan, 0]]).astype(np.float32)
+    np.testing.assert_allclose(jax.jit(erf)(x), [math.erf(one) for one in x.astype(float)], rtol=0, atol=5e-7)
 
 
 @pytest.mark.parametrize("grid", [(3, 4), (5,)])

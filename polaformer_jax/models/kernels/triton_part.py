@@ -7,26 +7,34 @@ from jax.experimental.pallas import triton as plgpu
 
 
 class Part:
-    """Part `index` of an array's tokens; beyond the end of the array the last part reads zeros and writes nothing.
+    """Part `index` of an axis; beyond the end of the axis the last part reads zeros and writes nothing.
 
-    References have tokens on their first axis. What follows a reference are indices into its next axes.
+    `of` and `set` take a reference on whose first axis the part lies. What follows are parts of its next axes, or
+    numbers; axes that are not named are whole.
     """
 
-    def __init__(self, index, size: int, tokens: int):
-        self.at = pl.ds(index * size, size)
-        self.tokens = index * size + jax.lax.broadcasted_iota(jnp.int32, (size,), 0)
-        self.inside = self.tokens < tokens
+    def __init__(self, index, size: int, length: int):
+        start = _integer(index) * size
+        self.at = pl.ds(start, size)
+        self.indices = start + jax.lax.broadcasted_iota(jnp.int32, (size,), 0)
+        self.inside = self.indices < length
 
     def of(self, ref, *rest) -> jax.Array:
-        part = ref.at[(self.at, *_integers(rest))]
-        return plgpu.load(part, mask=self._mask(part), other=0)
+        part, mask = self._place(ref, rest)
+        return plgpu.load(part, mask=mask, other=0)
 
     def set(self, ref, value: jax.Array, *rest) -> None:
-        part = ref.at[(self.at, *_integers(rest))]
-        plgpu.store(part, value.astype(ref.dtype), mask=self._mask(part))
+        part, mask = self._place(ref, rest)
+        plgpu.store(part, value.astype(ref.dtype), mask=mask)
 
-    def _mask(self, part) -> jax.Array:
-        return self.inside if len(part.shape) == 1 else along(self.inside, part.shape)
+    def _place(self, ref, rest):
+        part = ref.at[tuple(one.at if isinstance(one, Part) else _integer(one) for one in (self, *rest))]
+        mask, parts = jnp.ones(part.shape, bool), [one for one in (self, *rest) if isinstance(one, Part)]
+        for axis, one in enumerate(parts):
+            shape = [1] * len(part.shape)
+            shape[axis] = -1
+            mask &= jnp.broadcast_to(one.inside.reshape(shape), part.shape)
+        return part, mask
 
 
 def gathered(ref, tokens: jax.Array, there: jax.Array, *rest) -> jax.Array:
@@ -36,7 +44,7 @@ def gathered(ref, tokens: jax.Array, there: jax.Array, *rest) -> jax.Array:
     """
     shape = (*tokens.shape, ref.shape[-1])
     columns = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-    part = ref.at[(along(tokens, shape), *_integers(rest), columns)]
+    part = ref.at[(along(tokens, shape), *map(_integer, rest), columns)]
     return plgpu.load(part, mask=along(there, shape), other=0)
 
 
@@ -45,6 +53,7 @@ def along(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.broadcast_to(values[:, None], shape)
 
 
-def _integers(indices: tuple[int, ...]) -> tuple:
-    """The interpreter takes no Python numbers, and only one type of integers in an index."""
-    return tuple(jnp.result_type(int).type(index) for index in indices)
+def _integer(index):
+    """An index or the start of a slice: the interpreter takes no Python numbers, and all of them in one type."""
+    dtype = jnp.result_type(int)
+    return dtype.type(index) if isinstance(index, int) else index.astype(dtype)

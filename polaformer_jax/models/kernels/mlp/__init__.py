@@ -5,6 +5,7 @@ computes them again, and sums the gradients of the parameters over all tokens on
 """
 
 import functools
+import importlib.util
 import types
 from typing import NamedTuple
 
@@ -22,6 +23,11 @@ def usable(x: jax.Array, hidden: int) -> bool:
     """Whether "auto" may choose the kernel for tokens (B, N, C), which it does only on a TPU."""
     del x, hidden
     return placement.sharding_is_known() and placement.for_tpu()
+
+
+def supported(channels: int) -> bool:
+    """Whether "pallas" means the kernel for that many channels: not on GPUs that have none for them."""
+    return not placement.for_gpu() or _kernel_of_gpus(channels) is not None
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "on_tpu"))  # traced once for all blocks of one shape
@@ -85,6 +91,8 @@ def _run(direction: str, setting: _Setting, arrays: dict[str, jax.Array]):
         return run
 
     makers = {"tpu": lambda: by(_kernel_of_tpus(), False), "default": lambda: by(_interpreted(), True)}
+    if not setting.placement.only_tpu and (gpu := _kernel_of_gpus(x.shape[2])) is not None:
+        makers["cuda"] = lambda: by(gpu, False)
     return setting.placement.run(makers, typed, replicated=_PARAMETERS)
 
 
@@ -100,3 +108,12 @@ def _kernel_of_tpus() -> types.ModuleType:
 def _interpreted() -> types.ModuleType:
     """The kernel that is interpreted on devices that have none of their own."""
     return _kernel_of_tpus()
+
+
+def _kernel_of_gpus(channels: int) -> types.ModuleType | None:
+    """The kernel of GPUs; None if it does not support that many channels, or jax has no Triton (see `polarity`)."""
+    if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
+        return None
+    from polaformer_jax.models.kernels.mlp import gpu
+
+    return gpu if gpu.has_channels(channels) else None

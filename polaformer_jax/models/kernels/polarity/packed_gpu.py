@@ -206,14 +206,14 @@ class _Source:
     def neighbour(self, at: Part, tap) -> jax.Array:
         """The values that a tap reads, zeros beyond the map."""
         ref, index, bias = self._place("v")
-        tokens, there = self.plan.taps.neighbours(tap, at.tokens)
+        tokens, there = self.plan.taps.neighbours(tap, at.indices)
         values = gathered(ref, tokens, there, index).astype(self.full) + bias
         return jnp.where(along(there, values.shape), values, 0)
 
     def readers(self, at: Part, tap) -> tuple[jax.Array, jax.Array]:
         """y_bar, zeros beyond the map, and g of the tokens that read these by a tap."""
         ref, index, bias = self._place("g")
-        tokens, there = self.plan.taps.neighbours(tap, at.tokens, transposed=True)
+        tokens, there = self.plan.taps.neighbours(tap, at.indices, transposed=True)
         g = gathered(ref, tokens, there, index).astype(self.full) + bias
         return gathered(self.x.y_bar, tokens, there), g.astype(self.narrow)
 
