@@ -23,7 +23,8 @@ from polaformer_jax.models.kernels.erf import erf
 from polaformer_jax.models.kernels.mlp import blocks
 from polaformer_jax.models.kernels.triton_part import Part
 
-ELEMENTS = 64 * 128  # of a block of tokens, and of the matrices of a chunk; more would not fit into the registers
+LARGEST = 64  # tokens of a block, and hidden channels of a chunk
+ELEMENTS = 64 * 128  # of a block, and of the matrices of a chunk; more would not fit into the registers
 PROGRAMS = 132  # of the second kernel for gradients: an H100 has as many multiprocessors
 WIDEST = 256  # padded channels; with more a block has few tokens, for each of which all matrices are read
 LEAST = 16  # sides of Triton's products
@@ -37,7 +38,6 @@ class Plan(NamedTuple):
         channels, hidden: C and H; `padded`: channels on the chip.
         block: tokens of a block; the last one may end beyond the arrays.
         chunk: hidden channels that are computed at a time; the last chunk may end beyond the arrays.
-        groups: into which the blocks are divided for the gradients of the parameters.
         eps: added to the variance.
     """
 
@@ -48,8 +48,17 @@ class Plan(NamedTuple):
     hidden: int
     block: int
     chunk: int
-    groups: int
     eps: float
+
+    @property
+    def for_parameters(self) -> "Plan":
+        """With smaller blocks, since a program keeps the gradients of a chunk's matrices in registers too."""
+        return self._replace(block=max(self.block // 2, LEAST))
+
+    @property
+    def groups(self) -> int:
+        """Into which the blocks are divided for the gradients of the parameters."""
+        return min(max(PROGRAMS // self.chunks, 1), self.blocks)
 
     @property
     def blocks(self) -> int:
@@ -78,10 +87,8 @@ def plan(x, hidden: int, eps: float) -> Plan:
     """For tokens (B, N, C) and `hidden` channels between the two layers."""
     batch, tokens, channels = x.shape
     padded = max(pl.next_power_of_2(channels), LEAST)
-    block = max(ELEMENTS // padded, LEAST)
-    chunk = min(block, max(pl.next_power_of_2(hidden), LEAST))
-    groups = min(max(PROGRAMS // pl.cdiv(hidden, chunk), 1), pl.cdiv(batch * tokens, block))
-    return Plan(batch * tokens, tokens, channels, padded, hidden, block, chunk, groups, eps)
+    size = max(min(ELEMENTS // padded, LARGEST), LEAST)
+    return Plan(batch * tokens, tokens, channels, padded, hidden, block=size, chunk=size, eps=eps)
 
 
 def forward(plan: Plan, interpret: bool, arrays: dict[str, jax.Array]) -> jax.Array:
@@ -94,6 +101,7 @@ def backward(plan: Plan, interpret: bool, arrays: dict[str, jax.Array]) -> tuple
     """The gradient of x, and those of the parameters by name, in the dtype of gamma. `arrays` also holds y_bar."""
     vectors = dict.fromkeys(("gamma", "beta", "b2"), plan.blocks)
     x_bar, *vector_bars = _call(_input_kernel, plan, interpret, arrays, (plan.blocks,), {"x": None, **vectors})
+    plan = plan.for_parameters
     matrices = dict.fromkeys(("w1", "b1", "w2"), plan.groups)
     matrix_bars = _call(_parameter_kernel, plan, interpret, arrays, (plan.chunks, plan.groups), matrices)
     sums = zip((*vectors, *matrices), (*vector_bars, *matrix_bars), strict=True)
