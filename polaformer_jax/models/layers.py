@@ -249,15 +249,15 @@ class Block(ResidualBlock):
             keep = stochastic_depth(ones, self.drop_path, key_path)
             return mlp.fused_mlp({"x": x, "keep": keep, **arrays}, eps=norm.epsilon, on_tpu=on_tpu)
 
+        hidden = self.mlp.fc1.out_features
         dropping = key is not None and self.mlp.drop_rate > 0
-        supported = mlp.supported(x.shape[-1]) and x.dtype == self.norm2.dtype and not dropping
-        if self.implementation == "xla" or not supported:
-            return by_operations(x)
-        if self.implementation == "pallas":
+        fusible = not dropping and x.dtype == self.norm2.dtype
+        if self.implementation == "pallas" and fusible and mlp.supports(x, hidden):
             return by_one_kernel(x)
-        if not mlp.usable(x, self.mlp.fc1.out_features):
-            return by_operations(x)
-        return jax.lax.platform_dependent(x, tpu=functools.partial(by_one_kernel, on_tpu=True), default=by_operations)
+        if self.implementation == "auto" and fusible and mlp.usable(x, hidden):
+            on_tpu = functools.partial(by_one_kernel, on_tpu=True)
+            return jax.lax.platform_dependent(x, tpu=on_tpu, default=by_operations)
+        return by_operations(x)
 
     def attention_input(self, x: jax.Array, grid: Grid) -> jax.Array:
         """What the attention takes of the tokens (B, N, C) that enter the block; of Pola-Swin its windows."""

@@ -20,14 +20,21 @@ _PARAMETERS = frozenset(("gamma", "beta", "w1", "b1", "w2", "b2"))
 
 
 def usable(x: jax.Array, hidden: int) -> bool:
-    """Whether "auto" may choose the kernel for tokens (B, N, C), which it does only on a TPU."""
-    del x, hidden
-    return placement.sharding_is_known() and placement.for_tpu()
+    """Whether "auto" may choose the kernel for tokens (B, N, C), which it does only on a TPU.
+
+    It has to be known how the batch is sharded, and the kernel has to fit in a core's memory. Only for 16 bits has it
+    been shown to save memory traffic.
+    """
+    if not placement.sharding_is_known() or not placement.for_tpu() or x.dtype.itemsize != 2:
+        return False
+    return _kernel_of_tpus().fits(x, hidden)
 
 
-def supported(channels: int) -> bool:
-    """Whether "pallas" means the kernel for that many channels: not on GPUs that have none for them."""
-    return not placement.for_gpu() or _kernel_of_gpus(channels) is not None
+def supports(x: jax.Array, hidden: int) -> bool:
+    """Whether the kernel can be told to run: on TPUs with enough memory, on GPUs for few channels, and elsewhere."""
+    if placement.for_gpu():
+        return _kernel_of_gpus(x.shape[2]) is not None
+    return not placement.for_tpu() or _kernel_of_tpus().fits(x, hidden)
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "on_tpu"))  # traced once for all blocks of one shape

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from polaformer_jax.models.dtypes import accumulation_dtype
 from polaformer_jax.models.kernels.mlp import blocks
 from polaformer_jax.models.kernels.mlp.blocks import Plan
 
@@ -25,11 +26,11 @@ VECTORS = ("gamma", "beta", "b1", "b2")
 PARAMETERS = ("gamma", "beta", "w1", "b1", "w2", "b2")
 
 
-def plan(x, hidden: int, eps: float, parts: int = 1) -> Plan:
+def plan(x, hidden: int, eps: float) -> Plan:
     """For tokens (B, N, C) and `hidden` channels between the two layers."""
     batch, tokens, channels = x.shape
     axis = 0 if tokens > channels else 1
-    parts = parts if batch % parts == 0 else 1
+    parts = cores() if batch % cores() == 0 else 1
     return Plan(tokens, channels, hidden, _block(tokens), min(MOST_HIDDEN, hidden), axis, eps, parts)
 
 
@@ -39,6 +40,57 @@ def _block(tokens: int) -> int:
         return tokens
     sizes = range(LANES, MOST_TOKENS + 1, LANES)
     return min(sizes, key=lambda size: (pl.cdiv(tokens, size) * size, -size))
+
+
+def cores() -> int:
+    """Cores of a device of the kind that a program is traced for: two of a TPU v4 or v5p."""
+    chip = _chip()
+    return (chip and chip.num_cores) or 1  # an abstract device may not say it
+
+
+def fits(x, hidden: int) -> bool:
+    """Whether the backward pass fits in the memory (VMEM) of the TPU that a program is traced for.
+
+    A quarter is left to XLA, which keeps arrays of other operations there.
+    """
+    chip = _chip()
+    return chip is not None and memory(plan(x, hidden, 0.0), x.dtype, backward=True) <= 0.75 * chip.vmem_capacity_bytes
+
+
+def _chip() -> pltpu.TpuInfo | None:
+    """The TPU that a program is traced for; None if it is no TPU, or not one that JAX knows."""
+    try:
+        return pltpu.get_tpu_info()
+    except ValueError:
+        return None
+
+
+def memory(plan: Plan, dtype, *, backward: bool) -> int:
+    """An estimate from above of the bytes that a kernel needs in a core's memory; `dtype` is that of the products."""
+    full = accumulation_dtype(dtype)
+
+    def block(channels, dtype):
+        return _bytes((plan.block, channels) if plan.axis else (channels, plan.block), dtype)
+
+    def vector(channels):
+        return _bytes((1, channels) if plan.axis else (channels, 1), full)
+
+    def parameters(dtype):
+        matrices = _bytes((plan.channels, plan.hidden), dtype) + _bytes((plan.hidden, plan.channels), dtype)
+        return matrices + 3 * vector(plan.channels) + vector(plan.hidden)
+
+    # What is read or written is there twice, so that one is copied while the other is in use; sums are there once.
+    copied = 2 * ((3 if backward else 2) * block(plan.channels, dtype) + parameters(dtype))
+    sums = parameters(full) * (min(plan.parts, 2) if backward else 0)
+    at_work = 3 * block(plan.chunk, full) + 4 * block(plan.channels, full)
+    return copied + sums + at_work
+
+
+def _bytes(shape: tuple[int, int], dtype) -> int:
+    """Bytes of an array in tiles of 128 columns, and of 8 rows of 32 bits."""
+    size = jnp.dtype(dtype).itemsize
+    rows, columns = (pl.cdiv(n, tile) * tile for n, tile in zip(shape, (8 * max(4 // size, 1), LANES), strict=True))
+    return rows * columns * size
 
 
 def forward(plan: Plan, interpret: bool, arrays: dict[str, jax.Array]) -> jax.Array:
@@ -71,7 +123,8 @@ def _call(kernel, plan: Plan, interpret: bool, arrays, sums: tuple[str, ...], pr
         out_specs=[tokens, *(pl.BlockSpec((None, *total.shape[1:]), lambda p, b, i: (p, 0, 0)) for total in totals)],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype), *totals],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=64 * 2**20
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=memory(plan, x.dtype, backward=bool(sums)),
         ),
         cost_estimate=_cost(plan, arrays, totals, products),
         interpret=interpret,
