@@ -197,6 +197,7 @@ def test_a_tpu_has_the_kernel_where_the_mesh_is_known_and_others_only_if_told(mo
     assert calls in lowered("tpu", "auto", mesh=mesh)
     assert calls not in lowered("tpu", "xla", mesh=mesh)
     assert calls not in lowered("tpu", "auto", mesh=mesh, dtype="float32")  # not shown to be better
+    assert calls not in lowered("tpu", "auto", mesh=mesh, shape=(8, 49, 128))  # too few tokens of an example
     assert calls not in lowered("tpu", "auto", mesh=abstract_mesh("tpu", "TPU v9"))  # its memory is not known
     assert "while" not in lowered("cpu", "auto", mesh=mesh)  # the interpreter of kernels is a loop
     cpus = mesh_of(8, 1).abstract_mesh
@@ -206,7 +207,7 @@ def test_a_tpu_has_the_kernel_where_the_mesh_is_known_and_others_only_if_told(mo
 
 
 def test_what_needs_too_much_memory_is_left_to_xla():
-    wide = {"shape": (8, 49, 1024), "ratio": 4.0}
+    wide = {"shape": (8, 196, 1024), "ratio": 4.0}
     for kind, expected in (("TPU v5 lite", True), ("TPU v4", False)):
         mesh = abstract_mesh("tpu", kind)
         for implementation in ("auto", "pallas"):

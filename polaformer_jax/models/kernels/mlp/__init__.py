@@ -16,6 +16,7 @@ from polaformer_jax.models.dtypes import accumulation_dtype
 from polaformer_jax.models.kernels import placement
 from polaformer_jax.models.kernels.placement import Placement
 
+FEWEST_TOKENS = 128  # for which "auto" chooses the kernel
 _PARAMETERS = frozenset(("gamma", "beta", "w1", "b1", "w2", "b2"))
 
 
@@ -23,11 +24,12 @@ def usable(x: jax.Array, hidden: int) -> bool:
     """Whether "auto" may choose the kernel for tokens (B, N, C), which it does only on a TPU.
 
     It has to be known how the batch is sharded, and the kernel has to fit in a core's memory. Only for 16 bits has it
-    been shown to save memory traffic.
+    been shown to save memory traffic; and a block, of one example, has to have enough tokens to be worth loading the
+    matrix unit with all parameters.
     """
-    if not placement.sharding_is_known() or not placement.for_tpu() or x.dtype.itemsize != 2:
+    if not placement.sharding_is_known() or not placement.for_tpu():
         return False
-    return _kernel_of_tpus().fits(x, hidden)
+    return x.dtype.itemsize == 2 and x.shape[1] >= FEWEST_TOKENS and _kernel_of_tpus().fits(x, hidden)
 
 
 def supports(x: jax.Array, hidden: int) -> bool:

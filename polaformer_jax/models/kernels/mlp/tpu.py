@@ -3,8 +3,9 @@
 The grid is (parts of the batch, examples of a part, blocks of an example). The parts are the cores of a chip; a core
 runs its steps in order, so that the gradients of the parameters are summed in its memory (VMEM) from first to last.
 
-XLA's programs for TPUs prefer the longer of the two last axes along the lanes, of which a register has 128: in the
-first stages of a model that is the tokens' axis. There blocks are (C, tokens), and swapping the axes costs nothing.
+A TPU keeps arrays in tiles of 128 lanes, the last axis, by 8 or 16 sublanes, and what fills no whole tile is padded:
+64 channels along the lanes take the room of 128. Where tokens along the lanes take less, XLA has them there, and so have
+the blocks, which are then (C, tokens).
 """
 
 import functools
@@ -20,6 +21,7 @@ from polaformer_jax.models.kernels.mlp import blocks
 from polaformer_jax.models.kernels.mlp.blocks import Plan
 
 LANES = 128  # the last axis of a register, and the side of the matrix unit
+SUBLANES = 16  # the axis before it, of 2 bytes
 MOST_TOKENS = 896  # of a block
 MOST_HIDDEN = 512  # of a chunk
 VECTORS = ("gamma", "beta", "b1", "b2")
@@ -29,16 +31,17 @@ PARAMETERS = ("gamma", "beta", "w1", "b1", "w2", "b2")
 def plan(x, hidden: int, eps: float) -> Plan:
     """For tokens (B, N, C) and `hidden` channels between the two layers."""
     batch, tokens, channels = x.shape
-    axis = 0 if tokens > channels else 1
+    axis = min((1, 0), key=lambda axis: _bytes((tokens, channels) if axis else (channels, tokens), x.dtype))
+    block = _block(tokens, SUBLANES if axis else LANES)
     parts = cores() if batch % cores() == 0 else 1
-    return Plan(tokens, channels, hidden, _block(tokens), min(MOST_HIDDEN, hidden), axis, eps, parts)
+    return Plan(tokens, channels, hidden, block, min(MOST_HIDDEN, hidden), axis, eps, parts)
 
 
-def _block(tokens: int) -> int:
+def _block(tokens: int, multiple: int) -> int:
     """Tokens of a block: all, or those that pad an example least, and of these the most."""
     if tokens <= MOST_TOKENS:
         return tokens
-    sizes = range(LANES, MOST_TOKENS + 1, LANES)
+    sizes = range(multiple, MOST_TOKENS + 1, multiple)
     return min(sizes, key=lambda size: (pl.cdiv(tokens, size) * size, -size))
 
 
