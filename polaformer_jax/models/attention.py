@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from polaformer_jax.config import ATTENTION_IMPLEMENTATIONS
-from polaformer_jax.models.depthwise import depthwise_conv, upsample_tokens
+from polaformer_jax.models.depthwise import depthwise_conv, rounded_depthwise_conv, upsample_tokens
 from polaformer_jax.models.initializers import zeros
 from polaformer_jax.models.interpolation import table_on
 from polaformer_jax.models.kernels import polarity
@@ -103,45 +103,55 @@ def polarity_attention(
         raise ValueError(f"implementation {implementation!r}: expected one of {', '.join(ATTENTION_IMPLEMENTATIONS)}")
     if mask is not None:
         v = jnp.where(mask[:, :, None], v, 0)
-    u = depthwise_conv(upsample_tokens(v, q.shape[1]), kernel, bias, grid=grid)
-    arrays = {"q": q, "k": k, "v": v, "g": g, "u": u, "table": positional_encoding, "mask": mask}
-    arrays["s"], arrays["p"] = rescaling(power, scale, alpha, u.dtype)
+    arrays = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "g": g,
+        "table": positional_encoding,
+        "mask": mask,
+        "kernel": kernel,
+        "bias": bias,
+    }
+    arrays["s"], arrays["p"] = rescaling(power, scale, alpha, accumulation_dtype(q.dtype))
+    by_operations = functools.partial(_by_operations, grid)
     if implementation == "xla" or q.shape[1] == 1:  # for one token there is nothing to fuse
-        return _by_operations(arrays)
+        return by_operations(arrays)
     if implementation == "pallas":
-        return _by_one_kernel(arrays)
+        return _by_one_kernel(grid, arrays)
     if not polarity.usable(q.shape[2], power.shape[3]):
-        return _by_operations(arrays)
-    by_tpu = functools.partial(_by_one_kernel, on_tpu=True)
-    return jax.lax.platform_dependent(arrays, tpu=by_tpu, default=_by_operations)
+        return by_operations(arrays)
+    by_tpu = functools.partial(_by_one_kernel, grid, on_tpu=True)
+    return jax.lax.platform_dependent(arrays, tpu=by_tpu, default=by_operations)
 
 
-def _by_one_kernel(arrays: dict[str, jax.Array], *, on_tpu: bool = False) -> jax.Array:
+def _by_one_kernel(grid: tuple[int, ...], arrays: dict[str, jax.Array], *, on_tpu: bool = False) -> jax.Array:
     """The result of `polarity_attention` by one kernel, from prepared arrays; s and p are (h, d).
 
     `on_tpu`: only a TPU will run it.
     """
-    arrays, mask = dict(arrays), arrays["mask"]
+    arrays = dict(arrays)
+    q, k, v, mask, kernel, bias = (arrays.pop(name) for name in ("q", "k", "v", "mask", "kernel", "bias"))
     width, full = arrays["s"].shape[1], arrays["s"].dtype
-    batch, keys, _ = arrays["k"].shape
-    arrays["u"] = arrays["u"].astype(arrays["q"].dtype)
+    u = rounded_depthwise_conv(upsample_tokens(v, q.shape[1]), kernel, bias, grid=grid)
+    arrays = {"q": q, "k": k, "v": v, "u": u, **arrays}
     arrays["s"], arrays["p"] = arrays["s"].reshape(1, -1), arrays["p"].reshape(1, -1)
     if mask is None:
-        del arrays["mask"]
-        arrays["count"] = jnp.full((batch, 1, 1), keys, full)
+        arrays["count"] = jnp.full((k.shape[0], 1, 1), k.shape[1], full)
     else:
-        arrays["mask"] = mask[:, None].astype(arrays["q"].dtype)
+        arrays["mask"] = mask[:, None].astype(q.dtype)
         arrays["count"] = jnp.maximum(jnp.sum(mask, axis=1), 1).astype(full).reshape(-1, 1, 1)
     return polarity.fused_attention(arrays, width=width, eps=NORMALISER_EPS, on_tpu=on_tpu)
 
 
-def _by_operations(arrays: dict[str, jax.Array]) -> jax.Array:
+def _by_operations(grid: tuple[int, ...], arrays: dict[str, jax.Array]) -> jax.Array:
     """The same, computed by operations on whole arrays."""
-    q, k, v, g, u, mask, s, p = (arrays[name] for name in ("q", "k", "v", "g", "u", "mask", "s", "p"))
+    q, k, v, g, mask, s, p = (arrays[name] for name in ("q", "k", "v", "g", "mask", "s", "p"))
     _, tokens, channels = q.shape
     keys, (heads, width) = k.shape[1], s.shape
     half, narrow, full = width // 2, q.dtype, s.dtype
 
+    u = depthwise_conv(upsample_tokens(v, tokens), arrays["kernel"], arrays["bias"], grid=grid)
     q_signed = _signed_powers(q, None, s, p)  # (B, N, h, 2d)
     k_signed = _signed_powers(k, arrays["table"], s, p)  # (B, n, h, 2d)
     if mask is None:

@@ -62,6 +62,39 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, grid: tu
     return _depthwise(x.reshape(batch, *grid, channels).astype(full), kernel).reshape(x.shape) + bias
 
 
+@functools.partial(jax.jit, static_argnames="grid")
+def rounded_depthwise_conv(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, grid: tuple[int, ...]) -> jax.Array:
+    """`depthwise_conv` rounded to the dtype of x, which has gradients only: for kernels, which take it so.
+
+    On TPUs the result and the gradient of x are rounded before they go to memory. Without being told, XLA writes what
+    its convolutions return, at least float32, and rounds in the next operation: more than twice the bytes.
+    """
+    return _rounded(grid, x, kernel, bias)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rounded(grid, x, kernel, bias):
+    return _in_memory(depthwise_conv(x, kernel, bias, grid=grid).astype(x.dtype))
+
+
+def _rounded_fwd(grid, x, kernel, bias):
+    return _rounded(grid, x, kernel, bias), (x, kernel, bias)
+
+
+def _rounded_bwd(grid, arguments, gradient):
+    y, pull_back = jax.vjp(functools.partial(depthwise_conv, grid=grid), *arguments)
+    x, kernel, bias = pull_back(gradient.astype(y.dtype))
+    return _in_memory(x), kernel, bias
+
+
+_rounded.defvjp(_rounded_fwd, _rounded_bwd)
+
+
+def _in_memory(x: jax.Array) -> jax.Array:
+    """x, which programs for TPUs write to memory in this very dtype."""
+    return jax.lax.platform_dependent(x, tpu=jax.lax.optimization_barrier, default=lambda x: x)
+
+
 @jax.custom_jvp
 def _depthwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Convolves x (B, *grid, C) with kernel (*sizes, C).
