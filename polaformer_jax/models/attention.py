@@ -29,6 +29,7 @@ from polaformer_jax.models.layers import (
 )
 from polaformer_jax.models.model_config import Checks
 from polaformer_jax.models.powers import signed_powers
+from polaformer_jax.models.projections import project_apart
 
 NORMALISER_EPS = 1e-6
 
@@ -115,12 +116,10 @@ def polarity_attention(
     }
     arrays["s"], arrays["p"] = rescaling(power, scale, alpha, accumulation_dtype(q.dtype))
     by_operations = functools.partial(_by_operations, grid)
-    if implementation == "xla" or q.shape[1] == 1:  # for one token there is nothing to fuse
+    if not polarity.chosen(implementation, q.shape[1], q.shape[2], power.shape[3]):
         return by_operations(arrays)
     if implementation == "pallas":
         return _by_one_kernel(grid, arrays)
-    if not polarity.usable(q.shape[2], power.shape[3]):
-        return by_operations(arrays)
     by_tpu = functools.partial(_by_one_kernel, grid, on_tpu=True)
     return jax.lax.platform_dependent(arrays, tpu=by_tpu, default=by_operations)
 
@@ -334,11 +333,16 @@ class PolarityAttention(nnx.Module):
         self, x: jax.Array, grid: tuple[int, ...] | None = None
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """Tokens (B, N, C) -> q, k, v, g: queries and gates (B, N, C), keys and values (B, n, C)."""
+        apart = polarity.chosen(self.attention_impl, *x.shape[1:], self.power.shape[3])
+
+        def parts(layer: nnx.Linear, x: jax.Array, count: int):
+            return project_apart(layer, x, count) if apart else jnp.split(layer(x), count, axis=-1)
+
         if self.projections == "qkvg":
-            q, k, v, g = jnp.split(self.qkvg(x), 4, axis=-1)
+            q, k, v, g = parts(self.qkvg, x, 4)
         else:
-            q, g = jnp.split(self.qg(x), 2, axis=-1)
-            k, v = jnp.split(self.kv(self._reduced(x, grid or self.grid)), 2, axis=-1)
+            q, g = parts(self.qg, x, 2)
+            k, v = parts(self.kv, self._reduced(x, grid or self.grid), 2)
         return q, k, v, g
 
     def _reduced(self, x: jax.Array, grid: tuple[int, ...]) -> jax.Array:

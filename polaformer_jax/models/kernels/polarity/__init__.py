@@ -19,6 +19,13 @@ from polaformer_jax.models.kernels.placement import Placement
 _WITHOUT_BATCH = frozenset(("table", "s", "p"))
 
 
+def chosen(implementation: str, tokens: int, channels: int, width: int) -> bool:
+    """Whether `implementation` ("auto", "xla", "pallas") means the kernel, for so many query tokens."""
+    if implementation == "xla" or tokens == 1:  # for one token there is nothing to fuse
+        return False
+    return implementation == "pallas" or usable(channels, width)
+
+
 def usable(channels: int, width: int) -> bool:
     """Whether "auto" may choose the kernel, which it does only on a TPU.
 
