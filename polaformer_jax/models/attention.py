@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from polaformer_jax.config import ATTENTION_IMPLEMENTATIONS
-from polaformer_jax.models.depthwise import depthwise_conv, rounded_depthwise_conv, upsample_tokens
+from polaformer_jax.models.depthwise import depthwise_conv, upsample_tokens
 from polaformer_jax.models.initializers import zeros
 from polaformer_jax.models.interpolation import table_on
 from polaformer_jax.models.kernels import polarity
@@ -129,18 +129,17 @@ def _by_one_kernel(grid: tuple[int, ...], arrays: dict[str, jax.Array], *, on_tp
 
     `on_tpu`: only a TPU will run it.
     """
-    arrays = dict(arrays)
-    q, k, v, mask, kernel, bias = (arrays.pop(name) for name in ("q", "k", "v", "mask", "kernel", "bias"))
+    arrays, mask = dict(arrays), arrays["mask"]
     width, full = arrays["s"].shape[1], arrays["s"].dtype
-    u = rounded_depthwise_conv(upsample_tokens(v, q.shape[1]), kernel, bias, grid=grid)
-    arrays = {"q": q, "k": k, "v": v, "u": u, **arrays}
+    batch, keys, _ = arrays["k"].shape
     arrays["s"], arrays["p"] = arrays["s"].reshape(1, -1), arrays["p"].reshape(1, -1)
     if mask is None:
-        arrays["count"] = jnp.full((k.shape[0], 1, 1), k.shape[1], full)
+        del arrays["mask"]
+        arrays["count"] = jnp.full((batch, 1, 1), keys, full)
     else:
-        arrays["mask"] = mask[:, None].astype(q.dtype)
+        arrays["mask"] = mask[:, None].astype(arrays["q"].dtype)
         arrays["count"] = jnp.maximum(jnp.sum(mask, axis=1), 1).astype(full).reshape(-1, 1, 1)
-    return polarity.fused_attention(arrays, width=width, eps=NORMALISER_EPS, on_tpu=on_tpu)
+    return polarity.fused_attention(arrays, grid=grid, width=width, eps=NORMALISER_EPS, on_tpu=on_tpu)
 
 
 def _by_operations(grid: tuple[int, ...], arrays: dict[str, jax.Array]) -> jax.Array:
