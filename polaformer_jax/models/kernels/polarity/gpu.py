@@ -39,8 +39,8 @@ def forward(plan: Plan, interpret: bool, arrays: dict[str, jax.Array]) -> jax.Ar
 
 
 def backward(plan: Plan, interpret: bool, arrays: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
-    """Gradients of q, k, v, g, u, and of s and p for each example, (B, 1, C). `arrays` also holds y_bar."""
-    return _call(_backward_kernel, plan, interpret, arrays, ("q", "k", "v", "g", "u", "each", "each"), warps=8)
+    """Gradients of q, k, v, g, and of s and p for each example, (B, 1, C). `arrays` also holds y_bar and w."""
+    return _call(_backward_kernel, plan, interpret, arrays, ("q", "k", "v", "g", "each", "each"), warps=8)
 
 
 def _call(kernel, plan: Plan, interpret: bool, arrays, results, warps: int):
@@ -51,7 +51,7 @@ def _call(kernel, plan: Plan, interpret: bool, arrays, results, warps: int):
     key = pl.BlockSpec((None, keys, plan.width), lambda b, h: (b, 0, h))
     specs = {
         **dict.fromkeys(("q", "g", "u", "y_bar"), query),
-        **dict.fromkeys(("k", "v"), key),
+        **dict.fromkeys(("k", "v", "w"), key),
         "table": pl.BlockSpec((None, keys, plan.width), lambda b, h: (0, 0, h)),
         **dict.fromkeys(("s", "p"), pl.BlockSpec((1, plan.width), lambda b, h: (0, h))),
         "count": pl.BlockSpec((None, 1, 1), lambda b, h: (b, 0, 0)),
@@ -85,16 +85,17 @@ def _forward_kernel(plan: Plan, names, *refs):
 
 
 def _backward_kernel(plan: Plan, names, *refs):
-    x, (q_bar, k_bar, v_bar, g_bar, u_bar, s_bar, p_bar) = blocks.named(names, refs)
+    x, (q_bar, k_bar, v_bar, g_bar, s_bar, p_bar) = blocks.named(names, refs)
     s, p = x.s[...], x.p[...]
     m = _matrices(plan, x, _sum_keys(plan, x))
 
     def query(i, totals):
         at = Part(i, plan.query_block, plan.queries)
         z = at.of(x.q).astype(s.dtype) / s
-        *bars, s_more, p_more, m_more = blocks.query_bars(z, s, p, at.of(x.g), at.of(x.u), at.of(x.y_bar), m, plan.eps)
-        for ref, bar in zip((q_bar, g_bar, u_bar), bars, strict=True):
-            at.set(ref, bar)
+        given = (z, s, p, at.of(x.g), at.of(x.u), at.of(x.y_bar), m, plan.eps)
+        of_q, of_g, _, s_more, p_more, m_more = blocks.query_bars(*given)
+        at.set(q_bar, of_q)
+        at.set(g_bar, of_g)
         return jax.tree.map(jnp.add, totals, (s_more, p_more, m_more))
 
     square = (plan.width, plan.width)
@@ -105,9 +106,9 @@ def _backward_kernel(plan: Plan, names, *refs):
     def key(i, totals):
         at = Part(i, plan.key_block, plan.keys)
         z, values, there = _keys(at, x)
-        *bars, s_more, p_more = blocks.key_bars(z, s, p, values, there, sums_bar)
-        for ref, bar in zip((k_bar, v_bar), bars, strict=True):
-            at.set(ref, bar)
+        of_k, of_v, s_more, p_more = blocks.key_bars(z, s, p, values, there, sums_bar)
+        at.set(k_bar, of_k)
+        at.set(v_bar, of_v + at.of(x.w).astype(of_v.dtype))
         return jax.tree.map(jnp.add, totals, [s_more, p_more])
 
     s_bar[...], p_bar[...] = jax.lax.fori_loop(0, plan.key_blocks, key, s_and_p)
