@@ -70,7 +70,7 @@ def defaults() -> "ml_collections.ConfigDict":
     model.dtype = "bfloat16"  # of activations and matrix products: bfloat16, float32 (or float64)
     model.param_dtype = "float32"  # of stored parameters
     model.remat = False  # recompute each block's activations in the backward pass: less memory, more time
-    # Polarity-aware attention by "xla" operations, by one "pallas" kernel, or "auto": the kernel on TPUs.
+    # Attention and MLPs by "xla" operations, by "pallas" kernels, or "auto": kernels on TPUs, where they save traffic.
     model.attention_impl = "auto"
     model.attn_type = placeholder(str)  # this and the next five: None is the model's default
     model.window_size = placeholder(int)  # Pola-Swin only

@@ -130,7 +130,8 @@ class PolaSequence(nnx.Module):
         config: the hyper-parameters; None: `PolaSequenceConfig(**hyperparameters)`.
         dtype: of activations and matrix products: bfloat16, float32 or float64.
         param_dtype: of the stored parameters: float32 or float64.
-        attention_impl: how polarity-aware attention is computed: "auto", "xla" or "pallas" (see `polarity_attention`).
+        attention_impl: how polarity-aware attention and the MLPs are computed: "auto", "xla" or "pallas" (see
+            `polarity_attention` and `Block`).
         rngs: source of the keys for initial parameters, by `rngs.params()`.
         hyperparameters: fields of `PolaSequenceConfig`, if no config is given.
 

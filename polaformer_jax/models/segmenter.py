@@ -134,7 +134,7 @@ class Segmenter(nnx.Module):
         config: the hyper-parameters; None: `SegmenterConfig(**hyperparameters)`.
         dtype: of activations and matrix products: bfloat16, float32 or float64.
         param_dtype: of the stored parameters: float32 or float64.
-        attention_impl: of the backbone's polarity-aware attention, see `polarity_attention`.
+        attention_impl: of the backbone's polarity-aware attention and MLPs, see `polarity_attention` and `Block`.
         rngs: source of the keys for initial parameters, by `rngs.params()`.
         hyperparameters: fields of `SegmenterConfig`, if no config is given.
 

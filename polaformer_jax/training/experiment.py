@@ -187,8 +187,8 @@ class Experiment:
     def step_flops(self, batch: AnyBatch) -> float:
         """Operations of the matrix products and convolutions of a step on a batch like this, on all devices together.
 
-        They are those of the step without recomputation (`model.remat`), and with the attention by XLA operations,
-        since the kernel also multiplies zeros.
+        They are those of the step without recomputation (`model.remat`), and with attention and MLPs by XLA operations,
+        since the kernels also multiply zeros and compute some products again.
         """
         key = batch_shapes(batch)
         if key not in self._flops:

@@ -43,7 +43,7 @@ def create_model(
             and a file, the number of classes is the file's, and image size and rate are those of the name.
         dtype: of activations and matrix products; bfloat16 keeps power, normaliser, softmax and logits in float32.
         param_dtype: of the stored parameters.
-        attention_impl: how polarity-aware attention is computed, see `polarity_attention`.
+        attention_impl: how polarity-aware attention and the MLPs are computed, see `polarity_attention` and `Block`.
         rngs: where the initial weights are drawn from; required without `weights`, otherwise unused.
         overrides: any other field of the model's config (`PolaPVTConfig`, `PolaSwinConfig`, `PolaSequenceConfig`).
 

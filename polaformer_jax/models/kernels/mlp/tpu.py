@@ -4,8 +4,8 @@ The grid is (parts of the batch, examples of a part, blocks of an example). The 
 runs its steps in order, so that the gradients of the parameters are summed in its memory (VMEM) from first to last.
 
 A TPU keeps arrays in tiles of 128 lanes, the last axis, by 8 or 16 sublanes, and what fills no whole tile is padded:
-64 channels along the lanes take the room of 128. Where tokens along the lanes take less, XLA has them there, and so have
-the blocks, which are then (C, tokens).
+64 channels along the lanes take the room of 128. Where tokens along the lanes take less, XLA has them there, and so
+have the blocks, which are then (C, tokens).
 """
 
 import functools
