@@ -17,6 +17,7 @@ from polaformer_jax.models.depthwise import depthwise_conv, upsample_tokens
 from polaformer_jax.models.initializers import zeros
 from polaformer_jax.models.interpolation import table_on
 from polaformer_jax.models.kernels import polarity
+from polaformer_jax.models.kernels.polarity import packed
 from polaformer_jax.models.layers import (
     ConvParams,
     PatchConv,
@@ -29,6 +30,7 @@ from polaformer_jax.models.layers import (
 )
 from polaformer_jax.models.model_config import Checks
 from polaformer_jax.models.powers import signed_powers
+from polaformer_jax.models.projections import project_apart
 
 NORMALISER_EPS = 1e-6
 
@@ -103,20 +105,19 @@ def polarity_attention(
         raise ValueError(f"implementation {implementation!r}: expected one of {', '.join(ATTENTION_IMPLEMENTATIONS)}")
     if mask is not None:
         v = jnp.where(mask[:, :, None], v, 0)
-    u = depthwise_conv(upsample_tokens(v, q.shape[1]), kernel, bias, grid=grid)
-    arrays = {"q": q, "k": k, "v": v, "g": g, "u": u, "table": positional_encoding, "mask": mask}
-    arrays["s"], arrays["p"] = rescaling(power, scale, alpha, u.dtype)
-    if implementation == "xla" or q.shape[1] == 1:  # for one token there is nothing to fuse
-        return _by_operations(arrays)
+    arrays = {"q": q, "k": k, "v": v, "g": g, "table": positional_encoding, "mask": mask}
+    arrays |= {"kernel": kernel, "bias": bias}
+    arrays["s"], arrays["p"] = rescaling(power, scale, alpha, accumulation_dtype(q.dtype))
+    by_operations = functools.partial(_by_operations, grid)
+    if not polarity.chosen(implementation, q.shape[1], q.shape[2], power.shape[3]):
+        return by_operations(arrays)
     if implementation == "pallas":
-        return _by_one_kernel(arrays)
-    if not polarity.usable(q.shape[2], power.shape[3]):
-        return _by_operations(arrays)
-    by_tpu = functools.partial(_by_one_kernel, on_tpu=True)
-    return jax.lax.platform_dependent(arrays, tpu=by_tpu, default=_by_operations)
+        return _by_one_kernel(grid, arrays)
+    by_tpu = functools.partial(_by_one_kernel, grid, on_tpu=True)
+    return jax.lax.platform_dependent(arrays, tpu=by_tpu, default=by_operations)
 
 
-def _by_one_kernel(arrays: dict[str, jax.Array], *, on_tpu: bool = False) -> jax.Array:
+def _by_one_kernel(grid: tuple[int, ...], arrays: dict[str, jax.Array], *, on_tpu: bool = False) -> jax.Array:
     """The result of `polarity_attention` by one kernel, from prepared arrays; s and p are (h, d).
 
     `on_tpu`: only a TPU will run it.
@@ -124,7 +125,6 @@ def _by_one_kernel(arrays: dict[str, jax.Array], *, on_tpu: bool = False) -> jax
     arrays, mask = dict(arrays), arrays["mask"]
     width, full = arrays["s"].shape[1], arrays["s"].dtype
     batch, keys, _ = arrays["k"].shape
-    arrays["u"] = arrays["u"].astype(arrays["q"].dtype)
     arrays["s"], arrays["p"] = arrays["s"].reshape(1, -1), arrays["p"].reshape(1, -1)
     if mask is None:
         del arrays["mask"]
@@ -132,16 +132,17 @@ def _by_one_kernel(arrays: dict[str, jax.Array], *, on_tpu: bool = False) -> jax
     else:
         arrays["mask"] = mask[:, None].astype(arrays["q"].dtype)
         arrays["count"] = jnp.maximum(jnp.sum(mask, axis=1), 1).astype(full).reshape(-1, 1, 1)
-    return polarity.fused_attention(arrays, width=width, eps=NORMALISER_EPS, on_tpu=on_tpu)
+    return polarity.fused_attention(arrays, grid=grid, width=width, eps=NORMALISER_EPS, on_tpu=on_tpu)
 
 
-def _by_operations(arrays: dict[str, jax.Array]) -> jax.Array:
+def _by_operations(grid: tuple[int, ...], arrays: dict[str, jax.Array]) -> jax.Array:
     """The same, computed by operations on whole arrays."""
-    q, k, v, g, u, mask, s, p = (arrays[name] for name in ("q", "k", "v", "g", "u", "mask", "s", "p"))
+    q, k, v, g, mask, s, p = (arrays[name] for name in ("q", "k", "v", "g", "mask", "s", "p"))
     _, tokens, channels = q.shape
     keys, (heads, width) = k.shape[1], s.shape
     half, narrow, full = width // 2, q.dtype, s.dtype
 
+    u = depthwise_conv(upsample_tokens(v, tokens), arrays["kernel"], arrays["bias"], grid=grid)
     q_signed = _signed_powers(q, None, s, p)  # (B, N, h, 2d)
     k_signed = _signed_powers(k, arrays["table"], s, p)  # (B, n, h, 2d)
     if mask is None:
@@ -224,7 +225,7 @@ class PolarityAttention(nnx.Module):
         sr_ratio: spatial reduction of keys and values by `sr` and `norm`, only with "qg_kv"; 1 is none.
             It must divide the grid.
         kernel_size: of the depthwise convolution, odd.
-        attention_impl: the `implementation` of `polarity_attention`.
+        attention_impl: the `implementation` of `polarity_attention`; with "pallas" GPUs have `kernels.polarity.packed`.
     """
 
     def __init__(
@@ -297,13 +298,14 @@ class PolarityAttention(nnx.Module):
             mask: (B, N), see `polarity_attention`.
         """
         grid = grid or self.grid
-        q, k, v, g = self.project(x, grid)
         if len(grid) == 1:
-            grid = x.shape[1:2]
-            table = self.positional_encoding[:, : x.shape[1]]
+            grid, table = x.shape[1:2], self.positional_encoding[:, : x.shape[1]]
         else:
             own, of_keys = (tuple(side // self.sr_ratio for side in sides) for sides in (self.grid, grid))
             table = table_on(self.positional_encoding[...], own, of_keys, "bicubic")
+        if mask is None and self.sr_ratio == 1 and packed.usable(self.attention_impl, self.power.shape[3]):
+            return dropout(self.proj(self._from_products(x, table, grid)), self.drop_rate, key)
+        q, k, v, g = self.project(x, grid)
         y = polarity_attention(
             q,
             k,
@@ -325,14 +327,25 @@ class PolarityAttention(nnx.Module):
         self, x: jax.Array, grid: tuple[int, ...] | None = None
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """Tokens (B, N, C) -> q, k, v, g: queries and gates (B, N, C), keys and values (B, n, C)."""
+        apart = polarity.chosen(self.attention_impl, *x.shape[1:], self.power.shape[3])
+
+        def parts(layer: nnx.Linear, x: jax.Array, count: int):
+            return project_apart(layer, x, count) if apart else jnp.split(layer(x), count, axis=-1)
+
         if self.projections == "qkvg":
-            q, k, v, g = jnp.split(self.qkvg(x), 4, axis=-1)
+            q, k, v, g = parts(self.qkvg, x, 4)
         else:
-            q, g = jnp.split(self.qg(x), 2, axis=-1)
-            k, v = jnp.split(self.kv(self._reduced(x, grid or self.grid)), 2, axis=-1)
+            q, g = parts(self.qg, x, 2)
+            k, v = parts(self.kv, self._reduced(x, grid or self.grid), 2)
         return q, k, v, g
 
     def _reduced(self, x: jax.Array, grid: tuple[int, ...]) -> jax.Array:
         if self.sr_ratio == 1:
             return x
         return self.norm(self.sr(x.reshape(x.shape[0], *grid, -1)))  # (B, N / sr_ratio², C)
+
+    def _from_products(self, x: jax.Array, table: jax.Array, grid: tuple[int, ...]) -> jax.Array:
+        """y of `polarity_attention` from the products of the linear layers, for a GPU."""
+        s, p = rescaling(self.power[...], self.scale[...], self.alpha, accumulation_dtype(self.proj.dtype))
+        layers = {name: getattr(self, name) for name in ("qkvg", "qg", "kv") if hasattr(self, name)}
+        return packed.attention(x, layers, self.dwc, s=s, p=p, table=table, grid=grid, eps=NORMALISER_EPS)

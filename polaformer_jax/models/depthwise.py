@@ -55,12 +55,56 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, grid: tu
     Returns:
         (B, N, C), at least float32.
     """
-    batch, _, channels = x.shape
-    full = accumulation_dtype(x.dtype)
-    heads = channels // kernel.shape[-1]
-    kernel = jnp.tile(kernel.reshape(*kernel.shape[: len(grid)], -1).astype(full), heads)  # (size, ..., C)
-    bias = jnp.tile(bias.astype(full), heads).reshape(1, 1, channels)
-    return _depthwise(x.reshape(batch, *grid, channels).astype(full), kernel).reshape(x.shape) + bias
+    kernel, bias = _of_all_heads(x, kernel, bias)
+    return _depthwise(_on_grid(x, grid).astype(kernel.dtype), kernel).reshape(x.shape) + bias
+
+
+def _of_all_heads(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Kernel (size, ..., C) and bias (1, 1, C) for all channels of x, at least float32."""
+    full, heads = accumulation_dtype(x.dtype), x.shape[-1] // kernel.shape[-1]
+    kernel = kernel.reshape(*kernel.shape[:-2], -1)
+    return jnp.tile(kernel.astype(full), heads), jnp.tile(bias.astype(full), heads).reshape(1, 1, -1)
+
+
+def _on_grid(x: jax.Array, grid: tuple[int, ...]) -> jax.Array:
+    return x.reshape(x.shape[0], *grid, x.shape[-1])  # (B, N, C) -> (B, *grid, C)
+
+
+@functools.partial(jax.jit, static_argnames="grid")
+def rounded_depthwise_conv(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, grid: tuple[int, ...]) -> jax.Array:
+    """`depthwise_conv` rounded to the dtype of x, which has gradients only: for kernels, which take it so.
+
+    On TPUs the result and the gradient of x are rounded before they go to memory. Without being told, XLA writes what
+    its convolutions return, at least float32, and rounds in the next operation: more than twice the bytes.
+    """
+    return _rounded(_on_grid(x, grid), *_of_all_heads(x, kernel, bias)).reshape(x.shape)
+
+
+@jax.custom_vjp
+def _rounded(x, kernel, bias):
+    # On the grid, not on tokens: XLA would change the layout between the two before it rounds.
+    bias = bias.reshape(*(1 for _ in x.shape[1:]), -1)
+    return _in_memory((_depthwise(x.astype(kernel.dtype), kernel) + bias).astype(x.dtype))
+
+
+def _rounded_fwd(x, kernel, bias):
+    return _rounded(x, kernel, bias), (x, kernel)
+
+
+def _rounded_bwd(residuals, gradient):
+    x, kernel = residuals
+    gradient = gradient.astype(kernel.dtype)
+    x_bar, kernel_bar = jax.vjp(_depthwise, x.astype(kernel.dtype), kernel)[1](gradient)
+    bias_bar = jnp.sum(gradient, axis=tuple(range(gradient.ndim - 1))).reshape(1, 1, -1)
+    return _in_memory(x_bar.astype(x.dtype)), kernel_bar, bias_bar
+
+
+_rounded.defvjp(_rounded_fwd, _rounded_bwd)
+
+
+def _in_memory(x: jax.Array) -> jax.Array:
+    """x, which programs for TPUs write to memory in this very dtype."""
+    return jax.lax.platform_dependent(x, tpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 
 @jax.custom_jvp

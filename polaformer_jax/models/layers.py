@@ -89,6 +89,11 @@ def linear(
     )
 
 
+def without_bias(layer: nnx.Linear, x: jax.Array) -> jax.Array:
+    """The product of a layer that `linear` made, (..., in) -> (..., out), for a kernel that adds the bias."""
+    return apply_kernel(x.astype(layer.dtype), layer.kernel[...].astype(layer.dtype))
+
+
 class LayerNorm(nnx.LayerNorm):
     """`nnx.LayerNorm` under a name of its own in compiled programs."""
 
@@ -210,8 +215,9 @@ class Block(ResidualBlock):
     """Pre-norm residual block: attention, then MLP, with stochastic depth drawn separately for the two branches.
 
     `implementation` is that of the second half, LayerNorm and MLP: "xla", operations that XLA compiles; "pallas", one
-    kernel (`models.kernels.mlp`), available on TPUs, and interpreted, slowly, elsewhere; "auto", the kernel on TPUs
-    where it saves memory traffic, otherwise XLA. Dropout within the MLP is always by operations.
+    kernel (`models.kernels.mlp`), available on TPUs, on GPUs for up to 256 channels (with more they have operations),
+    and interpreted, slowly, elsewhere; "auto", the kernel on TPUs where it saves memory traffic, otherwise XLA. Dropout
+    within the MLP is always by operations.
     """
 
     def __init__(

@@ -18,7 +18,7 @@ from polaformer_jax.aot.collectives import collectives
 from polaformer_jax.errors import UserError
 from polaformer_jax.models.attention import polarity_attention
 from polaformer_jax.models.kernels import placement, polarity
-from polaformer_jax.models.kernels.polarity import gpu, tpu
+from polaformer_jax.models.kernels.polarity import gpu, tpu, tpu_plan
 from polaformer_jax.training import sharding
 from polaformer_jax.training.experiment import Experiment
 from tests.models.test_attention import draw
@@ -26,13 +26,17 @@ from tests.support import small_models
 from tests.support.quick import QUICK
 from tests.training.test_sharding import config_of, mesh_of
 
-# Heads, width, grid, reduction of the keys, and channels in a group.
+# Heads, width, grid, reduction of the keys, and channels in a group. For TPUs the last two have channels along the
+# lanes, the others tokens.
 SHAPES = {
     "one head": (1, 8, (4, 6), 1, 8),
     "heads share a group": (3, 4, (5, 5), 1, 12),
     "reduced keys": (2, 8, (8, 8), 4, 16),
-    "groups of heads": (8, 32, (3, 3), 1, 128),
     "a sequence": (2, 4, (1, 37), 1, 8),
+    "many tokens": (2, 4, (10, 14), 1, 8),
+    "many queries": (12, 16, (20, 18), 2, 96),
+    "groups of heads": (8, 32, (5, 5), 1, 128),
+    "many channels": (8, 32, (8, 8), 4, 128),
 }
 
 
@@ -70,10 +74,14 @@ def agree(found, expected, tolerance):
 
 @pytest.fixture
 def blocks_of(monkeypatch):
-    """Sets how many tokens a block has at most."""
+    """Sets how many tokens a block of 128 channels has at most, and whether all are read at once.
 
-    def limit(tokens):
-        monkeypatch.setattr(tpu, "BLOCK", tokens * tpu.LANES)
+    Tokens that are along the lanes are cut into multiples of 128.
+    """
+
+    def limit(tokens, *, whole=True):
+        monkeypatch.setattr(tpu_plan, "BLOCK", tokens * tpu_plan.LANES)
+        monkeypatch.setattr(tpu_plan, "WHOLE", tpu_plan.WHOLE if whole else 0)
         polarity_attention.clear_cache()  # `polarity_attention` has been traced with another limit
 
     yield limit
@@ -81,29 +89,55 @@ def blocks_of(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("shape", "limit", "blocks"),
+    ("shape", "limit", "whole", "blocks"),
     [
-        pytest.param("one head", 512, (1, 1), marks=pytest.mark.slow),
-        ("groups of heads", 512, (1, 1)),
-        pytest.param("heads share a group", 16, (2, 2), marks=pytest.mark.slow),
-        ("reduced keys", 16, (4, 1)),
-        pytest.param("a sequence", 16, (3, 3), marks=pytest.mark.slow),
+        pytest.param("one head", 512, True, (1, 1), marks=pytest.mark.slow),
+        pytest.param("heads share a group", 16, True, (1, 1), marks=pytest.mark.slow),
+        pytest.param("reduced keys", 16, True, (1, 1), marks=pytest.mark.slow),
+        ("many tokens", 16, True, (2, 2)),
+        pytest.param("many tokens", 16, False, (2, 2), marks=pytest.mark.slow),
+        pytest.param("many queries", 96, True, (3, 1), marks=pytest.mark.slow),
+        ("many queries", 96, False, (3, 1)),
+        pytest.param("groups of heads", 512, True, (1, 1), marks=pytest.mark.slow),
+        ("groups of heads", 16, False, (2, 2)),
+        pytest.param("many channels", 16, True, (4, 1), marks=pytest.mark.slow),
     ],
 )
-def test_values_and_gradients_are_those_of_the_operations(shape, limit, blocks, x64, blocks_of):
-    """Whole or in blocks, of which the last is shorter where they do not divide the tokens."""
-    blocks_of(limit)
+def test_values_and_gradients_are_those_of_the_operations(shape, limit, whole, blocks, x64, blocks_of):
+    """In blocks, of which the last is shorter where they do not divide the tokens, read one by one or all at once."""
+    blocks_of(limit, whole=whole)
     given = arguments(shape)
     _, width, _, _, group = SHAPES[shape]
     plan = tpu.plan(given["q"], given["k"], width, 1e-6, False)
-    assert (plan.group, plan.query_blocks, plan.key_blocks) == (group, *blocks)
+    assert (plan.group, plan.query_blocks, plan.key_blocks, plan.whole) == (group, *blocks, whole)
+    assert plan.tokens == (shape not in ("groups of heads", "many channels"))
     agree(outcome(given, shape, "pallas"), outcome(given, shape, "xla"), 1e-12)
 
 
-def assert_nan_goes_through():
+def test_blocks_of_the_models_use_the_memory_of_tpus(monkeypatch):
+    """In stage 1 all tokens are in memory at once and lie along the lanes, also of 512x512 images where it is large."""
+
+    def plan(tokens, channels, width, keys=None):
+        shape = (2, tokens, channels)
+        q, k = (jax.ShapeDtypeStruct((2, n, channels), jnp.bfloat16) for n in (tokens, keys or tokens))
+        found = tpu.plan(q, k, width, 1e-6, False)
+        assert found.query_blocks * found.query_block >= tokens and shape[2] % found.group == 0
+        return found.tokens, found.whole, found.group, found.query_blocks, found.key_blocks
+
+    monkeypatch.setattr(placement, "device_kind", lambda: "TPU v5 lite")
+    assert plan(3136, 96, 32) == (1, True, 96, 5, 5)  # Pola-Swin-T
+    assert plan(3136, 64, 64, keys=49) == (1, True, 64, 4, 1)  # Pola-PVT
+    assert plan(784, 192, 32) == (1, True, 96, 2, 2)
+    assert plan(784, 128, 64, keys=49) == (0, True, 128, 2, 1)
+    assert plan(16384, 64, 64, keys=256)[1] and not plan(16384, 96, 32)[1]
+    monkeypatch.setattr(placement, "device_kind", lambda: "TPU v4")
+    assert plan(3136, 96, 32) == (1, False, 96, 5, 5)
+
+
+def assert_nan_goes_through(shape):
     """NaN wherever the operations give NaN, in values and gradients."""
-    given = arguments("one head", np.float32)
-    by_operations, by_kernel = (compiled(given, "one head", how) for how in ("xla", "pallas"))
+    given = arguments(shape, np.float32)
+    by_operations, by_kernel = (compiled(given, shape, how) for how in ("xla", "pallas"))
     for name in ("q", "k", "v", "g", "power", "scale", "positional_encoding"):
         broken = {**given, name: given[name].at[(0,) * (given[name].ndim - 1) + (1,)].set(np.nan)}
         for expected, found in zip(
@@ -114,11 +148,11 @@ def assert_nan_goes_through():
 
 def test_nan_goes_through_the_kernel(blocks_of):
     blocks_of(16)
-    assert_nan_goes_through()
+    assert_nan_goes_through("many tokens")
 
 
 def test_nan_goes_through_the_gpu_kernel(gpu_kernel):
-    assert_nan_goes_through()
+    assert_nan_goes_through("one head")
 
 
 @pytest.fixture
@@ -145,14 +179,24 @@ def test_a_mask_hides_keys_on_a_gpu(x64, gpu_kernel):
     check_mask(tokens=37, lengths=(33, 1))
 
 
-def test_a_mask_hides_keys(x64, blocks_of):
-    blocks_of(16)
-    check_mask(tokens=140, lengths=(133, 1))  # its blocks of keys are of 128: a mask's tokens lie along the lanes
+@pytest.mark.parametrize(
+    ("heads", "width", "whole"),
+    [
+        (2, 4, True),
+        pytest.param(2, 4, False, marks=pytest.mark.slow),
+        pytest.param(8, 32, True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_mask_hides_keys(heads, width, whole, x64, blocks_of):
+    blocks_of(16, whole=whole)
+    check_mask(
+        tokens=140, lengths=(133, 1), heads=heads, width=width
+    )  # in blocks of 128, as a mask's are along the lanes
 
 
-def check_mask(tokens, lengths):
+def check_mask(tokens, lengths, heads=2, width=4):
     mask = jnp.arange(tokens).reshape(1, -1) < jnp.array(lengths).reshape(-1, 1)
-    given = {name: jnp.asarray(value) for name, value in draw(2, 4, (1, tokens), 1, 3).items()}
+    given = {name: jnp.asarray(value) for name, value in draw(heads, width, (1, tokens), 1, 3).items()}
     given["kernel"] = given["kernel"][1]  # along a sequence
     agree(outcome(given, "a sequence", "pallas", mask), outcome(given, "a sequence", "xla", mask), 1e-12)
 
@@ -245,7 +289,7 @@ def test_a_gpu_has_its_kernel_if_told():
 
 
 def test_groups_of_heads_that_need_too_much_memory_are_left_to_xla(monkeypatch):
-    monkeypatch.setattr(tpu, "LARGEST_GROUP", 7)
+    monkeypatch.setattr(tpu_plan, "LARGEST_GROUP", 7)
     polarity_attention.clear_cache()
     assert "tpu_custom_call" not in lowered("tpu", "auto", mesh=abstract_mesh("tpu", "TPU v5 lite"))
 

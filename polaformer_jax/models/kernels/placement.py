@@ -13,6 +13,11 @@ def for_tpu() -> bool:
     return device_kind().startswith("TPU")
 
 
+def for_gpu() -> bool:
+    """Whether a program is being traced for a GPU of NVIDIA: see `for_tpu`."""
+    return device_kind().startswith("NVIDIA")
+
+
 def device_kind() -> str:
     """JAX's name of the devices that a program is being traced for: see `for_tpu`."""
     device = jax.sharding.get_abstract_mesh().abstract_device

@@ -5,6 +5,7 @@ computes them again, and sums the gradients of the parameters over all tokens on
 """
 
 import functools
+import importlib.util
 import types
 from typing import NamedTuple
 
@@ -32,7 +33,9 @@ def usable(x: jax.Array, hidden: int) -> bool:
 
 
 def supports(x: jax.Array, hidden: int) -> bool:
-    """Whether the kernel can be told to run: anywhere but on TPUs with too little memory."""
+    """Whether the kernel can be told to run: on TPUs with enough memory, on GPUs for few channels, and elsewhere."""
+    if placement.for_gpu():
+        return _kernel_of_gpus(x.shape[2]) is not None
     return not placement.for_tpu() or _kernel_of_tpus().fits(x, hidden)
 
 
@@ -97,6 +100,8 @@ def _run(direction: str, setting: _Setting, arrays: dict[str, jax.Array]):
         return run
 
     makers = {"tpu": lambda: by(_kernel_of_tpus(), False), "default": lambda: by(_interpreted(), True)}
+    if not setting.placement.only_tpu and (gpu := _kernel_of_gpus(x.shape[2])) is not None:
+        makers["cuda"] = lambda: by(gpu, False)
     return setting.placement.run(makers, typed, replicated=_PARAMETERS)
 
 
@@ -112,3 +117,12 @@ def _kernel_of_tpus() -> types.ModuleType:
 def _interpreted() -> types.ModuleType:
     """The kernel that is interpreted on devices that have none of their own."""
     return _kernel_of_tpus()
+
+
+def _kernel_of_gpus(channels: int) -> types.ModuleType | None:
+    """The kernel of GPUs; None if it does not support that many channels, or jax has no Triton (see `polarity`)."""
+    if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
+        return None
+    from polaformer_jax.models.kernels.mlp import gpu
+
+    return gpu if gpu.has_channels(channels) else None

@@ -10,6 +10,7 @@ float32. `x_bar` is the gradient of x.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -51,19 +52,26 @@ class Plan(NamedTuple):
         return [slice(start, min(start + self.chunk, self.hidden)) for start in range(0, self.hidden, self.chunk)]
 
 
-def normalised(x, gamma, beta, eps: float, axis: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """LayerNorm of x in its dtype, and at least in float32 x without mean, over its deviation, and 1 / deviation."""
+def normalised(
+    x, gamma, beta, eps: float, axis: int, channels: int | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """LayerNorm of x in its dtype, and at least in float32 x without mean, over its deviation, and 1 / deviation.
+
+    `channels`: how many there are, if blocks are larger, with zeros in place of others, in parameters as well.
+    """
     full = x.astype(gamma.dtype)
-    centred = full - jnp.mean(full, axis=axis, keepdims=True)
-    inverse = jax.lax.rsqrt(jnp.mean(centred * centred, axis=axis, keepdims=True) + eps)
+    centred = full - _mean(full, axis, channels)
+    if channels is not None:
+        centred = jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) < channels, centred, 0)
+    inverse = jax.lax.rsqrt(_mean(centred * centred, axis, channels) + eps)
     standard = centred * inverse
     return (standard * gamma + beta).astype(x.dtype), standard, inverse
 
 
-def branch(normed, w1, b1, w2, axis: int) -> jax.Array:
+def branch(normed, w1, b1, w2, axis: int, erf: Callable = jax.lax.erf) -> jax.Array:
     """gelu(normed w1 + b1) w2, as large as `normed`: what a chunk adds to fc2's product."""
     h = _through(normed, w1, axis) + b1
-    return _through((h * _cdf(h)).astype(normed.dtype), w2, axis)
+    return _through((h * _cdf(h, erf)).astype(normed.dtype), w2, axis)
 
 
 def output(x, branch_sum, b2, keep) -> jax.Array:
@@ -76,11 +84,13 @@ def scaled(array, keep) -> jax.Array:
     return jnp.where(keep == 0, 0, keep * array)
 
 
-def branch_bars(normed, branch_bar, w1, b1, w2, axis: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+def branch_bars(
+    normed, branch_bar, w1, b1, w2, axis: int, erf: Callable = jax.lax.erf
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """What a chunk adds to the gradient of `normed`, and its gradients of w1, b1 and w2."""
     narrow = normed.dtype
     h = _through(normed, w1, axis) + b1
-    cdf = _cdf(h)
+    cdf = _cdf(h, erf)
     w2_bar = _outer((h * cdf).astype(narrow), branch_bar, axis)
     density = jnp.exp(-0.5 * h * h) * (1 / math.sqrt(2 * math.pi))
     h_bar = (cdf + h * density) * _back_through(branch_bar, w2, axis)
@@ -89,18 +99,24 @@ def branch_bars(normed, branch_bar, w1, b1, w2, axis: int) -> tuple[jax.Array, j
     return _back_through(h_bar, w1, axis), _outer(normed, h_bar, axis), b1_bar, w2_bar
 
 
-def input_bars(y_bar, normed_bar, standard, inverse, gamma, axis: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def input_bars(
+    y_bar, normed_bar, standard, inverse, gamma, axis: int, channels: int | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of x, gamma and beta, from that of y and of `normalised`'s results."""
     gamma_bar, beta_bar = (jnp.sum(bar, axis=1 - axis, keepdims=True) for bar in (normed_bar * standard, normed_bar))
     standard_bar = normed_bar * gamma
-    along = jnp.mean(standard_bar * standard, axis=axis, keepdims=True)
-    centred_bar = standard_bar - jnp.mean(standard_bar, axis=axis, keepdims=True) - standard * along
+    along = _mean(standard_bar * standard, axis, channels)
+    centred_bar = standard_bar - _mean(standard_bar, axis, channels) - standard * along
     return y_bar.astype(gamma.dtype) + inverse * centred_bar, gamma_bar, beta_bar
 
 
-def _cdf(h):
+def _mean(x, axis: int, channels: int | None) -> jax.Array:
+    return jnp.sum(x, axis=axis, keepdims=True) / (channels or x.shape[axis])
+
+
+def _cdf(h, erf: Callable):
     """Of the normal distribution: gelu(h) = h * cdf(h)."""
-    return 0.5 * (1 + jax.lax.erf(h * math.sqrt(0.5)))
+    return 0.5 * (1 + erf(h * math.sqrt(0.5)))
 
 
 def _through(x, w, axis: int) -> jax.Array:

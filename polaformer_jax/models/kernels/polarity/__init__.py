@@ -7,27 +7,35 @@ feature maps.
 
 import functools
 import importlib.util
+import math
 import types
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from polaformer_jax.models.depthwise import rounded_depthwise_conv, upsample_tokens
 from polaformer_jax.models.kernels import placement
 from polaformer_jax.models.kernels.placement import Placement
 
 _WITHOUT_BATCH = frozenset(("table", "s", "p"))
 
 
+def chosen(implementation: str, tokens: int, channels: int, width: int) -> bool:
+    """Whether `implementation` ("auto", "xla", "pallas") means the kernel, for so many query tokens."""
+    if implementation == "xla" or tokens == 1:  # for one token there is nothing to fuse
+        return False
+    return implementation == "pallas" or usable(channels, width)
+
+
 def usable(channels: int, width: int) -> bool:
     """Whether "auto" may choose the kernel, which it does only on a TPU.
 
-    The matrices of a group of heads have to fit in a core's memory, and it has to be known how the batch is sharded.
+    The kernel has to support such heads, and it has to be known how the batch is sharded.
     """
     if not placement.sharding_is_known() or not placement.for_tpu():
         return False
-    tpu = _kernel_of_tpus()
-    return tpu.group_of(channels, width) <= tpu.LARGEST_GROUP
+    return _kernel_of_tpus().supported(channels, width)
 
 
 def has_kernel(platform: str, width: int) -> bool:
@@ -35,14 +43,17 @@ def has_kernel(platform: str, width: int) -> bool:
     return platform == "tpu" or (platform == "gpu" and _kernel_of_gpus(width) is not None)
 
 
-def fused_attention(arrays: dict[str, jax.Array], *, width: int, eps: float, on_tpu: bool = False) -> jax.Array:
-    """y of `polarity_attention`, ([o1, o2] + u) * g.
+def fused_attention(
+    arrays: dict[str, jax.Array], *, grid: tuple[int, ...], width: int, eps: float, on_tpu: bool = False
+) -> jax.Array:
+    """y of `polarity_attention`, ([o1, o2] + conv(v)) * g.
 
     Args:
-        arrays: q, g, u: (B, N, C), u the convolved values. k, v: (B, n, C), all in one dtype, that of the products.
-            table: (1, n, C), added to the keys. s, p: (1, C), at least float32.
+        arrays: q, g: (B, N, C). k, v: (B, n, C), all in one dtype, that of the products. kernel, bias: of the
+            convolution. table: (1, n, C), added to the keys. s, p: (1, C), at least float32.
             count: (B, 1, 1), the number of valid keys, in the dtype of s. mask (optional): (B, 1, n), zero at masked
             keys, whose values are zero.
+        grid: how the N tokens are arranged, for the convolution.
         width: channels of a head, d.
         eps: added to the denominators.
         on_tpu: whether only a TPU will run it, which makes it faster to trace.
@@ -50,12 +61,13 @@ def fused_attention(arrays: dict[str, jax.Array], *, width: int, eps: float, on_
     Returns:
         (B, N, C) in the dtype of `q`. Where a mesh is set, the batch is sharded over its devices if it divides evenly.
     """
-    return _fused(_Setting(width, eps, Placement.here(on_tpu)), arrays)
+    return _fused(_Setting(grid, width, eps, Placement.here(on_tpu)), arrays)
 
 
 class _Setting(NamedTuple):
     """Everything that a program of the kernel depends on, except for its arrays; see `fused_attention`."""
 
+    grid: tuple[int, ...]
     width: int
     eps: float
     placement: Placement
@@ -63,26 +75,49 @@ class _Setting(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fused(setting: _Setting, arrays: dict[str, jax.Array]) -> jax.Array:
-    return _run("forward", setting, arrays)
+    return _fwd(setting, arrays)[0]
 
 
 def _fwd(setting, arrays):
-    return _fused(setting, arrays), arrays
+    u = _convolved(setting, *_of_convolution(arrays))
+    return _run("forward", setting, _of_kernel(arrays, u)), (arrays, u)
 
 
-def _bwd(setting, arrays, y_bar):
-    q, k, v, g, u, s, p = _run("backward", setting, arrays | {"y_bar": y_bar})
-    table = jnp.sum(k, axis=0, keepdims=True, dtype=s.dtype).astype(arrays["table"].dtype)
-    bars = {"q": q, "k": k, "v": v, "g": g, "u": u, "table": table, "s": jnp.sum(s, axis=0), "p": jnp.sum(p, axis=0)}
+def _bwd(setting, residuals, y_bar):
+    # First what reaches the values through the convolution, w: the kernel adds it to its own gradients, which it writes
+    # once, instead of the gradient of u and sums of both that would go to memory and back.
+    arrays, u = residuals
+    full = arrays["s"].dtype
+    u_bar = (y_bar.astype(full) * arrays["g"].astype(full)).astype(u.dtype)
+    _, pull_back = jax.vjp(functools.partial(_convolved, setting), *_of_convolution(arrays))
+    w, kernel, bias = pull_back(u_bar)
+    q, k, v, g, s, p = _run("backward", setting, _of_kernel(arrays, u) | {"y_bar": y_bar, "w": w})
+    table = jnp.sum(k, axis=0, keepdims=True, dtype=full).astype(arrays["table"].dtype)
+    bars = {"q": q, "k": k, "v": v, "g": g, "kernel": kernel, "bias": bias, "table": table}
+    bars |= {"s": jnp.sum(s, axis=0), "p": jnp.sum(p, axis=0)}
     return (jax.tree.map(jnp.zeros_like, arrays) | bars,)  # zeros for the count and the mask
 
 
 _fused.defvjp(_fwd, _bwd)
 
 
+def _of_convolution(arrays: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
+    return arrays["v"], arrays["kernel"], arrays["bias"]
+
+
+def _convolved(setting: _Setting, v: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    return rounded_depthwise_conv(upsample_tokens(v, math.prod(setting.grid)), kernel, bias, grid=setting.grid)
+
+
+def _of_kernel(arrays: dict[str, jax.Array], u: jax.Array) -> dict[str, jax.Array]:
+    """What the kernel takes: the convolved values in place of the convolution's parameters."""
+    first = {name: arrays[name] for name in ("q", "k", "v", "g")}
+    return first | {"u": u} | {name: array for name, array in arrays.items() if name not in (*first, "kernel", "bias")}
+
+
 def _run(direction: str, setting: _Setting, arrays: dict[str, jax.Array]):
     """Runs `direction` of the kernel. All results have a batch axis."""
-    width, eps, where = setting
+    _, width, eps, where = setting
 
     def by(kernel, interpret: bool):
         plan = kernel.plan(arrays["q"], arrays["k"], width, eps, "mask" in arrays)

@@ -13,6 +13,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from polaformer_jax.models.kernels.polarity import blocks
 from polaformer_jax.models.kernels.polarity.blocks import Plan
+from polaformer_jax.models.kernels.triton_part import Part
 
 BLOCK = 32 * 64  # the most elements of a block; more would not fit in the registers
 
@@ -38,8 +39,8 @@ def forward(plan: Plan, interpret: bool, arrays: dict[str, jax.Array]) -> jax.Ar
 
 
 def backward(plan: Plan, interpret: bool, arrays: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
-    """Gradients of q, k, v, g, u, and of s and p for each example, (B, 1, C). `arrays` also holds y_bar."""
-    return _call(_backward_kernel, plan, interpret, arrays, ("q", "k", "v", "g", "u", "each", "each"), warps=8)
+    """Gradients of q, k, v, g, and of s and p for each example, (B, 1, C). `arrays` also holds y_bar and w."""
+    return _call(_backward_kernel, plan, interpret, arrays, ("q", "k", "v", "g", "each", "each"), warps=8)
 
 
 def _call(kernel, plan: Plan, interpret: bool, arrays, results, warps: int):
@@ -50,7 +51,7 @@ def _call(kernel, plan: Plan, interpret: bool, arrays, results, warps: int):
     key = pl.BlockSpec((None, keys, plan.width), lambda b, h: (b, 0, h))
     specs = {
         **dict.fromkeys(("q", "g", "u", "y_bar"), query),
-        **dict.fromkeys(("k", "v"), key),
+        **dict.fromkeys(("k", "v", "w"), key),
         "table": pl.BlockSpec((None, keys, plan.width), lambda b, h: (0, 0, h)),
         **dict.fromkeys(("s", "p"), pl.BlockSpec((1, plan.width), lambda b, h: (0, h))),
         "count": pl.BlockSpec((None, 1, 1), lambda b, h: (b, 0, 0)),
@@ -76,7 +77,7 @@ def _forward_kernel(plan: Plan, names, *refs):
     m = _matrices(plan, x, _sum_keys(plan, x))
 
     def query(i, _):
-        at = _Part(i, plan.query_block, plan.queries)
+        at = Part(i, plan.query_block, plan.queries)
         z = at.of(x.q).astype(s.dtype) / s
         at.set(y, blocks.output(z, p, at.of(x.g), at.of(x.u), m, plan.eps))
 
@@ -84,16 +85,17 @@ def _forward_kernel(plan: Plan, names, *refs):
 
 
 def _backward_kernel(plan: Plan, names, *refs):
-    x, (q_bar, k_bar, v_bar, g_bar, u_bar, s_bar, p_bar) = blocks.named(names, refs)
+    x, (q_bar, k_bar, v_bar, g_bar, s_bar, p_bar) = blocks.named(names, refs)
     s, p = x.s[...], x.p[...]
     m = _matrices(plan, x, _sum_keys(plan, x))
 
     def query(i, totals):
-        at = _Part(i, plan.query_block, plan.queries)
+        at = Part(i, plan.query_block, plan.queries)
         z = at.of(x.q).astype(s.dtype) / s
-        *bars, s_more, p_more, m_more = blocks.query_bars(z, s, p, at.of(x.g), at.of(x.u), at.of(x.y_bar), m, plan.eps)
-        for ref, bar in zip((q_bar, g_bar, u_bar), bars, strict=True):
-            at.set(ref, bar)
+        given = (z, s, p, at.of(x.g), at.of(x.u), at.of(x.y_bar), m, plan.eps)
+        of_q, of_g, _, s_more, p_more, m_more = blocks.query_bars(*given)
+        at.set(q_bar, of_q)
+        at.set(g_bar, of_g)
         return jax.tree.map(jnp.add, totals, (s_more, p_more, m_more))
 
     square = (plan.width, plan.width)
@@ -102,11 +104,11 @@ def _backward_kernel(plan: Plan, names, *refs):
     sums_bar = _matrices(plan, x, m_bar)
 
     def key(i, totals):
-        at = _Part(i, plan.key_block, plan.keys)
+        at = Part(i, plan.key_block, plan.keys)
         z, values, there = _keys(at, x)
-        *bars, s_more, p_more = blocks.key_bars(z, s, p, values, there, sums_bar)
-        for ref, bar in zip((k_bar, v_bar), bars, strict=True):
-            at.set(ref, bar)
+        of_k, of_v, s_more, p_more = blocks.key_bars(z, s, p, values, there, sums_bar)
+        at.set(k_bar, of_k)
+        at.set(v_bar, of_v + at.of(x.w).astype(of_v.dtype))
         return jax.tree.map(jnp.add, totals, [s_more, p_more])
 
     s_bar[...], p_bar[...] = jax.lax.fori_loop(0, plan.key_blocks, key, s_and_p)
@@ -114,7 +116,7 @@ def _backward_kernel(plan: Plan, names, *refs):
 
 def _sum_keys(plan: Plan, x) -> list[jax.Array]:
     def key(i, sums):
-        more = blocks.key_sums(*_keys(_Part(i, plan.key_block, plan.keys), x), x.p[...])
+        more = blocks.key_sums(*_keys(Part(i, plan.key_block, plan.keys), x), x.p[...])
         return jax.tree.map(jnp.add, sums, more)
 
     zeros = [jnp.zeros((plan.width, plan.width), x.s.dtype) for _ in range(4)]
@@ -125,7 +127,7 @@ def _matrices(plan: Plan, x, sums) -> list[jax.Array]:
     return blocks.matrices(sums, x.count[...], plan.width, x.q.dtype)
 
 
-def _keys(at: "_Part", x):
+def _keys(at: Part, x):
     """z of a block of keys, its values, and ones at valid keys."""
     z = (at.of(x.k).astype(x.s.dtype) + at.of(x.table).astype(x.s.dtype)) / x.s[...]
     values = at.of(x.v)
@@ -134,21 +136,3 @@ def _keys(at: "_Part", x):
         inside &= at.of(x.mask) != 0
     there = jnp.broadcast_to(inside[:, None], values.shape)
     return jnp.where(there, z, 0), values, there.astype(values.dtype)
-
-
-class _Part:
-    """Part `index` of an array's tokens; beyond the end of the array the last part reads zeros and writes nothing."""
-
-    def __init__(self, index, size: int, tokens: int):
-        self.at = pl.ds(index * size, size)
-        self.inside = jax.lax.broadcasted_iota(jnp.int32, (size,), 0) < tokens - index * size
-
-    def of(self, ref) -> jax.Array:
-        return plgpu.load(ref.at[self.at], mask=self._mask(ref), other=0)
-
-    def set(self, ref, value: jax.Array) -> None:
-        plgpu.store(ref.at[self.at], value.astype(ref.dtype), mask=self._mask(ref))
-
-    def _mask(self, ref) -> jax.Array:
-        inside = self.inside
-        return inside if len(ref.shape) == 1 else jnp.broadcast_to(inside[:, None], (*inside.shape, ref.shape[1]))
