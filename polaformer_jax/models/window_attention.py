@@ -43,11 +43,14 @@ class WindowAttention(nnx.Module):
         self.num_heads, self.window, self.drop_rate = num_heads, window, drop_rate
         self.attention_impl = attention_impl
 
+    @jax.named_scope("attention")
     def __call__(self, x: jax.Array, key: jax.Array | None = None, *, windows: Windows) -> jax.Array:
         """(B * windows, n, C) -> the same, n = window². Results of padding are to be ignored."""
         of_images = x.reshape(-1, windows.count, *x.shape[1:])
-        bias = self.relative_bias(accumulation_dtype(x.dtype))
-        y = softmax_in_windows(self.qkv(of_images), bias, windows=windows, implementation=self.attention_impl)
+        qkv = self.qkv(of_images)
+        with jax.named_scope("softmax_attention"):
+            bias = self.relative_bias(accumulation_dtype(x.dtype))
+            y = softmax_in_windows(qkv, bias, windows=windows, implementation=self.attention_impl)
         return dropout(self.proj(y).reshape(x.shape), self.drop_rate, key)
 
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
