@@ -84,6 +84,7 @@ def _call(kernel, plan: Plan, interpret: bool, arrays, results, squares, passes_
         "each": pl.BlockSpec((1, 1, plan.group), lambda j, b, i: (b, 0, j)),
     }
     shapes = {**arrays, "each": jax.ShapeDtypeStruct((batch, 1, plan.channels), full)}
+    reads = _reads(plan, arrays, passes_over_keys)
     return pl.pallas_call(
         functools.partial(kernel, plan, tuple(arrays)),
         grid=(plan.channels // plan.group, batch, steps),
@@ -94,18 +95,26 @@ def _call(kernel, plan: Plan, interpret: bool, arrays, results, squares, passes_
             pltpu.VMEM((4, plan.group, plan.group), full if wide else arrays["q"].dtype) for wide in squares
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-        cost_estimate=_cost(plan, arrays, results, passes_over_keys),
+        cost_estimate=_cost(plan, arrays, results, passes_over_keys, reads),
+        metadata={"reads": " ".join(str(reads[name]) for name in arrays)},  # for `aot --traffic`
         interpret=interpret,
         name=kernel.__name__.strip("_"),
     )(*arrays.values())
 
 
-def _cost(plan: Plan, arrays, results, passes_over_keys: int) -> pl.CostEstimate:
+def _reads(plan: Plan, arrays, passes_over_keys: int) -> dict[str, int]:
+    """How often each array is read from the device's memory."""
+    reads = dict.fromkeys(arrays, 1)
+    if plan.key_blocks > 1:  # otherwise keys stay for both passes, and the table for all examples
+        reads |= {name: passes_over_keys for name in ("k", "v", "mask") if name in arrays}
+        reads["table"] = arrays["q"].shape[0] * passes_over_keys
+    return reads
+
+
+def _cost(plan: Plan, arrays, results, passes_over_keys: int, reads: dict[str, int]) -> pl.CostEstimate:
     """The estimate for the compiler: bytes as often as blocks are read, and the operations of both passes."""
-    batch, keys = arrays["q"].shape[0], arrays["k"].size
-    passes = {name: passes_over_keys if plan.key_blocks > 1 else 1 for name in ("k", "v", "mask")}
-    passes["table"] = batch * passes["k"] if plan.key_blocks > 1 else 1  # otherwise it stays in memory for all examples
-    read = sum(array.nbytes * passes.get(name, 1) for name, array in arrays.items())
+    keys = arrays["k"].size
+    read = sum(array.nbytes * reads[name] for name, array in arrays.items())
     written = sum(arrays[name].nbytes for name in results if name != "each")
     products = {1: 4 * keys + 4 * arrays["q"].size, 2: 10 * keys + 12 * arrays["q"].size}[passes_over_keys]
     return pl.CostEstimate(
