@@ -70,8 +70,7 @@ class SpatialReductionAttention(nnx.Module):
         if self.sr_ratio > 1:
             source = self.norm(self.sr(x.reshape(batch, *grid, dim)))  # (B, n, C)
         q = self.q(x).reshape(batch, tokens, self.num_heads, -1)
-        # Split before heads are formed, which on a TPU would pad the array of both.
-        k, v = (part.reshape(batch, -1, *q.shape[2:]) for part in jnp.split(self.kv(source), 2, axis=-1))
+        k, v = jnp.moveaxis(self.kv(source).reshape(batch, -1, 2, self.num_heads, q.shape[-1]), 2, 0)
         return q, k, v
 
 

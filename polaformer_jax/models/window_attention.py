@@ -47,9 +47,9 @@ class WindowAttention(nnx.Module):
     def __call__(self, x: jax.Array, key: jax.Array | None = None, *, windows: Windows) -> jax.Array:
         """(B * windows, n, C) -> the same, n = window². Results of padding are to be ignored."""
         of_images = x.reshape(-1, windows.count, *x.shape[1:])
-        bias = self.relative_bias(accumulation_dtype(x.dtype))
         qkv = self.qkv(of_images)
         with jax.named_scope("softmax_attention"):
+            bias = self.relative_bias(accumulation_dtype(x.dtype))
             y = softmax_in_windows(qkv, bias, windows=windows, implementation=self.attention_impl)
         return dropout(self.proj(y).reshape(x.shape), self.drop_rate, key)
 
