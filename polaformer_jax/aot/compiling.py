@@ -1,21 +1,25 @@
 """Compiles the real training step for devices that are not present."""
 
 import dataclasses
-import importlib.util
-import os
+import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import ml_collections
 
+from polaformer_jax.aot import hlo, traffic
+from polaformer_jax.aot.attribution import Traffic, by_module
 from polaformer_jax.aot.collectives import Collective, collectives
 from polaformer_jax.aot.roofline import Estimate, estimate
+from polaformer_jax.aot.topologies import compiler_options, no_default
 from polaformer_jax.errors import UserError
 from polaformer_jax.hardware.chips import Chip, chip_of
 from polaformer_jax.hardware.costs import is_out_of_memory, memory_needed
 from polaformer_jax.training.experiment import Experiment
+from polaformer_jax.training.programs import AnyBatch
 
 _USED = re.compile(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
@@ -35,15 +39,19 @@ class OutOfMemoryError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A compiled training step. Memory, bytes and collectives are those of one chip.
+    """A compiled training step. Memory, bytes, traffic and collectives are those of one chip.
 
     Attributes:
         memory: bytes in total: state, batch, temporary values and the program.
         state, temporary: bytes of the state and the batch, and of temporary values.
         products: operations of the matrix products of the whole batch, over all chips, without recomputation
             (`model.remat`).
-        xla_flops, xla_bytes: operations, and bytes moved to and from memory, as XLA counts them for one chip.
+        options: of the compiler, see `topologies.compiler_options`.
+        traffic: bytes between the chip and its memory, by part of the model and pass: see `aot.traffic`.
+        xla_flops, xla_bytes: operations, and bytes moved to and from memory, as XLA counts them for one chip, with what
+            stays on the chip; None: XLA counts none, as for GPUs that are not present.
         seconds: time of compiling.
+        counting: seconds of counting the traffic.
     """
 
     model: str
@@ -55,11 +63,24 @@ class Program:
     state: float
     temporary: float
     products: float
-    xla_flops: float
-    xla_bytes: float
+    options: Mapping[str, Any]
+    traffic: tuple[Traffic, ...]
+    xla_flops: float | None
+    xla_bytes: float | None
     collectives: tuple[Collective, ...]
     seconds: float
+    counting: float
     total_steps: int
+
+    @property
+    def moved(self) -> float:
+        """Bytes between a chip and its memory in a step, with the padding of tiles."""
+        return math.fsum(row.bytes for row in self.traffic)
+
+    @property
+    def padding(self) -> float:
+        """How many of the moved bytes are padding."""
+        return math.fsum(row.padding for row in self.traffic)
 
     @property
     def estimate(self) -> Estimate | None:
@@ -69,47 +90,9 @@ class Program:
         return estimate(
             self.chip,
             flops=self.products / (self.mesh[0] * self.mesh[1]),
-            memory_bytes=self.xla_bytes,
+            memory_bytes=self.moved,
             link_bytes=sum(item.moved for item in self.collectives),
         )
-
-
-def topology_devices(topology: str) -> Sequence[jax.Device]:
-    """Devices of a TPU topology such as "v5e:16x16"; "cpu:8" has eight fake ones, for trials.
-
-    Raises:
-        UserError: there is no such topology, or libtpu is not installed.
-    """
-    generation, _, shape = topology.partition(":")
-    if generation == "cpu" and shape.isdecimal() and int(shape):
-        try:
-            jax.config.update("jax_num_cpu_devices", int(shape))
-        except RuntimeError:  # too late: JAX is in use already
-            pass
-        if len(devices := jax.devices("cpu")) < int(shape):
-            raise UserError(f"{topology}, but this process has {len(devices)} CPU devices already", argument="topology")
-        return devices[: int(shape)]
-    if not re.fullmatch(r"v\w+:\d+(x\d+){1,2}", topology):
-        raise UserError(
-            f"{topology}: expected a TPU topology, such as v5e:2x4, v5e:16x16 or v5p:2x2x2, or cpu:8",
-            argument="topology",
-        )
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError(
-            f'{topology} needs the TPU compiler, libtpu (but no TPU): pip install "polaformer_jax[tpu]" (or -e'
-            ' ".[tpu]" in a checkout)',
-            argument="topology",
-        )
-    from jax.experimental import topologies
-
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # a machine without a TPU has no metadata server to ask
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several processes may compile at once: no chip is in use
-    try:
-        # On a v4, JAX sees both cores of a chip as one device, which a topology has to be told.
-        options = {"chip_config_name": "megacore"} if generation == "v4" else {}
-        return topologies.get_topology_desc(topology, "tpu", **options).devices
-    except Exception as error:  # of several types, by version
-        raise UserError(f"{topology}: {str(error).splitlines()[0]}", argument="topology") from error
 
 
 def compile_step(
@@ -137,13 +120,17 @@ def compile_step(
     batch = experiment.abstract_batch(config.train.batch_size)
     began = time.monotonic()
     try:
-        compiled = experiment.train_step.program(batch)
+        compiled, options = compile_first(experiment, batch, compiler_options(devices))
     except jax.errors.JaxRuntimeError as error:
         if (explained := out_of_memory(error, config)) is None:
             raise
         raise explained from error
     seconds = time.monotonic() - began
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis() or {}, compiled.as_text()
+    began = time.monotonic()
+    program = hlo.Program(text)
+    moved = by_module(program, traffic.moves(program, platform=devices[0].platform))
+    counting = time.monotonic() - began
     return Program(
         model=config.model.name,
         batch=config.train.batch_size,
@@ -154,12 +141,28 @@ def compile_step(
         state=memory.argument_size_in_bytes,
         temporary=memory.temp_size_in_bytes,
         products=experiment.step_flops(batch),
-        xla_flops=cost.get("flops", float("nan")),
-        xla_bytes=cost.get("bytes accessed", float("nan")),
-        collectives=tuple(collectives(compiled.as_text())),
+        options=options,
+        traffic=tuple(moved),
+        xla_flops=cost.get("flops"),
+        xla_bytes=cost.get("bytes accessed"),
+        collectives=tuple(collectives(text)),
         seconds=seconds,
+        counting=counting,
         total_steps=experiment.length.total,
     )
+
+
+def compile_first(
+    experiment: Experiment, batch: AnyBatch, choices: Sequence[Mapping[str, Any]]
+) -> tuple[jax.stages.Compiled, Mapping[str, Any]]:
+    """The training step compiled with the first of these options that all products have a default for, and these."""
+    for options in choices[:-1]:
+        try:
+            return experiment.train_step.program(batch, options), options
+        except jax.errors.JaxRuntimeError as error:
+            if not no_default(error):
+                raise
+    return experiment.train_step.program(batch, choices[-1]), choices[-1]
 
 
 def out_of_memory(error: Exception, config: ml_collections.ConfigDict) -> OutOfMemoryError | None:

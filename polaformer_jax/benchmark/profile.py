@@ -24,6 +24,7 @@ from polaformer_jax.hardware.host_memory import keep_freed_memory
 # These contain other operations, which are counted by themselves.
 _HOLDERS = ("while", "call", "conditional")
 _OPERATION = re.compile(r'^\s*(?:ROOT )?%?([\w.-]+) = .*?([\w-]+)\((?:.*op_name="([^"]*)")?', re.MULTILINE)
+_KERNEL_METADATA = re.compile(r"kernel_metadata=\{\n[^}]*\}")  # the only line breaks inside an instruction
 
 
 class Row(NamedTuple):
@@ -45,7 +46,7 @@ class Row(NamedTuple):
 def operations(program_text: str) -> dict[str, tuple[str, str]]:
     """Opcode and origin of each operation of a compiled program, by name."""
     found = {}
-    for match in _OPERATION.finditer(program_text):
+    for match in _OPERATION.finditer(_KERNEL_METADATA.sub("", program_text)):
         found.setdefault(match[1], (match[2], match[3] or ""))
     return found
 

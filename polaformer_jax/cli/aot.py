@@ -1,11 +1,15 @@
-"""Compiles the real training step for TPUs that are not here, and says what it needs and how fast it could be.
+"""Compiles the real training step for devices that are not here, and says what it needs and how fast it could be.
 
     polaformer aot --config pola_swin:b --topology v5e:16x16
     polaformer aot --config pola_swin:b --topology v5e:2x4 --config.mesh.fsdp=8 --csv b.csv
+    polaformer aot --config pola_swin:t --topology v5e:2x4 --traffic --traffic-csv modules.csv
     polaformer aot --config pola_pvt:s --topology v5e:2x4 --largest-batch
+    polaformer aot --config pola_pvt:t --topology h100 --config.train.batch_size=128
 
-Needs libtpu (the extras `train` and `tpu`), but neither a TPU nor the data set. Times are
-estimates from published peaks.
+TPU topologies need libtpu (the extras `train` and `tpu`), but no TPU. GPUs, h100 or the eight of a host, h100:8, need
+JAX's plugin for CUDA in the version of JAX (jax-cuda12-plugin, jax-cuda12-pjrt, nvidia-cuda-nvcc-cu12), but neither GPU
+nor driver. Nothing can be timed there: XLA takes its default for each product, where on a GPU it takes the fastest.
+The data set is not needed. Times are estimates from published peaks.
 """
 
 import sys
@@ -18,10 +22,12 @@ from polaformer_jax.errors import UserError
 def main(argv: Sequence[str] | None = None) -> int:
     parser = command.Parser("aot", __doc__)
     parser.add_config_argument(help="recipe of the training")
-    parser.add_argument("--topology", help="of the chips: v5e:16x16, v5p:2x2x2; or cpu:8 for a trial")
+    parser.add_argument("--topology", help="of the chips: v5e:16x16, v5p:2x2x2; h100, h100:8; or cpu:8 for a trial")
     parser.add_argument("--num-examples", type=command.positive_integer, help="size of the training set [ImageNet's]")
     parser.add_argument("--largest-batch", action="store_true", help="find the largest batch that fits, by compiling")
-    parser.add_argument("--csv", metavar="FILE", help="file for the same as a row of a table")
+    parser.add_argument("--traffic", action="store_true", help="print memory traffic by part of the model")
+    parser.add_argument("--csv", metavar="FILE", help="file for the report as a row of a table")
+    parser.add_argument("--traffic-csv", metavar="FILE", help="file for memory traffic by part of the model, as rows")
     return command.run(lambda: _compile(parser, sys.argv[1:] if argv is None else argv))
 
 
@@ -31,20 +37,26 @@ def _compile(parser: command.Parser, argv: Sequence[str]) -> None:
         raise UserError("--config and --topology are needed, e.g. --config pola_swin:b --topology v5e:16x16")
     import jax
 
-    from polaformer_jax.aot.compiling import compile_step, topology_devices
+    from polaformer_jax.aot import report
+    from polaformer_jax.aot.compiling import compile_step
     from polaformer_jax.aot.largest import largest_batch
-    from polaformer_jax.aot.report import describe, row
+    from polaformer_jax.aot.topologies import topology_devices
     from polaformer_jax.data.sources import IMAGENET_EXAMPLES
     from polaformer_jax.files import tables
     from polaformer_jax.training import progress
 
     progress.set_up_logging()
     tables.check_csv(args.csv)
-    # Programs are compiled for the topology and not run; a TPU of this machine is not used.
+    tables.check_csv(args.traffic_csv)
+    # Programs are compiled for the topology and not run; a TPU or GPU of this machine is not used.
     jax.config.update("jax_platforms", "cpu")
     devices = topology_devices(args.topology)
     compiling = largest_batch if args.largest_batch else compile_step
     program = compiling(config, devices, num_examples=args.num_examples or IMAGENET_EXAMPLES)
-    print(describe(program))
+    print(report.describe(program))
+    if args.traffic:
+        print("\n" + report.traffic_table(program))
     if args.csv is not None:
-        tables.write_csv(args.csv, [row(args.topology, program)])
+        tables.write_csv(args.csv, [report.row(args.topology, program)])
+    if args.traffic_csv is not None:
+        tables.write_csv(args.traffic_csv, report.traffic_rows(args.topology, program))

@@ -287,6 +287,7 @@ class PolarityAttention(nnx.Module):
         self.grid, self.sr_ratio, self.alpha = tuple(grid), sr_ratio, alpha
         self.projections, self.drop_rate, self.attention_impl = projections, drop_rate, attention_impl
 
+    @jax.named_scope("attention")
     def __call__(
         self,
         x: jax.Array,

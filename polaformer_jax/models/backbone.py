@@ -55,12 +55,14 @@ class Backbone(nnx.Module):
             ValueError: the images' shape or dtype does not fit, or random numbers are needed and rngs is None.
         """
         pooled = self.pooled(images, train=train, rngs=rngs)
-        return pooled if self.head is None else self.head(pooled)
+        with jax.named_scope("head"):
+            return pooled if self.head is None else self.head(pooled)
 
     def pooled(self, images: jax.Array, train: bool = False, rngs: nnx.Rngs | None = None) -> jax.Array:
         """The classifier's input: (batch, channels of the last stage), at least float32."""
         *_, tokens = self._stages(images, self._key_source(images, train, rngs))
-        return self._pool(tokens)
+        with jax.named_scope("head"):
+            return self._pool(tokens)
 
     def features(
         self, images: jax.Array, train: bool = False, rngs: nnx.Rngs | None = None, *, mask: jax.Array | None = None
@@ -98,7 +100,8 @@ class Backbone(nnx.Module):
         x = images
         for i in range(len(STRIDES)):
             static = {"grid": self._grid(images, i)}
-            x = self._enter(i, x, static["grid"], next_key)
+            with jax.named_scope("patch_embedding"):
+                x = self._enter(i, x, static["grid"], next_key)
             for block in self.blocks(i):
                 key = next_key()
                 x = rematerialised(block, x, key, static=static) if self.remat else block(x, key, **static)

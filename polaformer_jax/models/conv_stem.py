@@ -14,6 +14,7 @@ class Downsample(nnx.Module):
         self.reduction = Conv(3, dim, out, stride=2, **types)
         self.norm = BatchNorm(out, param_dtype=types["param_dtype"], rngs=types["rngs"])
 
+    @jax.named_scope("patch_merging")
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
         return conv_norm(self.reduction, self.norm, x, mask)
 
@@ -37,6 +38,7 @@ class Stem(nnx.Module):
             layers += [conv, BatchNorm(features_out, **norm), Activation()]
         self.proj = nnx.List(layers[:-1])
 
+    @jax.named_scope("patch_embedding")
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
         layers = list(self.proj)
         for i in range(0, len(layers), 3):

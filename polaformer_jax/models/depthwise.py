@@ -43,6 +43,7 @@ def _upsample_by_index(v: jax.Array, tokens: int) -> jax.Array:
     return v[:, before] * (1 - weight) + v[:, np.minimum(before + 1, keys - 1)] * weight
 
 
+@jax.named_scope("depthwise_conv")
 def depthwise_conv(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, grid: tuple[int, ...]) -> jax.Array:
     """Depthwise convolution with zero padding that keeps the size, one kernel shared by all heads.
 

@@ -92,9 +92,17 @@ def linear(
     )
 
 
-def layer_norm(features: int, *, epsilon: float, dtype, param_dtype, rngs) -> nnx.LayerNorm:
+class LayerNorm(nnx.LayerNorm):
+    """`nnx.LayerNorm` under a name of its own in compiled programs."""
+
+    @jax.named_scope("layer_norm")
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return super().__call__(x)
+
+
+def layer_norm(features: int, *, epsilon: float, dtype, param_dtype, rngs) -> LayerNorm:
     """LayerNorm with statistics in at least float32; in two passes, since E[x²] - E[x]² cancels."""
-    return nnx.LayerNorm(
+    return LayerNorm(
         features,
         epsilon=epsilon,
         use_fast_variance=False,
@@ -168,6 +176,7 @@ class PatchEmbed(nnx.Module):
         self.proj = PatchConv(size, features_in, features_out, **types)
         self.norm = layer_norm(features_out, epsilon=1e-5, **types) if patch_norm else None
 
+    @jax.named_scope("patch_embedding")
     def __call__(self, x: jax.Array) -> jax.Array:
         """(B, H, W, in) -> (B, H/size * W/size, out)"""
         x = self.proj(x)
@@ -189,6 +198,7 @@ class Mlp(nnx.Module):
         self.fc2 = linear(hidden, dim, **types)
         self.drop_rate = drop_rate
 
+    @jax.named_scope("mlp")
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         key1, key2 = split_key(key, 2)
         x = dropout(gelu(self.fc1(x)), self.drop_rate, key1)
@@ -219,6 +229,7 @@ class Block(ResidualBlock):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop_rate=drop_rate, **types)
         self.drop_path = drop_path
 
+    @jax.named_scope("block")
     def __call__(self, x: jax.Array, key: jax.Array | None = None, **context) -> jax.Array:
         """(B, N, C) -> (B, N, C); `context` is passed on to the attention: the `grid` of a map, or a mask."""
         key_attn, key_path1, key_mlp, key_path2 = split_key(key, 4)
@@ -270,6 +281,7 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
 
 
+@jax.named_scope("stochastic_depth")
 def stochastic_depth(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Drops the whole branch x for each sample with probability `rate`; kept ones are scaled by 1 / (1 - rate)."""
     if key is None or rate == 0:

@@ -20,6 +20,7 @@ class PlainAttention(nnx.Module):
         self.proj = linear(dim, dim, **types)
         self.kind, self.num_heads, self.drop_rate = kind, num_heads, drop_rate
 
+    @jax.named_scope("attention")
     def __call__(self, x: jax.Array, key: jax.Array | None = None, *, mask: jax.Array) -> jax.Array:
         """(B, N, C) -> (B, N, C); `mask` (B, N) is True at valid tokens."""
         q, k, v = self.project(x)
@@ -35,6 +36,7 @@ class PlainAttention(nnx.Module):
         return q, k, v
 
 
+@jax.named_scope("softmax_attention")
 def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, mask: jax.Array) -> jax.Array:
     """Softmax attention, (B, N, h, d) each; `mask` (B, N) is True at valid keys."""
     mask = mask[:, None, None, :]
@@ -50,6 +52,7 @@ def _relu(x: jax.Array) -> jax.Array:
     return jnp.where(x <= 0, 0, x)
 
 
+@jax.named_scope("relu_attention")
 def relu_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, mask: jax.Array) -> jax.Array:
     """Linear attention with the feature map relu, (B, N, h, d) each; `mask` (B, N) is True at valid keys."""
     full = accumulation_dtype(q.dtype)

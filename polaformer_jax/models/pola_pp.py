@@ -48,6 +48,7 @@ class FeedForward(nnx.Module):
         self.dwconv = ConvParams((3, 3), 1, hidden, init=normal_init, param_dtype=param_dtype, rngs=rngs)
         self.fc2 = linear(hidden, dim, uniform=True, **types)
 
+    @jax.named_scope("mlp")
     def __call__(self, x: jax.Array, grid: Grid) -> jax.Array:
         u = gelu(self.fc1(x))
         y = depthwise_conv(u, self.dwconv.kernel[...], self.dwconv.bias[...], grid=grid)
@@ -90,6 +91,7 @@ class PPBlock(ResidualBlock):
         self.gamma_2 = constant(layer_scale, (1, 1, 1, dim), **shape) if scaled else None
         self.drop_path = drop_path
 
+    @jax.named_scope("block")
     def __call__(self, x: jax.Array, key: jax.Array | None = None, *, grid: Grid) -> jax.Array:
         """(B, N, C) -> (B, N, C)"""
         key1, key2 = split_key(key, 2)
@@ -274,11 +276,12 @@ class PolaPP(Backbone):
         """The classifier's input, (batch, projection); without a classifier the mean of the last stage's map."""
         mask = self._mask(images, train, mask)
         *_, x = self._maps(images, self._key_source(images, train, rngs), mask)
-        if self.head is None:
-            return jnp.mean(x, axis=(1, 2), dtype=accumulation_dtype(x.dtype))
-        x = conv_norm(self.proj, self.norm, x, mask)
-        x = x.astype(accumulation_dtype(x.dtype))
-        return jnp.mean(jax.nn.silu(x), axis=(1, 2))
+        with jax.named_scope("head"):
+            if self.head is None:
+                return jnp.mean(x, axis=(1, 2), dtype=accumulation_dtype(x.dtype))
+            x = conv_norm(self.proj, self.norm, x, mask)
+            x = x.astype(accumulation_dtype(x.dtype))
+            return jnp.mean(jax.nn.silu(x), axis=(1, 2))
 
     def features(self, images, train=False, rngs=None, *, mask=None) -> list[jax.Array]:
         """The output of each stage before the layers between stages: (batch, H / s, W / s, C), s = 4, 8, 16, 32."""
@@ -330,6 +333,7 @@ class Classifier(Conv):
         super().__init__(1, features_in, features_out, **types)
         self.out_features = features_out
 
+    @jax.named_scope("head")
     def __call__(self, x: jax.Array) -> jax.Array:
         """(B, in) -> (B, out)"""
         return self.apply(x[:, None, None, :], self.kernel[...], self.bias[...])[:, 0, 0]

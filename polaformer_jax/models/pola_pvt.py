@@ -53,12 +53,14 @@ class SpatialReductionAttention(nnx.Module):
         self.proj = linear(dim, dim, **types)
         self.num_heads, self.sr_ratio, self.drop_rate = num_heads, sr_ratio, drop_rate
 
+    @jax.named_scope("attention")
     def __call__(self, x: jax.Array, key: jax.Array | None = None, *, grid: Grid) -> jax.Array:
         """(B, N, C) -> (B, N, C)"""
         q, k, v = self.project(x, grid)
-        scores = product("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        y = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape)
+        with jax.named_scope("softmax_attention"):
+            scores = product("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
+            weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+            y = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape)
         return dropout(self.proj(y), self.drop_rate, key)
 
     def project(self, x: jax.Array, grid: Grid) -> tuple[jax.Array, jax.Array, jax.Array]:

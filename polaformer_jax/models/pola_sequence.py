@@ -52,6 +52,7 @@ class Head(nnx.Module):
         self.fc1 = linear(features, hidden, dtype=accumulation_dtype(dtype), **types)
         self.fc2 = linear(hidden, num_classes, dtype=accumulation_dtype(dtype), **types)
 
+    @jax.named_scope("head")
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.fc2(jax.nn.relu(self.fc1(x)))
 
@@ -215,14 +216,16 @@ class PolaSequence(nnx.Module):
         tokens, length = self._flat(sequences)
         x, mask = self._embed(tokens, length)  # (B * texts, N, C), (B * texts, N)
         next_key = self._key_source(train, rngs)
-        x = dropout(x, self.config.drop_rate, next_key())
+        with jax.named_scope("patch_embedding"):
+            x = dropout(x, self.config.drop_rate, next_key())
         for block in self.blocks:
             apply = rematerialised if self.remat else type(block).__call__
             x = apply(block, x, next_key(), mask=mask)
-        x = jnp.where(mask[:, :, None], self.norm(x), 0)
-        total = jnp.sum(x, axis=1, dtype=accumulation_dtype(x.dtype))
-        mean = total / jnp.maximum(length, 1).astype(total.dtype).reshape(-1, 1)
-        return mean.reshape(-1, self.config.texts, mean.shape[-1])
+        with jax.named_scope("head"):
+            x = jnp.where(mask[:, :, None], self.norm(x), 0)
+            total = jnp.sum(x, axis=1, dtype=accumulation_dtype(x.dtype))
+            mean = total / jnp.maximum(length, 1).astype(total.dtype).reshape(-1, 1)
+            return mean.reshape(-1, self.config.texts, mean.shape[-1])
 
     def tokens_before(self, sequences: Sequences, *, block: int) -> tuple[jax.Array, jax.Array]:
         """The input of a block, counted from 0, in evaluation: tokens (B * texts, N, C) and mask (B * texts, N)."""
@@ -250,6 +253,7 @@ class PolaSequence(nnx.Module):
                 raise ValueError(f"{name} have type {array.dtype}, expected integers")
         return tokens.reshape(-1, tokens.shape[-1]), length.reshape(-1)
 
+    @jax.named_scope("patch_embedding")
     def _embed(self, tokens: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
         positions = jnp.arange(tokens.shape[1])
         mask = positions.reshape(1, -1) < length.reshape(-1, 1)

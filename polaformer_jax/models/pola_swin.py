@@ -47,6 +47,7 @@ class PatchMerging(nnx.Module):
         self.norm = layer_norm(4 * dim, epsilon=EPSILON, **types)
         self.reduction = linear(4 * dim, 2 * dim, use_bias=False, **types)
 
+    @jax.named_scope("patch_merging")
     def __call__(self, x: jax.Array, grid: Grid) -> jax.Array:
         """(B, N, C) -> (B, N/4, 2C); `grid` is that of the N tokens."""
         batch, _, dim = x.shape

@@ -68,6 +68,7 @@ class LinearAttention(nnx.Module):
         q, k, _, _ = jnp.split(self.qkvg(x), 4, axis=-1)
         return linear_features(_heads(q, self.num_heads), _heads(k, self.num_heads), self.s1[...], self.s2[...])
 
+    @jax.named_scope("attention")
     def __call__(self, x: jax.Array, grid: Grid) -> jax.Array:
         """(B, N, C) -> (B, N, C)"""
         q, k, v, g = jnp.split(self.qkvg(x), 4, axis=-1)
@@ -137,6 +138,7 @@ class SoftmaxAttention(nnx.Module):
         self.proj = linear(dim, dim, uniform=True, **types)
         self.num_heads = num_heads
 
+    @jax.named_scope("attention")
     def __call__(self, x: jax.Array, grid: Grid) -> jax.Array:
         """(B, N, C) -> (B, N, C)"""
         q, k, v, g = jnp.split(self.qkvo(x), 4, axis=-1)
@@ -144,6 +146,7 @@ class SoftmaxAttention(nnx.Module):
         y = y + depthwise_conv(v, self.lepe.kernel[...], self.lepe.bias[...], grid=grid)
         return self.proj((y * g).astype(x.dtype))
 
+    @jax.named_scope("softmax_attention")
     def turned(self, x: jax.Array, grid: Grid) -> jax.Array:
         """Queries or keys (B, N, C) with rotary positions, (B, h, N, d)."""
         heads = _heads(x, self.num_heads)

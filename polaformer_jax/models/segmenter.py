@@ -201,11 +201,13 @@ class Segmenter(nnx.Module):
                 key = rngs.dropout()
         else:
             mask = None
-        logits = self.decode_head(maps if self.neck is None else self.neck(maps), mask=mask, key=key)
+        with jax.named_scope("head"):
+            logits = self.decode_head(maps if self.neck is None else self.neck(maps), mask=mask, key=key)
         if not train or self.auxiliary_head is None:
             return Scores(logits)
         key = None if key is None else jax.random.fold_in(key, 1)
-        return Scores(logits, self.auxiliary_head(maps[2], mask=mask, key=key))
+        with jax.named_scope("head"):
+            return Scores(logits, self.auxiliary_head(maps[2], mask=mask, key=key))
 
     @property
     def remat(self) -> bool:

@@ -25,6 +25,7 @@ class WindowAttention(nnx.Module):
         )
         self.num_heads, self.window, self.drop_rate = num_heads, window, drop_rate
 
+    @jax.named_scope("attention")
     def __call__(self, x: jax.Array, key: jax.Array | None = None, *, windows: Windows) -> jax.Array:
         """(B * windows, n, C) -> the same, n = window². Pairs that only a shift brought together are masked out.
 
@@ -32,11 +33,12 @@ class WindowAttention(nnx.Module):
         """
         batch, n, dim = x.shape
         q, k, v = self.project(x)
-        scores = product("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
-        bias = self.bias(windows, scores.dtype)
-        scores = scores.reshape(-1, bias.shape[1], self.num_heads, n, n) + bias
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(batch, self.num_heads, n, n)
-        y = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(batch, n, dim)
+        with jax.named_scope("softmax_attention"):
+            scores = product("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
+            bias = self.bias(windows, scores.dtype)
+            scores = scores.reshape(-1, bias.shape[1], self.num_heads, n, n) + bias
+            weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(batch, self.num_heads, n, n)
+            y = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(batch, n, dim)
         return dropout(self.proj(y), self.drop_rate, key)
 
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -34,6 +34,7 @@ class Windows(NamedTuple):
         height, width = (shift if side > window else 0 for side in grid)
         return cls(grid, window, (height, width))
 
+    @jax.named_scope("windows")
     def cut(self, x: jax.Array) -> jax.Array:
         """Tokens (B, N, C) of maps -> (B * windows, n, C), n = window²; those of one map are adjacent, row by row.
 
@@ -50,6 +51,7 @@ class Windows(NamedTuple):
         x = x.reshape(batch, rows, self.window, columns, self.window, channels).transpose(0, 1, 3, 2, 4, 5)
         return x.reshape(batch * rows * columns, self.window**2, channels)
 
+    @jax.named_scope("windows")
     def join(self, x: jax.Array) -> jax.Array:
         """The inverse of `cut`; padding is cut off."""
         channels = x.shape[-1]

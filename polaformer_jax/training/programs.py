@@ -46,12 +46,16 @@ class ProgramCache:
     def __call__(self, first: Any, batch: Mapping[str, jax.Array]) -> Any:
         return (self.program(batch) if self._compiled else self._function)(first, batch)
 
-    def program(self, batch: AnyBatch) -> jax.stages.Compiled:
-        """The program for batches like this one, which may be abstract (`jax.ShapeDtypeStruct`)."""
-        key = batch_shapes(batch)
+    def program(self, batch: AnyBatch, options: Mapping[str, Any] | None = None) -> jax.stages.Compiled:
+        """The program for batches like this one, which may be abstract (`jax.ShapeDtypeStruct`).
+
+        `options` are for the compiler, besides the cache's own.
+        """
+        options = {**(self._options or {}), **(options or {})}
+        key = (*batch_shapes(batch), *sorted(options.items()))
         if key not in self._programs:
             began = time.monotonic()
-            self._programs[key] = self._function.lower(self._abstract, abstract(batch)).compile(self._options)
+            self._programs[key] = self._function.lower(self._abstract, abstract(batch)).compile(options)
             name, leaf = max(batch.items(), key=lambda item: math.prod(item[1].shape))
             log.info("compiled the %s for %s %s in %.1f s", self.name, name, leaf.shape, time.monotonic() - began)
         return self._programs[key]

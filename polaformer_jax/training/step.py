@@ -59,7 +59,8 @@ def make_train_step(
     constrain = Constraints(mesh)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
-        batch = task.augment(batch, lambda purpose: purpose_key(seed, state.step, purpose))
+        with jax.named_scope("augmentation"):
+            batch = task.augment(batch, lambda purpose: purpose_key(seed, state.step, purpose))
         total = jnp.sum(batch.get("weight", batch["mask"]))
 
         def loss_fn(params, part: Batch, key: jax.Array, running: dict):
@@ -69,16 +70,18 @@ def make_train_step(
             model, context = nnx.merge(graphdef, params), {"mask": part["mask"]} if statistics else {}
             outputs = model(part["inputs"], train=True, rngs=nnx.Rngs(dropout=key), **context)
             running = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
-            # The loss is in at least float32, whatever the model's dtype.
-            outputs = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), outputs)
-            losses = task.losses(outputs, part)
-            if "weight" in part:
-                losses, counted = losses * part["weight"], jnp.sum(part["weight"])
-            else:
-                counted = jnp.sum(part["mask"])
-            summed = jnp.sum(jnp.where(part["mask"], losses, 0))
-            loss = summed / jnp.maximum(total, 1).astype(losses.dtype)
-            return loss, ({**task.metrics(outputs, part), "loss": (summed, counted.astype(summed.dtype))}, running)
+            with jax.named_scope("loss"):
+                # In at least float32, whatever the model's dtype.
+                outputs = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), outputs)
+                losses = task.losses(outputs, part)
+                if "weight" in part:
+                    losses, counted = losses * part["weight"], jnp.sum(part["weight"])
+                else:
+                    counted = jnp.sum(part["mask"])
+                summed = jnp.sum(jnp.where(part["mask"], losses, 0))
+                loss = summed / jnp.maximum(total, 1).astype(losses.dtype)
+                sums = {**task.metrics(outputs, part), "loss": (summed, counted.astype(summed.dtype))}
+            return loss, (sums, running)
 
         def backward(part: Batch, key: jax.Array, running: dict):
             with constrain.known():
@@ -97,22 +100,24 @@ def make_train_step(
 
             def add(carry, part):
                 found, running = backward(*part, carry[1])
-                return (jax.tree.map(jnp.add, carry[0], found), running), None
+                with jax.named_scope("optimizer"):
+                    return (jax.tree.map(jnp.add, carry[0], found), running), None
 
             ((loss, sums, grads), running), _ = jax.lax.scan(add, (zeros, running), parts)
-        grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        with jax.named_scope("optimizer"):
+            grad_norm = optax.tree.norm(grads)
+            finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = _replaced(optax.apply_updates(state.params, updates), running)
-        ema = None
-        if ema_decay is not None:
-            ema = jax.tree.map(lambda old, new: ema_decay * old + (1 - ema_decay) * new, state.ema, params)
-        params, opt_state, ema = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (params, opt_state, ema),
-            (state.params, state.opt_state, state.ema),
-        )
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = _replaced(optax.apply_updates(state.params, updates), running)
+            ema = None
+            if ema_decay is not None:
+                ema = jax.tree.map(lambda old, new: ema_decay * old + (1 - ema_decay) * new, state.ema, params)
+            params, opt_state, ema = jax.tree.map(
+                lambda new, old: jnp.where(finite, new, old),
+                (params, opt_state, ema),
+                (state.params, state.opt_state, state.ema),
+            )
 
         one = jnp.ones((), jnp.float32)
         sums |= {

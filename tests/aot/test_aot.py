@@ -2,10 +2,10 @@
 
 import csv
 import dataclasses
-import importlib.util
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 
 from polaformer_jax.aot import report
+from polaformer_jax.aot.attribution import OPTIMIZER, OTHER
 from polaformer_jax.aot.collectives import collectives, totals
-from polaformer_jax.aot.compiling import OutOfMemoryError, compile_step, out_of_memory, topology_devices
+from polaformer_jax.aot.compiling import OutOfMemoryError, compile_first, compile_step, out_of_memory
 from polaformer_jax.aot.largest import largest
 from polaformer_jax.aot.roofline import estimate
+from polaformer_jax.aot.topologies import topology_devices
 from polaformer_jax.cli import aot as command
 from polaformer_jax.errors import UserError
 from polaformer_jax.files import tables
@@ -177,29 +179,6 @@ def test_what_the_compiler_says_of_memory():
     assert out_of_memory(other, get_config()) is None
 
 
-# --- topologies
-
-
-@pytest.mark.parametrize(
-    "topology, message",
-    [
-        ("v5e", "expected a TPU topology, such as v5e:2x4"),
-        ("v5e:2by4", "expected a TPU topology"),
-        ("cpu:0", "expected a TPU topology"),
-        ("cpu:9", "this process has 8 CPU devices already"),
-    ],
-)
-def test_topologies_that_cannot_be(topology, message):
-    with pytest.raises(UserError, match=message):
-        topology_devices(topology)
-
-
-def test_without_libtpu(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"needs the TPU compiler, libtpu .but no TPU.: .*polaformer_jax\[tpu\]"):
-        topology_devices("v5e:2x4")
-
-
 # --- a whole step, for fake devices
 
 
@@ -227,6 +206,17 @@ def test_a_step_is_compiled_without_data(program):
     assert program.estimate is None
 
 
+def test_its_traffic_is_counted_by_part(program):
+    parts = {row.module for row in program.traffic}
+    assert parts >= {"MLP", "polarity attention", "heads, loss, metrics", OPTIMIZER, "augmentation"}
+    assert sum(row.bytes for row in program.traffic if row.module == OTHER) < 0.01 * program.moved
+    assert program.padding == 0  # a CPU's memory has no tiles
+    # XLA's count here includes little that is not moved.
+    assert 0.5 < program.moved / program.xla_bytes < 2
+    optimizer = sum(row.bytes for row in program.traffic if row.module == OPTIMIZER)
+    assert optimizer > 3 * program.state / 4  # parameters, two moments and the average, most of them split in two
+
+
 def test_products_agree_with_the_count_of_xla(program):
     assert 0.7 < program.products / (4 * program.xla_flops) < 1.0  # which counts the rest of the arithmetic too
 
@@ -239,6 +229,57 @@ def test_it_is_described_and_written(program, tmp_path):
     (row,) = csv.DictReader((tmp_path / "a.csv").read_text().splitlines())
     assert (row["model"], row["batch"], row["estimated_step_ms"]) == ("pola_pvt_nano", "16", "")
     assert float(row["all-gather_mib"]) > 0
+    assert float(row["traffic_gib"]) == pytest.approx(program.moved / 2**30, abs=1e-3)
+    assert float(row["padding_gib"]) == 0
+
+
+def test_traffic_is_tabulated(program):
+    head, *lines, total, of_xla = report.traffic_table(program).splitlines()
+    assert head.split() == ["memory", "traffic,", "MiB", "forward", "backward", "both", "share", "padding", "copies"]
+    assert total.startswith("all") and f"{program.moved / 2**20:.1f}" in total and "100.0 %" in total
+    assert of_xla.split() == ["as", "XLA", "counts", f"{program.xla_bytes / 2**20:.1f}"]
+    assert len(lines) == len({row.module for row in program.traffic})
+    (optimizer,) = (line for line in lines if line.startswith(OPTIMIZER))
+    assert optimizer.removeprefix(OPTIMIZER).split()[:2] == ["-", "-"]  # it has no passes
+    rows = report.traffic_rows("cpu:4", program)
+    moved = sum(row["read_mib"] + row["written_mib"] for row in rows)
+    assert moved == pytest.approx(program.moved / 2**20, rel=1e-3)
+    assert {row["pass"] for row in rows} == {"forward", "backward", ""}
+
+
+def test_the_estimate_takes_the_true_traffic(program):
+    chip = CHIPS[1]
+    known = dataclasses.replace(program, chip=chip, xla_bytes=1e30)
+    assert known.estimate.memory == pytest.approx(program.moved / chip.memory_bandwidth)
+
+
+def test_what_xla_does_not_count_is_a_dash(program):
+    """As for GPUs that are not present."""
+    without = dataclasses.replace(program, xla_bytes=None, xla_flops=None, options={"xla_gpu_autotune_level": 0})
+    text = report.describe(without)
+    assert "- as XLA counts it" in text and "- on one chip as XLA counts them" in text
+    assert "compiler options     xla_gpu_autotune_level=0" in text
+    assert "as XLA counts" not in report.traffic_table(without)
+    row = report.row("h100", without)
+    assert row["xla_gib_per_chip"] is None and row["xla_flops_per_chip"] is None and row["traffic_gib"] > 0
+
+
+def test_products_that_have_no_default_are_compiled_with_the_next_options():
+    tried = []
+
+    def program(batch, options):
+        tried.append(options)
+        if options == {"a": 1}:
+            raise jax.errors.JaxRuntimeError("INTERNAL: Couldn't find output tile sizes that satisfy hlo: %dot")
+        if options == {"b": 1}:
+            raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+        return "compiled"
+
+    experiment = types.SimpleNamespace(train_step=types.SimpleNamespace(program=program))
+    assert compile_first(experiment, {}, [{"a": 1}, {"c": 1}]) == ("compiled", {"c": 1})
+    assert tried == [{"a": 1}, {"c": 1}]
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        compile_first(experiment, {}, [{"b": 1}, {"c": 1}])
 
 
 def test_times_are_called_estimates(program):
@@ -256,7 +297,8 @@ def test_a_batch_that_cannot_be_split_is_refused():
 @pytest.mark.slow
 def test_the_command(tmp_path):
     words = ["--config", "digits", "--topology", "cpu:4", "--config.mesh.fsdp=2", "--num_examples", "1437"]
-    words += ["--config.model.kernel_size=1", "--csv", str(tmp_path / "a.csv")]
+    words += ["--config.model.kernel_size=1", "--traffic", "--csv", str(tmp_path / "a.csv")]
+    words += ["--traffic-csv", str(tmp_path / "parts.csv")]
     line = [sys.executable, "-m", "polaformer_jax.cli", "aot", *words]
     done = subprocess.run(line, env=os.environ | {"XLA_FLAGS": FLAGS}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -264,6 +306,9 @@ def test_the_command(tmp_path):
     lines = (tmp_path / "a.csv").read_text().splitlines()
     assert lines[0].startswith("model,topology")
     assert np.isfinite(float(next(csv.DictReader(lines))["memory_gib"]))
+    assert "memory traffic, MiB" in done.stdout
+    parts = {row["module"] for row in csv.DictReader((tmp_path / "parts.csv").read_text().splitlines())}
+    assert {"MLP", "polarity attention"} < parts
 
 
 def test_the_command_without_a_topology(capsys):

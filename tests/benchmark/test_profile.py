@@ -17,6 +17,9 @@ HloModule jit_f
 ENTRY %main {
   %while.5 = (s32[], f32[4]{0}) while(%tuple.1), condition=%c, body=%body, metadata={op_name="jit(f)/while"}
   %dot.1 = f32[8,8]{1,0} dot(%a, %b), lhs_contracting_dims={1}, metadata={op_name="jit(f)/dot_general" source_line=3}
+  %kernel.1 = f32[8,8]{1,0} custom-call(%dot.1), frontend_attributes={kernel_metadata={
+"reads":"2"
+}}, metadata={op_name="jit(f)/kernel/pallas_call"}
   ROOT %copy.7 = f32[8,8]{0,1} copy(%dot.1)
 }
 """
@@ -27,6 +30,7 @@ def test_a_program_names_its_operations():
         "add_multiply_fusion.2": ("fusion", "jit(f)/while/body/mul"),
         "while.5": ("while", "jit(f)/while"),
         "dot.1": ("dot", "jit(f)/dot_general"),
+        "kernel.1": ("custom-call", "jit(f)/kernel/pallas_call"),
         "copy.7": ("copy", ""),
     }
 

@@ -91,7 +91,7 @@ import warnings
 warnings.simplefilter("ignore")
 from jax.experimental import topologies
 
-from polaformer_jax.aot.compiling import topology_devices
+from polaformer_jax.aot.topologies import topology_devices
 from polaformer_jax.training.sharding import arranged
 
 found = []

@@ -71,7 +71,7 @@ def _call(kernel, plan: Plan, interpret: bool, arrays, results, squares, passes_
         one = operands[name[0]].shape
         return jax.ShapeDtypeStruct(one if len(name) == 1 else (batch, len(name), *one[1:]), narrow)
 
-    several = max(plan.query_blocks, plan.key_blocks) > 1
+    several, reads = max(plan.query_blocks, plan.key_blocks) > 1, _reads(plan, arrays, passes_over_keys)
     found = pl.pallas_call(
         functools.partial(kernel, plan, tuple(arrays)),
         grid=(plan.channels // plan.group, batch, passes_over_keys * plan.key_blocks + plan.query_blocks),
@@ -83,7 +83,8 @@ def _call(kernel, plan: Plan, interpret: bool, arrays, results, squares, passes_
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=tpu_plan.WHOLE + MARGIN if plan.whole and several else None,
         ),
-        cost_estimate=_cost(plan, arrays, results, passes_over_keys),
+        cost_estimate=_cost(plan, arrays, results, passes_over_keys, reads),
+        metadata={"reads": " ".join(str(reads[name]) for name in arrays)},  # for `aot --traffic`
         interpret=interpret,
         name=kernel.__name__.strip("_"),
     )(*operands.values())
@@ -135,12 +136,19 @@ def _specs(plan: Plan, passes_over_keys: int) -> dict[str, pl.BlockSpec]:
     }
 
 
-def _cost(plan: Plan, arrays, results, passes_over_keys: int) -> pl.CostEstimate:
+def _reads(plan: Plan, arrays, passes_over_keys: int) -> dict[str, int]:
+    """How often each array is read from the device's memory."""
+    reads = dict.fromkeys(arrays, 1)
+    if plan.key_blocks > 1 and not plan.whole:  # otherwise keys stay for both passes, and the table for all examples
+        reads |= {name: passes_over_keys for name in ("k", "v", "mask") if name in arrays}
+        reads["table"] = arrays["q"].shape[0] * passes_over_keys
+    return reads
+
+
+def _cost(plan: Plan, arrays, results, passes_over_keys: int, reads: dict[str, int]) -> pl.CostEstimate:
     """The estimate for the compiler: bytes as often as blocks are read, and the operations of both passes."""
-    batch, keys = arrays["q"].shape[0], arrays["k"].size
-    again = plan.key_blocks > 1 and not plan.whole  # keys are read in each pass, and the table for each example
-    passes = dict.fromkeys(("k", "v", "mask"), passes_over_keys) | {"table": batch * passes_over_keys} if again else {}
-    read = sum(array.nbytes * passes.get(name, 1) for name, array in arrays.items())
+    keys = arrays["k"].size
+    read = sum(array.nbytes * reads[name] for name, array in arrays.items())
     written = sum(arrays[name].nbytes for result in results if result != "each" for name in result)
     products = {1: 4 * keys + 4 * arrays["q"].size, 2: 10 * keys + 12 * arrays["q"].size}[passes_over_keys]
     return pl.CostEstimate(
