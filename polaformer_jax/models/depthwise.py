@@ -71,6 +71,7 @@ def _on_grid(x: jax.Array, grid: tuple[int, ...]) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames="grid")
+@jax.named_scope("depthwise_conv")
 def rounded_depthwise_conv(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, grid: tuple[int, ...]) -> jax.Array:
     """`depthwise_conv` rounded to the dtype of x, which has gradients only: for kernels, which take it so.
 

@@ -20,7 +20,6 @@ from polaformer_jax.models.kernels.polarity.tpu_plan import plan, supported
 __all__ = ["backward", "forward", "plan", "supported"]
 
 WITH_TOKENS = ("q", "k", "v", "g", "u", "table", "y_bar", "w")
-MARGIN = 24 * 2**20  # bytes of memory for what a step computes, where more than the compiler's own limit is needed
 
 
 def forward(plan: Plan, interpret: bool, arrays: dict[str, jax.Array]) -> jax.Array:
@@ -71,7 +70,7 @@ def _call(kernel, plan: Plan, interpret: bool, arrays, results, squares, passes_
         one = operands[name[0]].shape
         return jax.ShapeDtypeStruct(one if len(name) == 1 else (batch, len(name), *one[1:]), narrow)
 
-    several = max(plan.query_blocks, plan.key_blocks) > 1
+    reads = _reads(plan, arrays, passes_over_keys)
     found = pl.pallas_call(
         functools.partial(kernel, plan, tuple(arrays)),
         grid=(plan.channels // plan.group, batch, passes_over_keys * plan.key_blocks + plan.query_blocks),
@@ -81,7 +80,7 @@ def _call(kernel, plan: Plan, interpret: bool, arrays, results, squares, passes_
         scratch_shapes=[pltpu.VMEM((4, plan.group, plan.group), full if wide else narrow) for wide in squares],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=tpu_plan.WHOLE + MARGIN if plan.whole and several else None,
+            vmem_limit_bytes=tpu_plan.memory_limit(plan, narrow.itemsize),
         ),
         cost_estimate=_cost(plan, arrays, results, passes_over_keys, reads),
         metadata={"reads": " ".join(str(reads[name]) for name in arrays)},  # for `aot --traffic`

@@ -17,6 +17,8 @@ SUBLANES = 16  # the axis before it, of 2 bytes
 BLOCK = 512 * LANES  # the most elements of a block; about thirty blocks are in memory at a time
 LARGEST_GROUP = 384  # channels; about twenty matrices of this side are in memory at a time
 WHOLE = 32 * 2**20  # bytes of a core's memory that all tokens of an example may take
+OF_A_STEP = 16 * 2**20  # bytes for what a step computes
+OF_BLOCKS = 7 * 2**20  # bytes that blocks of `BLOCK` elements take, of 4 bytes each
 SMALL_MEMORY = ("TPU v2", "TPU v3", "TPU v4")  # 16 MiB; later devices have at least 64
 
 
@@ -71,15 +73,27 @@ def _block(tokens: int, limit: int, multiple: int) -> int:
     return _up(even, multiple)
 
 
-def _fits(plan: Plan, size: int) -> bool:
-    """Whether all tokens of an example are in a core's memory at once, while the next example is being read.
+def bytes_at_once(plan: Plan, size: int) -> int:
+    """What the arrays of an example, of `size` bytes an element, take in memory while the next one's are being read."""
+    queries, keys = (_room(length, plan.group, plan.tokens) for length in (plan.queries, plan.keys))
+    # q, g, u and y_bar, the gradients of q and g; k, v and w, the gradients of k and v, and the table in float32.
+    return 2 * size * (6 * queries + 5 * keys) + 2 * 4 * keys
 
-    `size`: bytes of an element. They may be where they are one block; otherwise they are where memory is large enough.
+
+def memory_limit(plan: Plan, size: int) -> int | None:
+    """Bytes of memory for a kernel that reads all tokens at once; None where the compiler's own limit will do.
+
+    No more than it needs: in the rest XLA keeps arrays that would otherwise go to the device's memory and back.
+    """
+    needed = bytes_at_once(plan, size)
+    return needed + OF_A_STEP if plan.whole and needed > OF_BLOCKS else None
+
+
+def _fits(plan: Plan, size: int) -> bool:
+    """Whether all tokens of an example are in a core's memory at once.
+
+    They may be where they are one block; otherwise they are where memory is large enough.
     """
     if plan.query_blocks == plan.key_blocks == 1:
         return True
-    if placement.device_kind().startswith(SMALL_MEMORY):
-        return False
-    queries, keys = (_room(length, plan.group, plan.tokens) for length in (plan.queries, plan.keys))
-    # q, g, u and y_bar, the gradients of q and g; k, v and w, the gradients of k and v, and the table in float32.
-    return 2 * size * (6 * queries + 5 * keys) + 2 * 4 * keys <= WHOLE
+    return not placement.device_kind().startswith(SMALL_MEMORY) and bytes_at_once(plan, size) <= WHOLE
