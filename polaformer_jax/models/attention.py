@@ -105,8 +105,8 @@ def polarity_attention(
         raise ValueError(f"implementation {implementation!r}: expected one of {', '.join(ATTENTION_IMPLEMENTATIONS)}")
     if mask is not None:
         v = jnp.where(mask[:, :, None], v, 0)
-    arrays = {"q": q, "k": k, "v": v, "g": g, "table": positional_encoding, "mask": mask}
-    arrays |= {"kernel": kernel, "bias": bias}
+    arrays = {"q": q, "k": k, "v": v, "g": g, "kernel": kernel, "bias": bias}
+    arrays |= {"table": positional_encoding, "mask": mask}
     arrays["s"], arrays["p"] = rescaling(power, scale, alpha, accumulation_dtype(q.dtype))
     by_operations = functools.partial(_by_operations, grid)
     if not polarity.chosen(implementation, q.shape[1], q.shape[2], power.shape[3]):
