@@ -17,12 +17,13 @@ import numpy as np
 from flax import nnx
 
 from polaformer_jax.errors import UserError
-from polaformer_jax.models.attention import NORMALISER_EPS, PolarityAttention, signed_features
+from polaformer_jax.models.attention import NORMALISER_EPS, PolarityAttention
 from polaformer_jax.models.backbone import Backbone
 from polaformer_jax.models.layers import Grid, ResidualBlock, accumulation_dtype, product
 from polaformer_jax.models.model_config import STRIDES
 from polaformer_jax.models.rotary import rotary_tables, rotated
 from polaformer_jax.models.rotary_attention import LinearAttention, SoftmaxAttention
+from polaformer_jax.models.signed_features import signed_features
 from polaformer_jax.models.window_attention import SwinBlock
 
 STREAMS = ("same", "opposite", "softmax")

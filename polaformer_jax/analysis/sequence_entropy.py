@@ -19,10 +19,11 @@ from polaformer_jax.analysis.attention_maps import polarity_weights, row_entropy
 from polaformer_jax.errors import UserError
 from polaformer_jax.files import figures, paths
 from polaformer_jax.files.names import shown
-from polaformer_jax.models.attention import PolarityAttention, signed_features
+from polaformer_jax.models.attention import PolarityAttention
 from polaformer_jax.models.layers import accumulation_dtype, product
 from polaformer_jax.models.plain_attention import PlainAttention
 from polaformer_jax.models.pola_sequence import PolaSequence, Sequences
+from polaformer_jax.models.signed_features import signed_features
 
 # The same colour with and without the power; open marks are without it.
 COLOURS = {"same": "#2364aa", "opposite": "#73bfb8", "relu": "#e09f3e", "softmax": "#c8382c"}

@@ -27,6 +27,7 @@ MODULES = {
     "softmax_attention": "softmax attention",
     "polarity_attention": "polarity attention",
     "packed_attention": "polarity attention",
+    "projected_attention": "polarity attention",
     "rotary_linear_attention": "polarity attention",
     "relu_attention": "relu attention",
     "attention": "projections of attention",

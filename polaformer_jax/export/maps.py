@@ -6,12 +6,13 @@ import numpy as np
 
 from polaformer_jax.analysis.attention_maps import is_linear, members_of, resolve_block
 from polaformer_jax.errors import UserError
-from polaformer_jax.models.attention import NORMALISER_EPS, signed_features
+from polaformer_jax.models.attention import NORMALISER_EPS
 from polaformer_jax.models.backbone import Backbone
 from polaformer_jax.models.layers import accumulation_dtype, product
 from polaformer_jax.models.model_config import STRIDES
 from polaformer_jax.models.rotary import rotary_tables, rotated
 from polaformer_jax.models.rotary_attention import LinearAttention
+from polaformer_jax.models.signed_features import signed_features
 from polaformer_jax.models.window_attention import SwinBlock
 
 

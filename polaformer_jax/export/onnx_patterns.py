@@ -15,8 +15,9 @@ from flax import nnx
 from jax.extend import core
 
 from polaformer_jax.export import flat_program, onnx_operations
-from polaformer_jax.models.attention import polarity_attention, rescaling
+from polaformer_jax.models.attention import polarity_attention
 from polaformer_jax.models.layers import gelu, layer_norm
+from polaformer_jax.models.signed_features import rescaling
 
 _ANY = 0.8125  # stands in a reference for a number that is to be found
 

@@ -17,20 +17,18 @@ from polaformer_jax.models.depthwise import depthwise_conv, upsample_tokens
 from polaformer_jax.models.initializers import zeros
 from polaformer_jax.models.interpolation import table_on
 from polaformer_jax.models.kernels import polarity
-from polaformer_jax.models.kernels.polarity import packed
+from polaformer_jax.models.kernels.polarity import packed, projected
 from polaformer_jax.models.layers import (
     ConvParams,
     PatchConv,
     accumulation_dtype,
     dropout,
-    keeping_arguments,
     layer_norm,
     linear,
     product,
 )
 from polaformer_jax.models.model_config import Checks
-from polaformer_jax.models.powers import signed_powers
-from polaformer_jax.models.projections import project_apart
+from polaformer_jax.models.signed_features import rescaling, signed_feature_map, split_heads
 
 NORMALISER_EPS = 1e-6
 
@@ -143,15 +141,15 @@ def _by_operations(grid: tuple[int, ...], arrays: dict[str, jax.Array]) -> jax.A
     half, narrow, full = width // 2, q.dtype, s.dtype
 
     u = depthwise_conv(upsample_tokens(v, tokens), arrays["kernel"], arrays["bias"], grid=grid)
-    q_signed = _signed_powers(q, None, s, p)  # (B, N, h, 2d)
-    k_signed = _signed_powers(k, arrays["table"], s, p)  # (B, n, h, 2d)
+    q_signed = signed_feature_map(q, None, s, p)  # (B, N, h, 2d)
+    k_signed = signed_feature_map(k, arrays["table"], s, p)  # (B, n, h, 2d)
     if mask is None:
         k_mean = jnp.mean(k_signed, axis=1, dtype=full)[..., None]  # (B, h, 2d, 1)
     else:
         k_signed = jnp.where(mask[:, :, None, None], k_signed, 0)
         keys = jnp.maximum(jnp.sum(mask, axis=1), 1).astype(full).reshape(-1, 1, 1, 1)  # (B, 1, 1, 1)
         k_mean = jnp.sum(k_signed, axis=1, dtype=full)[..., None] / keys
-    kv = product("bnhk,bnhe->bhke", k_signed, _split(v, heads)) / keys  # (B, h, 2d, d)
+    kv = product("bnhk,bnhe->bhke", k_signed, split_heads(v, heads)) / keys  # (B, h, 2d, d)
     same = jnp.concatenate([kv[..., :half], k_mean], axis=-1)
     opposite = jnp.roll(jnp.concatenate([kv[..., half:], k_mean], axis=-1), width, axis=-2)  # the halves swapped
     m = jnp.concatenate([same, opposite], axis=-1).astype(narrow)  # (B, h, 2d, d + 2)
@@ -160,57 +158,6 @@ def _by_operations(grid: tuple[int, ...], arrays: dict[str, jax.Array]) -> jax.A
     o_opposite = qm[..., half + 1 : width + 1] / (qm[..., width + 1 :] + NORMALISER_EPS)
     o = jnp.concatenate([o_same, o_opposite], axis=-1).reshape(-1, tokens, channels)
     return ((o + u) * g).astype(narrow)
-
-
-def signed_features(
-    q: jax.Array,
-    k: jax.Array,
-    *,
-    power: jax.Array,
-    scale: jax.Array,
-    positional_encoding: jax.Array,
-    alpha: float,
-) -> tuple[jax.Array, jax.Array]:
-    """[q+, q-] (B, N, h, 2d) and [k+, k-] (B, n, h, 2d) of `polarity_attention`, in the dtype of `q`."""
-    s, p = rescaling(power, scale, alpha, accumulation_dtype(q.dtype))
-    return _signed_powers(q, None, s, p), _signed_powers(k, positional_encoding, s, p)
-
-
-def rescaling(power: jax.Array, scale: jax.Array, alpha: float, full) -> tuple[jax.Array, jax.Array]:
-    """s and p, (h, d)."""
-    _, heads, _, width = power.shape
-    s = jax.nn.softplus(scale.astype(full)).reshape(heads, width)
-    return s, (1 + alpha * jax.nn.sigmoid(power.astype(full))).reshape(heads, width)
-
-
-def _split(x: jax.Array, heads: int) -> jax.Array:
-    return x.reshape(*x.shape[:2], heads, -1)  # (B, N, C) -> (B, N, h, d)
-
-
-@keeping_arguments
-def _signed_powers(x: jax.Array, offset: jax.Array | None, s: jax.Array, p: jax.Array) -> jax.Array:
-    """[relu(z)^p, relu(-z)^p] of z = (x + offset) / s, in the dtype of x.
-
-    At z = 0 both are zero, and so are their gradients, as p >= 1. Where z is NaN, both are.
-
-    Args:
-        x: (B, N, C).
-        offset: (1, N, C), None for zeros.
-        s, p: (h, d).
-
-    Returns:
-        (B, N, h, 2d)
-    """
-    z = _rescaled(x, offset, s)
-    return jnp.concatenate(signed_powers(z, p[None, None]), axis=-1).astype(x.dtype)
-
-
-def _rescaled(x: jax.Array, offset: jax.Array | None, s: jax.Array) -> jax.Array:
-    """(B, N, C) -> (B, N, h, d), at least float32."""
-    x = x.astype(s.dtype)
-    if offset is not None:
-        x = x + offset.astype(s.dtype)
-    return _split(x, s.shape[0]) / s[None, None]
 
 
 class PolarityAttention(nnx.Module):
@@ -303,49 +250,56 @@ class PolarityAttention(nnx.Module):
         else:
             own, of_keys = (tuple(side // self.sr_ratio for side in sides) for sides in (self.grid, grid))
             table = table_on(self.positional_encoding[...], own, of_keys, "bicubic")
-        if mask is None and self.sr_ratio == 1 and packed.usable(self.attention_impl, self.power.shape[3]):
-            return dropout(self.proj(self._from_products(x, table, grid)), self.drop_rate, key)
-        q, k, v, g = self.project(x, grid)
-        y = polarity_attention(
-            q,
-            k,
-            v,
-            g,
-            power=self.power[...],
-            scale=self.scale[...],
-            positional_encoding=table,
-            kernel=self.dwc.kernel[...],
-            bias=self.dwc.bias[...],
-            grid=grid,
-            alpha=self.alpha,
-            mask=mask,
-            implementation=self.attention_impl,
-        )
+        y = self._attend(x, table, grid, mask)
         return dropout(self.proj(y), self.drop_rate, key)
+
+    def _attend(self, x: jax.Array, table: jax.Array, grid: tuple[int, ...], mask: jax.Array | None) -> jax.Array:
+        """y of `polarity_attention` for tokens (B, N, C)."""
+
+        def by_parts(x, implementation):
+            return polarity_attention(
+                *self.project(x, grid),
+                power=self.power[...],
+                scale=self.scale[...],
+                positional_encoding=table,
+                kernel=self.dwc.kernel[...],
+                bias=self.dwc.bias[...],
+                grid=grid,
+                alpha=self.alpha,
+                mask=mask,
+                implementation=implementation,
+            )
+
+        def together(x, kernel, **options):
+            """By a kernel that also computes the gradients of the linear layers, or part of them."""
+            s, p = rescaling(self.power[...], self.scale[...], self.alpha, accumulation_dtype(self.proj.dtype))
+            layers = {name: getattr(self, name) for name in ("qkvg", "qg", "kv") if hasattr(self, name)}
+            tokens = {name: self._reduced(x, grid) if name == "kv" else x for name in layers}
+            arrays = {"s": s, "p": p, "table": table, "grid": grid, "eps": NORMALISER_EPS}
+            return kernel(tokens, layers, self.dwc, **arrays, **options)
+
+        implementation, width = self.attention_impl, self.power.shape[3]
+        if mask is None and self.sr_ratio == 1 and packed.usable(implementation, width):
+            return together(x, packed.attention)
+        if mask is not None or not polarity.chosen(implementation, *x.shape[1:], width):
+            return by_parts(x, implementation)
+        if implementation == "pallas":
+            return together(x, projected.attention)
+        on_tpu = functools.partial(together, kernel=projected.attention, on_tpu=True)
+        return jax.lax.platform_dependent(x, tpu=on_tpu, default=lambda x: by_parts(x, "xla"))
 
     def project(
         self, x: jax.Array, grid: tuple[int, ...] | None = None
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """Tokens (B, N, C) -> q, k, v, g: queries and gates (B, N, C), keys and values (B, n, C)."""
-        apart = polarity.chosen(self.attention_impl, *x.shape[1:], self.power.shape[3])
-
-        def parts(layer: nnx.Linear, x: jax.Array, count: int):
-            return project_apart(layer, x, count) if apart else jnp.split(layer(x), count, axis=-1)
-
         if self.projections == "qkvg":
-            q, k, v, g = parts(self.qkvg, x, 4)
+            q, k, v, g = jnp.split(self.qkvg(x), 4, axis=-1)
         else:
-            q, g = parts(self.qg, x, 2)
-            k, v = parts(self.kv, self._reduced(x, grid or self.grid), 2)
+            q, g = jnp.split(self.qg(x), 2, axis=-1)
+            k, v = jnp.split(self.kv(self._reduced(x, grid or self.grid)), 2, axis=-1)
         return q, k, v, g
 
     def _reduced(self, x: jax.Array, grid: tuple[int, ...]) -> jax.Array:
         if self.sr_ratio == 1:
             return x
         return self.norm(self.sr(x.reshape(x.shape[0], *grid, -1)))  # (B, N / sr_ratio², C)
-
-    def _from_products(self, x: jax.Array, table: jax.Array, grid: tuple[int, ...]) -> jax.Array:
-        """y of `polarity_attention` from the products of the linear layers, for a GPU."""
-        s, p = rescaling(self.power[...], self.scale[...], self.alpha, accumulation_dtype(self.proj.dtype))
-        layers = {name: getattr(self, name) for name in ("qkvg", "qg", "kv") if hasattr(self, name)}
-        return packed.attention(x, layers, self.dwc, s=s, p=p, table=table, grid=grid, eps=NORMALISER_EPS)

@@ -55,11 +55,11 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, grid: tu
     Returns:
         (B, N, C), at least float32.
     """
-    kernel, bias = _of_all_heads(x, kernel, bias)
+    kernel, bias = of_all_heads(x, kernel, bias)
     return _depthwise(_on_grid(x, grid).astype(kernel.dtype), kernel).reshape(x.shape) + bias
 
 
-def _of_all_heads(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
+def of_all_heads(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Kernel (size, ..., C) and bias (1, 1, C) for all channels of x, at least float32."""
     full, heads = accumulation_dtype(x.dtype), x.shape[-1] // kernel.shape[-1]
     kernel = kernel.reshape(*kernel.shape[:-2], -1)
@@ -78,7 +78,7 @@ def rounded_depthwise_conv(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, 
     On TPUs the result and the gradient of x are rounded before they go to memory. Without being told, XLA writes what
     its convolutions return, at least float32, and rounds in the next operation: more than twice the bytes.
     """
-    return _rounded(_on_grid(x, grid), *_of_all_heads(x, kernel, bias)).reshape(x.shape)
+    return _rounded(_on_grid(x, grid), *of_all_heads(x, kernel, bias)).reshape(x.shape)
 
 
 @jax.custom_vjp

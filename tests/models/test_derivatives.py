@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from polaformer_jax.models.attention import PolarityAttention, signed_features
+from polaformer_jax.models.attention import PolarityAttention
 from polaformer_jax.models.depthwise import depthwise_conv
 from polaformer_jax.models.layers import Block, gelu, linear
+from polaformer_jax.models.signed_features import signed_features
 from tests.support.quick import QUICK
 
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
+from polaformer_jax.models.kernels.polarity.taps import Taps
 from polaformer_jax.models.layers import accumulation_dtype
 from polaformer_jax.models.powers import signed_powers, signed_powers_gradients
 
@@ -37,6 +38,7 @@ class Plan(NamedTuple):
         eps: added to the denominators.
         tokens: the axis of tokens in a block: 0, or 1.
         whole: whether all tokens of an example are in the core's memory at once, and blocks are parts of them.
+        taps: those of the values' convolution, if the kernel computes it.
     """
 
     queries: int
@@ -49,6 +51,7 @@ class Plan(NamedTuple):
     eps: float
     tokens: int = 0
     whole: bool = False
+    taps: Taps | None = None
 
     @classmethod
     def of(cls, q: jax.Array, k: jax.Array, **cut) -> "Plan":

@@ -38,9 +38,10 @@ def forward(plan: Plan, interpret: bool, arrays: dict[str, jax.Array]) -> jax.Ar
     return _call(_forward_kernel, plan, interpret, arrays, results=("q",), warps=4)[0]
 
 
-def backward(plan: Plan, interpret: bool, arrays: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
+def backward(plan: Plan, interpret: bool, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Gradients of q, k, v, g, and of s and p for each example, (B, 1, C). `arrays` also holds y_bar and w."""
-    return _call(_backward_kernel, plan, interpret, arrays, ("q", "k", "v", "g", "each", "each"), warps=8)
+    found = _call(_backward_kernel, plan, interpret, arrays, ("q", "k", "v", "g", "each", "each"), warps=8)
+    return dict(zip("qkvgsp", found, strict=True))
 
 
 def _call(kernel, plan: Plan, interpret: bool, arrays, results, warps: int):

@@ -23,7 +23,7 @@ def usable(implementation: str, width: int) -> bool:
 
 
 def attention(
-    x: jax.Array,
+    tokens: dict[str, jax.Array],
     layers: dict[str, nnx.Linear],
     convolution: ConvParams,
     *,
@@ -36,7 +36,7 @@ def attention(
     """y of `models.attention.polarity_attention`, for as many queries as keys.
 
     Args:
-        x: (B, N, C).
+        tokens: what each layer takes, (B, N, C).
         layers: those that compute q, k, v and g, by the letters of their results: "qkvg", or "qg" and "kv".
         convolution: that of the values.
         s, p: (h, d), at least float32.
@@ -59,7 +59,9 @@ def attention(
     }
     for letters, layer in layers.items():
         shape = (len(letters), heads * width)
-        arrays[letters] = without_bias(layer, x).reshape(*x.shape[:2], *shape)  # (B, N, parts, C)
+        arrays[letters] = without_bias(layer, tokens[letters]).reshape(
+            *tokens[letters].shape[:2], *shape
+        )  # (B, N, parts, C)
         bias = jnp.zeros(shape, full) if layer.bias is None else layer.bias[...].astype(full)
         arrays[f"{letters}_bias"] = bias.reshape(shape)
     return packed_attention(arrays, width=width, eps=eps, taps=taps, packs=tuple(layers))

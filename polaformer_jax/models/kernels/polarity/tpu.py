@@ -13,37 +13,37 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from polaformer_jax.models.kernels.polarity import blocks, tpu_plan
+from polaformer_jax.models.kernels.polarity import blocks, tpu_convolution, tpu_plan
 from polaformer_jax.models.kernels.polarity.blocks import Plan
-from polaformer_jax.models.kernels.polarity.tpu_plan import plan, supported
+from polaformer_jax.models.kernels.polarity.tpu_plan import convolves, plan, supported
 
-__all__ = ["backward", "forward", "plan", "supported"]
+__all__ = ["backward", "convolves", "forward", "plan", "supported"]
 
 WITH_TOKENS = ("q", "k", "v", "g", "u", "table", "y_bar", "w")
 
 
 def forward(plan: Plan, interpret: bool, arrays: dict[str, jax.Array]) -> jax.Array:
-    """y (B, N, C) of the arrays by name: q, k, v, g, u, table, s, p, count, and optionally mask."""
+    """y (B, N, C) of the arrays by name: q, k, v, g, u, table, s, p, count, and optionally mask.
+
+    If the plan has taps, weights (C, taps) and offset (C, 1) of the convolution instead of u, at least float32.
+    """
     return _call(_forward_kernel, plan, interpret, arrays, results=("q",), squares=(True, False), passes_over_keys=1)[0]
 
 
-def backward(plan: Plan, interpret: bool, arrays: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
+def backward(plan: Plan, interpret: bool, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Gradients of q, k, v, g, and of s and p for each example, (B, 1, C).
 
-    `arrays` also holds y_bar, and w, (B, n, C), to be added to the gradient of v.
+    Several in one array are under their names together, such as "qkvg", (B, 4, C, N): `polarity.part` reads them.
+    `arrays` also holds y_bar; and w, (B, n, C), to be added to the gradient of v. If the plan has taps, there is no w,
+    and sums over tokens are "channel_sums", (B, C, at least taps + 5): the gradients of the taps' weights, of the
+    offset, and the sums of those of q, k, v and g, which are gradients of biases.
     """
-    packs = _packs(plan)
-    results, squares = (*packs, "each", "each"), (True, False, True)
-    *bars, s, p = _call(_backward_kernel, plan, interpret, arrays, results, squares, passes_over_keys=2)
-    parts = {}
-    for names, bar in zip(packs, bars, strict=True):
-        if len(names) == 1:
-            parts[names] = bar
-        else:
-            # (B, parts, C, N) -> (B, N, parts, C). XLA joins these slices again where they are stacked, for products.
-            bar = jnp.moveaxis(bar, 3, 1)
-            parts |= {name: bar[:, :, i] for i, name in enumerate(names)}
-    return *(parts[name] for name in "qkvg"), s, p
+    names = (*_packs(plan), "s", "p")
+    results, squares = (*_packs(plan), "each", "each"), (True, False, True)
+    if plan.taps is not None:
+        names, results = (*names, "channel_sums"), (*results, "channel_sums")
+    found = _call(_backward_kernel, plan, interpret, arrays, results, squares, passes_over_keys=2)
+    return dict(zip(names, found, strict=True))
 
 
 def _packs(plan: Plan) -> tuple[str, ...]:
@@ -65,19 +65,23 @@ def _call(kernel, plan: Plan, interpret: bool, arrays, results, squares, passes_
     specs, reads = _specs(plan, passes_over_keys), _reads(plan, arrays, passes_over_keys)
 
     def shape(name):
+        if name == "channel_sums":
+            return jax.ShapeDtypeStruct((batch, plan.channels, tpu_plan.tap_lanes(plan.taps)), full)
         if name == "each":
             return jax.eval_shape(turn, jax.ShapeDtypeStruct((batch, 1, plan.channels), full))
         one = operands[name[0]].shape
         return jax.ShapeDtypeStruct(one if len(name) == 1 else (batch, len(name), *one[1:]), narrow)
 
-    reads = _reads(plan, arrays, passes_over_keys)
     found = pl.pallas_call(
         functools.partial(kernel, plan, tuple(arrays)),
         grid=(plan.channels // plan.group, batch, passes_over_keys * plan.key_blocks + plan.query_blocks),
         in_specs=[specs[name] for name in arrays],
         out_specs=[specs[name] for name in results],
         out_shape=[shape(name) for name in results],
-        scratch_shapes=[pltpu.VMEM((4, plan.group, plan.group), full if wide else narrow) for wide in squares],
+        scratch_shapes=[
+            *(pltpu.VMEM((4, plan.group, plan.group), full if wide else narrow) for wide in squares),
+            *_of_convolution(plan, narrow, passes_over_keys),
+        ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=tpu_plan.memory_limit(plan, narrow.itemsize),
@@ -87,7 +91,14 @@ def _call(kernel, plan: Plan, interpret: bool, arrays, results, squares, passes_
         interpret=interpret,
         name=kernel.__name__.strip("_"),
     )(*operands.values())
-    return [x if x.ndim == 4 else turn(x) for x in found]
+    return [x if name == "channel_sums" or x.ndim == 4 else turn(x) for name, x in zip(results, found, strict=True)]
+
+
+def _of_convolution(plan: Plan, dtype, count: int) -> list:
+    """The convolved values of an example, and for gradients what reaches values through the convolution."""
+    if plan.taps is None:
+        return []
+    return [pltpu.VMEM((1, plan.group, plan.query_blocks * plan.query_block), dtype)] * count
 
 
 def _specs(plan: Plan, passes_over_keys: int) -> dict[str, pl.BlockSpec]:
@@ -132,6 +143,17 @@ def _specs(plan: Plan, passes_over_keys: int) -> dict[str, pl.BlockSpec]:
         "count": pl.BlockSpec((1, 1, 1), lambda j, b, i: (b, 0, 0)),
         "mask": pl.BlockSpec((1, 1, sizes["key"]), lambda j, b, i: (b, 0, at["key"](i))),
         "each": pl.BlockSpec((1, *of_channels), lambda j, b, i: (b, *index_of_channels(j))),
+        **_specs_of_convolution(plan),
+    }
+
+
+def _specs_of_convolution(plan: Plan) -> dict[str, pl.BlockSpec]:
+    if plan.taps is None:
+        return {}
+    return {
+        "weights": pl.BlockSpec((plan.group, plan.taps.count), lambda j, b, i: (j, 0)),
+        "offset": pl.BlockSpec((plan.group, 1), lambda j, b, i: (j, 0)),
+        "channel_sums": pl.BlockSpec((1, plan.group, tpu_plan.tap_lanes(plan.taps)), lambda j, b, i: (b, j, 0)),
     }
 
 
@@ -148,7 +170,7 @@ def _cost(plan: Plan, arrays, results, passes_over_keys: int, reads: dict[str, i
     """The estimate for the compiler: bytes as often as blocks are read, and the operations of both passes."""
     keys = arrays["k"].size
     read = sum(array.nbytes * reads[name] for name, array in arrays.items())
-    written = sum(arrays[name].nbytes for result in results if result != "each" for name in result)
+    written = sum(arrays[name].nbytes for pack in results if pack not in ("each", "channel_sums") for name in pack)
     products = {1: 4 * keys + 4 * arrays["q"].size, 2: 10 * keys + 12 * arrays["q"].size}[passes_over_keys]
     return pl.CostEstimate(
         flops=2 * products * plan.group,
@@ -158,9 +180,12 @@ def _cost(plan: Plan, arrays, results, passes_over_keys: int, reads: dict[str, i
 
 
 def _forward_kernel(plan: Plan, names, *refs):
-    x, (y, sums, m) = blocks.named(names, refs)
+    x, (y, sums, m, *convolved) = blocks.named(names, refs)
     step = pl.program_id(2)
     _sum_keys(plan, step, x, sums, m)
+    if plan.taps is not None:
+        (x.u,) = convolved
+        pl.when(step == plan.key_blocks)(lambda: _convolve(plan, x))
 
     @pl.when(step >= plan.key_blocks)
     def _():
@@ -171,7 +196,11 @@ def _forward_kernel(plan: Plan, names, *refs):
 
 def _backward_kernel(plan: Plan, names, *refs):
     packs = _packs(plan)
-    x, (*bars, s_bar, p_bar, sums, m, m_bar) = blocks.named(names, refs)
+    x, refs = blocks.named(names, refs)
+    if plan.taps is not None:
+        *refs, x.u, x.w = refs
+        x.channel_sums = refs.pop(len(packs) + 2)
+    *bars, s_bar, p_bar, sums, m, m_bar = refs
     bars = {
         name: (ref, *((i,) if len(pack) > 1 else ()))
         for pack, ref in zip(packs, bars, strict=True)
@@ -185,6 +214,8 @@ def _backward_kernel(plan: Plan, names, *refs):
             ref[...] = jnp.zeros_like(ref)
 
     _sum_keys(plan, step, x, sums, m)
+    if plan.taps is not None:
+        pl.when(step == plan.key_blocks)(lambda: _convolve(plan, x))
 
     @pl.when((step >= plan.key_blocks) & (step < second_pass))
     def _():
@@ -195,6 +226,7 @@ def _backward_kernel(plan: Plan, names, *refs):
         q_bar, g_bar, _, s_more, p_more, m_more = found
         part.set(*bars["q"], value=q_bar)
         part.set(*bars["g"], value=g_bar)
+        _add_sums(plan, x, q=q_bar, g=g_bar)
         s_bar[0] += s_more
         p_bar[0] += p_more
         for i, more in enumerate(m_more):
@@ -210,10 +242,47 @@ def _backward_kernel(plan: Plan, names, *refs):
         part = _Part.of_keys(plan, step - second_pass)
         z, values, there = _keys(part, x)
         k_bar, v_bar, s_more, p_more = blocks.key_bars(z, x.s[...], x.p[...], values, there, m, plan.tokens)
+        v_bar = v_bar + part.inside(part.of(x.w).astype(v_bar.dtype))
         part.set(*bars["k"], value=k_bar)
-        part.set(*bars["v"], value=v_bar + part.of(x.w).astype(v_bar.dtype))
+        part.set(*bars["v"], value=v_bar)
+        _add_sums(plan, x, k=k_bar, v=v_bar)
         s_bar[0] += s_more
         p_bar[0] += p_more
+
+
+def _convolve(plan: Plan, x) -> None:
+    """Sets u of an example; and for gradients w, and the sums over tokens but for those that `_add_sums` adds.
+
+    As the operations do, it rounds u and the gradient of u to the dtype of the values.
+    """
+    full, narrow, taps = x.s.dtype, x.v.dtype, plan.taps
+
+    def tokens(ref, rows):
+        array = ref[0, rows, :].astype(full)
+        return jnp.where(jax.lax.broadcasted_iota(jnp.int32, array.shape, 1) < plan.keys, array, 0)
+
+    def some(rows):
+        values, weights = tokens(x.v, rows), x.weights[rows, :]
+        x.u[0, rows, :] = (tpu_convolution.convolved(taps, values, weights) + x.offset[rows, :]).astype(narrow)
+        if not hasattr(x, "y_bar"):
+            return
+        u_bar = (tokens(x.y_bar, rows) * tokens(x.g, rows)).astype(narrow).astype(full)
+        x.w[0, rows, :] = tpu_convolution.convolved(taps, u_bar, weights, transposed=True).astype(narrow)
+        bars = tpu_convolution.weight_bars(taps, values, u_bar, x.channel_sums.shape[2])
+        lane = jax.lax.broadcasted_iota(jnp.int32, bars.shape, 1)
+        x.channel_sums[0, rows, :] = jnp.where(lane == taps.count, jnp.sum(u_bar, axis=1, keepdims=True), bars)
+
+    tpu_convolution.by_channels(plan.group, some)
+
+
+def _add_sums(plan: Plan, x, **bars: jax.Array) -> None:
+    """Adds gradients of a block, summed over its tokens, to those of the example, which `_convolve` has begun."""
+    if plan.taps is None:
+        return
+    for name, bar in bars.items():
+        lane = jax.lax.broadcasted_iota(jnp.int32, x.channel_sums.shape[1:], 1)
+        total = jnp.sum(bar.astype(x.channel_sums.dtype), axis=1, keepdims=True)
+        x.channel_sums[0] += jnp.where(lane == plan.taps.count + 1 + "qkvg".index(name), total, 0)
 
 
 def _sum_keys(plan: Plan, step, x, sums, m):

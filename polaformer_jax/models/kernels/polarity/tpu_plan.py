@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 
 from polaformer_jax.models.kernels import placement
 from polaformer_jax.models.kernels.polarity.blocks import Plan
+from polaformer_jax.models.kernels.polarity.taps import Taps
 
 LANES = 128  # the last axis of a register, and the side of the matrix unit
 SUBLANES = 16  # the axis before it, of 2 bytes
@@ -49,6 +50,16 @@ def group_of(channels: int, width: int, tokens: int) -> int:
         return channels
     sizes = [n for n in range(size, channels + 1, size) if channels % n == 0]
     return max((n for n in sizes if n <= LANES), default=size)
+
+
+def convolves(plan: Plan) -> bool:
+    """Whether the kernel can compute the convolution of the values: it needs all tokens, along the lanes."""
+    return plan.whole and plan.tokens == 1 and plan.queries == plan.keys
+
+
+def tap_lanes(taps: Taps) -> int:
+    """Lanes for one number of each tap and five more."""
+    return _up(taps.count + 5, LANES)
 
 
 def _up(length: int, multiple: int) -> int:
