@@ -72,12 +72,15 @@ class Setting(NamedTuple):
     taps: Taps
     width: int
     eps: float
+    packs: tuple[str, ...]
     placement: Placement
 
     @classmethod
-    def of(cls, arrays: dict[str, jax.Array], *, grid, width: int, eps: float, on_tpu: bool) -> "Setting":
-        """For the arguments of `fused_attention`."""
-        return cls(grid, Taps.on(grid, arrays["kernel"].shape[:-2]), width, eps, Placement.here(on_tpu))
+    def of(
+        cls, arrays: dict[str, jax.Array], *, grid, width: int, eps: float, on_tpu: bool, packs=("qkvg",)
+    ) -> "Setting":
+        """For the arguments of `fused_attention`. `packs`: see `Plan`."""
+        return cls(grid, Taps.on(grid, arrays["kernel"].shape[:-2]), width, eps, packs, Placement.here(on_tpu))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -170,12 +173,11 @@ def _of_kernel(arrays: dict[str, jax.Array], convolution: dict[str, jax.Array]) 
 
 def _run(direction: str, setting: Setting, arrays: dict[str, jax.Array]):
     """Runs `direction` of the kernel: y, or gradients by name. All results have a batch axis."""
-    _, taps, width, eps, where = setting
+    _, taps, width, eps, packs, where = setting
 
     def by(kernel, interpret: bool):
         plan = kernel.plan(arrays["q"], arrays["k"], width, eps, "mask" in arrays)
-        if "weights" in arrays:
-            plan = plan._replace(taps=taps)
+        plan = plan._replace(packs=packs, taps=taps if "weights" in arrays else None)
 
         def run(examples):
             found = getattr(kernel, direction)(plan, interpret, examples)

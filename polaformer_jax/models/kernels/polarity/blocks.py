@@ -39,6 +39,7 @@ class Plan(NamedTuple):
         tokens: the axis of tokens in a block: 0, or 1.
         whole: whether all tokens of an example are in the core's memory at once, and blocks are parts of them.
         taps: those of the values' convolution, if the kernel computes it.
+        packs: the gradients that belong together, those of one linear layer: a kernel may leave them in one array.
     """
 
     queries: int
@@ -52,6 +53,7 @@ class Plan(NamedTuple):
     tokens: int = 0
     whole: bool = False
     taps: Taps | None = None
+    packs: tuple[str, ...] = ("qkvg",)
 
     @classmethod
     def of(cls, q: jax.Array, k: jax.Array, **cut) -> "Plan":

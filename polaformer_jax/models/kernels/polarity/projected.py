@@ -68,7 +68,7 @@ def attention(
 @functools.partial(jax.jit, static_argnames=("grid", "width", "eps", "on_tpu"))
 def projected_attention(inputs, kernels, biases, arrays, **static) -> jax.Array:
     """Traced once for all blocks of one shape. kernels: (in, parts, C), biases: (parts, C)."""
-    return _attention(Setting.of(arrays, **static), inputs, kernels, biases, arrays)
+    return _attention(Setting.of(arrays, packs=tuple(inputs), **static), inputs, kernels, biases, arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

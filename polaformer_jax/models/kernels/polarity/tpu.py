@@ -54,7 +54,7 @@ def _packs(plan: Plan) -> tuple[str, ...]:
     """
     if plan.tokens == 0:
         return ("q", "k", "v", "g")
-    return ("qkvg",) if plan.whole and plan.queries == plan.keys else ("qg", "kv")
+    return plan.packs if plan.whole and plan.queries == plan.keys else ("qg", "kv")
 
 
 def _call(kernel, plan: Plan, interpret: bool, arrays, results, squares, passes_over_keys: int) -> list[jax.Array]:
