@@ -266,10 +266,8 @@ def _rotary_softmax_rows(attn: SoftmaxAttention, x: jax.Array, grid: Grid) -> Ca
 
 
 def _linear_rows(attn: PolarityAttention, x: jax.Array) -> Callable:
-    q, k, _, _ = attn.project(x)
     q, k = signed_features(
-        q,
-        k,
+        *attn.project(x)[:2],
         power=attn.power[...],
         scale=attn.scale[...],
         positional_encoding=attn.positional_encoding[...],

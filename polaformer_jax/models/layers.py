@@ -260,12 +260,12 @@ class Block(ResidualBlock):
             keep = stochastic_depth(ones, self.drop_path, key_path)
             return mlp.fused_mlp({"x": x, "keep": keep, **arrays}, eps=norm.epsilon, on_tpu=on_tpu)
 
+        if self.implementation == "xla" or x.dtype != self.norm2.dtype or (key is not None and self.mlp.drop_rate > 0):
+            return by_operations(x)
         hidden = self.mlp.fc1.out_features
-        dropping = key is not None and self.mlp.drop_rate > 0
-        fusible = not dropping and x.dtype == self.norm2.dtype
-        if self.implementation == "pallas" and fusible and mlp.supports(x, hidden):
+        if self.implementation == "pallas" and mlp.supports(x, hidden):
             return by_one_kernel(x)
-        if self.implementation == "auto" and fusible and mlp.usable(x, hidden):
+        if self.implementation == "auto" and mlp.usable(x, hidden):
             on_tpu = functools.partial(by_one_kernel, on_tpu=True)
             return jax.lax.platform_dependent(x, tpu=on_tpu, default=by_operations)
         return by_operations(x)

@@ -33,7 +33,8 @@ class Constant(nnx.Module):
 
 def test_stochastic_depth_acts_per_sample_and_apart_for_the_two_residuals():
     types = {"dtype": jnp.float32, "param_dtype": jnp.float32, "rngs": nnx.Rngs(0)}
-    block = layers.Block(Constant(1.0), 4, mlp_ratio=1, epsilon=1e-6, drop_rate=0.0, drop_path=0.2, **types)
+    options = {"mlp_ratio": 1, "epsilon": 1e-6, "drop_rate": 0.0, "drop_path": 0.2, "implementation": "xla"}
+    block = layers.Block(Constant(1.0), 4, **options, **types)
     block.mlp = Constant(10.0)
     x = jnp.zeros((20_000, 3, 4))
     y = np.asarray(block(x, jax.random.key(0)))

@@ -152,8 +152,8 @@ def _convolves(setting: Setting, arrays: dict[str, jax.Array]) -> bool:
     """Whether the kernel computes the convolution: that of TPUs, if it can and no other will run."""
     if not setting.placement.only_tpu and _kernel_of_gpus(setting.width) is not None:
         return False
-    tpu = _kernel_of_tpus()
-    return tpu.convolves(tpu.plan(arrays["q"], arrays["k"], setting.width, setting.eps, "mask" in arrays))
+    kernel = _kernel_of_tpus() if setting.placement.only_tpu else _interpreted()
+    return kernel.convolves(kernel.plan(arrays["q"], arrays["k"], setting.width, setting.eps, "mask" in arrays))
 
 
 def _weights(v: jax.Array, kernel: jax.Array, bias: jax.Array) -> dict[str, jax.Array]:

@@ -33,6 +33,11 @@ def _block(tokens: int, width: int) -> int:
     return min(max(pl.next_power_of_2(tokens), 16), max(BLOCK // width, 16))
 
 
+def convolves(plan: Plan) -> bool:
+    """Whether the kernel can compute the convolution of the values; this one takes its result."""
+    return False
+
+
 def forward(plan: Plan, interpret: bool, arrays: dict[str, jax.Array]) -> jax.Array:
     """y (B, N, C) of the arrays by name: q, k, v, g, u, table, s, p, count, and optionally mask."""
     return _call(_forward_kernel, plan, interpret, arrays, results=("q",), warps=4)[0]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from polaformer_jax.models.kernels.polarity import blocks, tpu_convolution, tpu_plan
+from polaformer_jax.models.kernels.polarity import blocks, tpu_convolution, tpu_plan, tpu_specs
 from polaformer_jax.models.kernels.polarity.blocks import Plan
 from polaformer_jax.models.kernels.polarity.tpu_plan import convolves, plan, supported
 
@@ -62,7 +62,7 @@ def _call(kernel, plan: Plan, interpret: bool, arrays, results, squares, passes_
     batch, full, narrow = arrays["q"].shape[0], arrays["s"].dtype, arrays["q"].dtype
     turn = functools.partial(jnp.swapaxes, axis1=-1, axis2=-2) if plan.tokens else lambda x: x
     operands = {name: turn(x) if name in (*WITH_TOKENS, "s", "p") else x for name, x in arrays.items()}
-    specs, reads = _specs(plan, passes_over_keys), _reads(plan, arrays, passes_over_keys)
+    specs, reads = tpu_specs.specs(plan, passes_over_keys), tpu_specs.reads(plan, arrays, passes_over_keys)
 
     def shape(name):
         if name == "channel_sums":
@@ -86,7 +86,7 @@ def _call(kernel, plan: Plan, interpret: bool, arrays, results, squares, passes_
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=tpu_plan.memory_limit(plan, narrow.itemsize),
         ),
-        cost_estimate=_cost(plan, arrays, results, passes_over_keys, reads),
+        cost_estimate=tpu_specs.cost(plan, arrays, results, passes_over_keys, reads),
         metadata={"reads": " ".join(str(reads[name]) for name in arrays)},  # for `aot --traffic`
         interpret=interpret,
         name=kernel.__name__.strip("_"),
@@ -99,84 +99,6 @@ def _of_convolution(plan: Plan, dtype, count: int) -> list:
     if plan.taps is None:
         return []
     return [pltpu.VMEM((1, plan.group, plan.query_blocks * plan.query_block), dtype)] * count
-
-
-def _specs(plan: Plan, passes_over_keys: int) -> dict[str, pl.BlockSpec]:
-    """The blocks of arrays by name; those of gradients in one array by their names together."""
-    second_pass = plan.key_blocks + plan.query_blocks
-
-    def query_at(step):
-        return jnp.clip(step - plan.key_blocks, 0, plan.query_blocks - 1)
-
-    def key_at(step):
-        if passes_over_keys == 1:
-            return jnp.minimum(step, plan.key_blocks - 1)
-        return jnp.where(step < second_pass, jnp.minimum(step, plan.key_blocks - 1), step - second_pass)
-
-    sizes = {"query": plan.query_block, "key": plan.key_block}
-    at = {"query": query_at, "key": key_at}
-    if plan.whole:
-        sizes = {"query": plan.query_blocks * plan.query_block, "key": plan.key_blocks * plan.key_block}
-        at = dict.fromkeys(at, lambda step: 0)
-
-    def block(of: str, examples: bool = True, parts: int | None = None) -> pl.BlockSpec:
-        size, where = sizes[of], at[of]
-        before = () if parts is None else (parts,)
-
-        def index(j, b, i):
-            last = (j, where(i)) if plan.tokens else (where(i), j)
-            return (b if examples else 0, *(0 for _ in before), *last)
-
-        return pl.BlockSpec((1, *before, *((plan.group, size) if plan.tokens else (size, plan.group))), index)
-
-    of_channels = (plan.group, 1) if plan.tokens else (1, plan.group)
-
-    def index_of_channels(j):
-        return (j, 0) if plan.tokens else (0, j)
-
-    return {
-        **dict.fromkeys(("q", "g", "u", "y_bar"), block("query")),
-        **dict.fromkeys(("k", "v", "w"), block("key")),
-        **{pack: block("key" if pack == "kv" else "query", parts=len(pack)) for pack in ("qkvg", "qg", "kv")},
-        "table": block("key", examples=False),
-        **dict.fromkeys(("s", "p"), pl.BlockSpec(of_channels, lambda j, b, i: index_of_channels(j))),
-        "count": pl.BlockSpec((1, 1, 1), lambda j, b, i: (b, 0, 0)),
-        "mask": pl.BlockSpec((1, 1, sizes["key"]), lambda j, b, i: (b, 0, at["key"](i))),
-        "each": pl.BlockSpec((1, *of_channels), lambda j, b, i: (b, *index_of_channels(j))),
-        **_specs_of_convolution(plan),
-    }
-
-
-def _specs_of_convolution(plan: Plan) -> dict[str, pl.BlockSpec]:
-    if plan.taps is None:
-        return {}
-    return {
-        "weights": pl.BlockSpec((plan.group, plan.taps.count), lambda j, b, i: (j, 0)),
-        "offset": pl.BlockSpec((plan.group, 1), lambda j, b, i: (j, 0)),
-        "channel_sums": pl.BlockSpec((1, plan.group, tpu_plan.tap_lanes(plan.taps)), lambda j, b, i: (b, j, 0)),
-    }
-
-
-def _reads(plan: Plan, arrays, passes_over_keys: int) -> dict[str, int]:
-    """How often each array is read from the device's memory."""
-    reads = dict.fromkeys(arrays, 1)
-    if plan.key_blocks > 1 and not plan.whole:  # otherwise keys stay for both passes, and the table for all examples
-        reads |= {name: passes_over_keys for name in ("k", "v", "mask") if name in arrays}
-        reads["table"] = arrays["q"].shape[0] * passes_over_keys
-    return reads
-
-
-def _cost(plan: Plan, arrays, results, passes_over_keys: int, reads: dict[str, int]) -> pl.CostEstimate:
-    """The estimate for the compiler: bytes as often as blocks are read, and the operations of both passes."""
-    keys = arrays["k"].size
-    read = sum(array.nbytes * reads[name] for name, array in arrays.items())
-    written = sum(arrays[name].nbytes for pack in results if pack not in ("each", "channel_sums") for name in pack)
-    products = {1: 4 * keys + 4 * arrays["q"].size, 2: 10 * keys + 12 * arrays["q"].size}[passes_over_keys]
-    return pl.CostEstimate(
-        flops=2 * products * plan.group,
-        bytes_accessed=read + written,
-        transcendentals=2 * (passes_over_keys * keys + arrays["q"].size),
-    )
 
 
 def _forward_kernel(plan: Plan, names, *refs):
