@@ -1,6 +1,7 @@
 """To which part of a model the memory traffic of a compiled program belongs."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from polaformer_jax.aot import hlo, traffic
 from polaformer_jax.aot.attribution import MODULES, OPTIMIZER, OTHER, by_module, origin
 from polaformer_jax.models.pola_sequence import Sequences
 from tests.support import small_models
+from tests.support.kernels import abstract_mesh
 
 # --- names
 
@@ -101,7 +103,8 @@ IMAGES = jnp.zeros((4, 32, 32, 3))
 
 
 def sequence_model(attention: str):
-    model = small_models.build_once(pf.PolaSequence, **SEQUENCE, mlp_dim=16, head_dim=8, attention=attention)
+    sizes = {**SEQUENCE, "mlp_dim": 16, "head_dim": 8, "drop_rate": 0.0}
+    model = small_models.build_once(pf.PolaSequence, **sizes, attention=attention)
     return model, (Sequences(jnp.ones((4, 16), jnp.int32), jnp.full(4, 16)),)
 
 
@@ -121,18 +124,21 @@ MODELS = {
 }
 
 
-@functools.cache
-def program_of(name: str) -> hlo.Program:
-    """The gradients of a small model, not compiled: the names are there before."""
-    model, inputs = MODELS[name]()
+def lower(name: str, platform: str = "cpu", **changes):
+    """The gradients of a small model for a platform, not compiled: the names are there before."""
+    model, inputs = MODELS[name]() if not changes else (small_models.build(name, **changes), (IMAGES,))
     graphdef, params = small_models.split(model)
 
     def objective(params, *inputs):
         outputs = nnx.merge(graphdef, params)(*inputs, train=True, rngs=nnx.Rngs(dropout=0))
         return sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(outputs))
 
-    lowered = jax.jit(jax.grad(objective)).lower(params, *inputs)
-    return hlo.Program(lowered.as_text("hlo", debug_info=True))
+    return jax.jit(jax.grad(objective)).trace(params, *inputs).lower(lowering_platforms=(platform,))
+
+
+@functools.cache
+def program_of(name: str) -> hlo.Program:
+    return hlo.Program(lower(name).as_text("hlo", debug_info=True))
 
 
 @pytest.mark.slow
@@ -149,6 +155,7 @@ def test_little_belongs_to_no_part(name):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")  # since jax 0.11
 def test_every_name_is_that_of_something():
     """Renamed functions would silently be counted as what calls them."""
     texts = [
@@ -157,5 +164,8 @@ def test_every_name_is_that_of_something():
         for computation in program_of(name).computations.values()
         for item in computation.instructions.values()
     ]
-    words = set(" ".join(texts).replace("(", " ").replace(")", " ").replace("/", " ").split())
+    for platform in ("tpu", "cuda"):  # the kernels
+        with jax.sharding.use_abstract_mesh(abstract_mesh(platform, size=1)):
+            texts.append(lower("swin", platform, attention_impl="pallas").as_text(debug_info=True))
+    words = set(re.findall(r"\w+", " ".join(texts)))
     assert set(MODULES) - words == {"augmentation", "optimizer", "loss"}  # of whole steps: see `test_aot`

@@ -19,7 +19,7 @@ from polaformer_jax.models.kernels.polarity import gpu
 from polaformer_jax.models.kernels.polarity.taps import Taps
 from polaformer_jax.models.layers import Block, gelu
 from polaformer_jax.training import sharding
-from tests.models.test_polarity_kernel import abstract_mesh, agree
+from tests.support.kernels import abstract_mesh, agree
 from tests.support.quick import QUICK
 from tests.training.test_sharding import mesh_of
 
@@ -138,7 +138,7 @@ def test_over_a_mesh_each_device_has_its_examples(on_gpu):
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")  # since jax 0.11
 def test_only_a_gpu_that_is_told_has_the_kernel():
-    mesh = abstract_mesh("cuda", "NVIDIA H100 80GB HBM3", size=1)
+    mesh = abstract_mesh("cuda", size=1)
 
     def lowered(platform, implementation, mesh):
         graphdef, params, x = attention("two layers", jnp.float32, implementation)
@@ -198,7 +198,7 @@ def test_the_mlp_is_that_of_the_operations(sizes, x64, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")  # since jax 0.11
 def test_a_gpu_has_the_mlp_kernel_for_few_channels_and_operations_for_many():
-    mesh = abstract_mesh("cuda", "NVIDIA H100 80GB HBM3", size=1)
+    mesh = abstract_mesh("cuda", size=1)
 
     def lowered(channels, implementation):
         types = {"dtype": jnp.float32, "param_dtype": jnp.float32, "rngs": nnx.Rngs(0)}

@@ -16,7 +16,7 @@ from polaformer_jax.models import layers
 from polaformer_jax.models.attention import PolarityAttention
 from polaformer_jax.models.kernels.mlp import fused_mlp, tpu
 from polaformer_jax.models.layers import Block, rematerialised
-from tests.models.test_polarity_kernel import abstract_mesh, agree
+from tests.support.kernels import abstract_mesh, agree
 from tests.support.quick import QUICK
 from tests.training.test_sharding import mesh_of
 
@@ -218,13 +218,13 @@ def lowered(
 
 
 def test_a_tpu_has_the_kernel_where_the_mesh_is_known_and_others_only_if_told(monkeypatch):
-    calls, mesh = "tpu_custom_call", abstract_mesh("tpu", "TPU v5 lite")
+    calls, mesh = "tpu_custom_call", abstract_mesh("tpu")
     assert calls in lowered("tpu", "auto", mesh=mesh)
     assert calls not in lowered("tpu", "auto", mesh=mesh, gradients=False)  # operations move fewer bytes
     assert calls not in lowered("tpu", "xla", mesh=mesh)
     assert calls not in lowered("tpu", "auto", mesh=mesh, dtype="float32")  # not shown to be better
     assert calls not in lowered("tpu", "auto", mesh=mesh, shape=(8, 49, 128))  # too few tokens of an example
-    assert calls not in lowered("tpu", "auto", mesh=abstract_mesh("tpu", "TPU v9"))  # its memory is not known
+    assert calls not in lowered("tpu", "auto", mesh=abstract_mesh("tpu", kind="TPU v9"))  # its memory is not known
     assert "while" not in lowered("cpu", "auto", mesh=mesh)  # the interpreter of kernels is a loop
     cpus = mesh_of(8, 1).abstract_mesh
     assert "while" not in lowered("cpu", "auto", mesh=cpus) and "while" in lowered("cpu", "pallas", mesh=cpus)
@@ -235,7 +235,7 @@ def test_a_tpu_has_the_kernel_where_the_mesh_is_known_and_others_only_if_told(mo
 def test_what_needs_too_much_memory_is_left_to_xla():
     wide = {"shape": (8, 196, 512), "ratio": 4.0}
     for kind, expected in (("TPU v5 lite", True), ("TPU v4", False)):
-        mesh = abstract_mesh("tpu", kind)
+        mesh = abstract_mesh("tpu", kind=kind)
         for implementation in ("auto", "pallas"):
             program = lowered("tpu", implementation, mesh=mesh, **wide)
             assert ("tpu_custom_call" in program) == expected, (kind, implementation)
@@ -259,7 +259,7 @@ def test_the_operations_of_a_step_are_counted_without_the_kernel():
         def total(params, x):
             return jnp.sum(nnx.merge(graphdef, params).add_mlp(x, None, KEY).astype("float32"))
 
-        with jax.sharding.use_abstract_mesh(abstract_mesh("tpu", "TPU v5 lite")):
+        with jax.sharding.use_abstract_mesh(abstract_mesh("tpu")):
             return product_flops(jax.jit(jax.value_and_grad(total, argnums=(0, 1))).trace(params, x).jaxpr.jaxpr)
 
     assert operations("auto") == operations("xla") == 3 * 2 * 2 * 8 * 256 * 128 * 320

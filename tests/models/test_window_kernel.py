@@ -17,7 +17,7 @@ from polaformer_jax.models.layers import rematerialised
 from polaformer_jax.models.window_attention import SwinBlock, WindowAttention, softmax_in_windows
 from polaformer_jax.models.windows import Windows
 from polaformer_jax.training import sharding
-from tests.models.test_polarity_kernel import abstract_mesh, agree
+from tests.support.kernels import abstract_mesh, agree
 from tests.support.quick import QUICK
 from tests.support.small_models import all_finite, noise, perturbed
 from tests.training.test_sharding import mesh_of
@@ -199,7 +199,7 @@ def lowered(platform, implementation, *, mesh, images=64, heads=4, channels=128)
 
 
 def test_a_tpu_has_the_kernel_and_others_only_if_told():
-    calls, mesh = "tpu_custom_call", abstract_mesh("tpu", "TPU v5 lite")
+    calls, mesh = "tpu_custom_call", abstract_mesh("tpu")
     assert calls in lowered("tpu", "auto", mesh=mesh) and calls not in lowered("tpu", "xla", mesh=mesh)
     cpus = mesh_of(8, 1).abstract_mesh
     assert "while" not in lowered("cpu", "auto", mesh=mesh)  # the interpreter of kernels is a loop
@@ -214,14 +214,14 @@ def test_a_tpu_has_the_kernel_and_others_only_if_told():
     ],
 )
 def test_operations_compute_what_the_kernel_would_pad(given):
-    mesh = abstract_mesh("tpu", "TPU v5 lite")
+    mesh = abstract_mesh("tpu")
     assert "tpu_custom_call" not in lowered("tpu", "auto", mesh=mesh, **given)
 
 
 def test_windows_that_need_too_much_memory_are_left_to_xla(monkeypatch):
     monkeypatch.setattr(tpu.Plan, "memory", math.inf)
     softmax_in_windows.clear_cache()
-    assert "tpu_custom_call" not in lowered("tpu", "auto", mesh=abstract_mesh("tpu", "TPU v5 lite"))
+    assert "tpu_custom_call" not in lowered("tpu", "auto", mesh=abstract_mesh("tpu"))
 
 
 def test_which_channels_the_kernel_supports():
