@@ -130,8 +130,8 @@ def split_everything(monkeypatch):
     monkeypatch.setattr(sharding, "LEAST_SPLIT", 64)
 
 
-def losses(model, data, fsdp, steps=20):
-    """Of the full recipe, with stochastic depth."""
+def losses(model, data, fsdp, steps=20, **options):
+    """Of the full recipe, with stochastic depth; `options` are those of the step."""
     graphdef, params = model
     mesh = mesh_of(data, fsdp)
     state = TrainState(jnp.zeros((), jnp.int32), params, OPTIMIZER.init(params), params)
@@ -139,7 +139,7 @@ def losses(model, data, fsdp, steps=20):
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)
     split = sum(not leaf.is_fully_replicated for leaf in jax.tree.leaves(placed))
     assert split > 100 if fsdp > 1 else split == 0
-    options = {"rate": lambda step: jnp.asarray(1e-3), "seed": 0, "ema_decay": 0.9, "mesh": mesh}
+    options |= {"rate": lambda step: jnp.asarray(1e-3), "seed": 0, "ema_decay": 0.9, "mesh": mesh}
     step = make_train_step(graphdef, FULL, OPTIMIZER, **options)
     step = jax.jit(step, out_shardings=(placed, sharding.replicated(mesh)), compiler_options=QUICK)
     found = []

@@ -73,7 +73,7 @@ def _call(kernel, plan: Plan, interpret: bool, arrays, results, warps: int):
         out_shape=[jax.ShapeDtypeStruct(shapes[name].shape, shapes[name].dtype) for name in results],
         compiler_params=plgpu.CompilerParams(num_warps=warps),
         interpret=interpret,
-        name=kernel.__name__.strip("_"),
+        name="polarity" + kernel.__name__,
     )(*arrays.values())
 
 

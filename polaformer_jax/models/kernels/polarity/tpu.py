@@ -89,7 +89,7 @@ def _call(kernel, plan: Plan, interpret: bool, arrays, results, squares, passes_
         cost_estimate=tpu_specs.cost(plan, arrays, results, passes_over_keys, reads),
         metadata={"reads": " ".join(str(reads[name]) for name in arrays)},  # for `aot --traffic`
         interpret=interpret,
-        name=kernel.__name__.strip("_"),
+        name="polarity" + kernel.__name__,
     )(*operands.values())
     return [x if name == "channel_sums" or x.ndim == 4 else turn(x) for name, x in zip(results, found, strict=True)]
 
