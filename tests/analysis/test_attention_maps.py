@@ -82,7 +82,11 @@ def test_weights_times_values_are_the_two_streams(case, x64):
 
 @pytest.mark.parametrize(
     "family, stage, block",
-    [pytest.param("pvt", 0, 0, marks=pytest.mark.slow), ("pvt", 2, 0), ("swin", 0, 1)],
+    [
+        pytest.param("pvt", 0, 0, marks=pytest.mark.slow),
+        ("pvt", 2, 0),
+        pytest.param("swin", 0, 1, marks=pytest.mark.slow),
+    ],
     ids=["reduced keys", "all keys", "shifted windows"],
 )
 def test_maps_of_all_tokens_give_the_streams_of_the_block(family, stage, block, x64):

@@ -77,6 +77,7 @@ def test_processes_share_a_batch_and_pad_it_alike(data_dir):
             assert_same({name: array[part::4] for name, array in batch.items()}, share)
 
 
+@pytest.mark.slow
 def test_workers_change_nothing(data_dir):
     alone = take(buckets.train_batches(source(data_dir), batch_size=8, seed=0), 5)
     helped = take(buckets.train_batches(source(data_dir), batch_size=8, seed=0, workers=2), 5)

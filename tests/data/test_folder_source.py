@@ -139,6 +139,7 @@ def test_all_kinds_of_images_are_decoded_whatever_their_names_say(tmp_path):
 # --- in the pipeline
 
 
+@pytest.mark.slow
 def test_batches_are_the_same_for_any_number_of_workers(root):
     source = FolderSource(root, "train")
     transform = TrainImageTransform(32, num_classes=3, rand_augment="rand-m9-mstd0.5-inc1")

@@ -42,7 +42,7 @@ def test_a_mask_that_hides_nothing_changes_nothing(x64):
     np.testing.assert_allclose(attend(given, jnp.ones((3, TOKENS), bool)), attend(given), rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("padding", [1, 40])
+@pytest.mark.parametrize("padding", [pytest.param(1, marks=pytest.mark.slow), 40])
 def test_padding_changes_no_value_and_no_gradient(padding, x64):
     """Whatever stands in the padding, in examples that are padded unequally."""
     lengths = np.array([TOKENS, 7, 1])

@@ -10,7 +10,12 @@ from polaformer_jax.models import depthwise
 
 @pytest.mark.parametrize(
     ("grid", "sizes"),
-    [((9,), (5,)), ((17,), (3,)), ((6, 7), (5, 3)), pytest.param((2, 2), (5, 5), marks=pytest.mark.slow)],
+    [
+        pytest.param((9,), (5,), marks=pytest.mark.slow),
+        ((17,), (3,)),
+        pytest.param((6, 7), (5, 3), marks=pytest.mark.slow),
+        pytest.param((2, 2), (5, 5), marks=pytest.mark.slow),
+    ],
 )
 def test_the_ways_of_all_back_ends_agree(x64, grid, sizes):
     rng = np.random.default_rng(0)

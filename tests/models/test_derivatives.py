@@ -146,6 +146,7 @@ def test_forward_mode_and_derivatives_of_gradients(x64, sr_ratio):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), curvature, numeric)
 
 
+@pytest.mark.slow
 def test_hessians_and_linearizations_of_linear_layers_and_gelu(x64):
     layer, x = linear(3, 4, dtype="float64", param_dtype="float64", rngs=nnx.Rngs(0)), jnp.linspace(-1, 1, 3)
 

@@ -132,6 +132,7 @@ def test_initial_values_are_the_official_ones():
     assert (norm.mean[...] == 0).all() and (norm.var[...] == 1).all() and (norm.scale[...] == 1).all()
 
 
+@pytest.mark.slow
 def test_images_of_any_size_and_blocks_recomputed():
     model = tiny(drop_path_rate=0.0)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 64, 96, 3), np.float32))

@@ -88,10 +88,10 @@ def blocks_of(monkeypatch):
         pytest.param("one head", 512, True, (1, 1), marks=pytest.mark.slow),
         pytest.param("heads share a group", 16, True, (1, 1), marks=pytest.mark.slow),
         pytest.param("reduced keys", 16, True, (1, 1), marks=pytest.mark.slow),
-        ("many tokens", 16, True, (2, 2)),
+        pytest.param("many tokens", 16, True, (2, 2), marks=pytest.mark.slow),
         pytest.param("many tokens", 16, False, (2, 2), marks=pytest.mark.slow),
         pytest.param("many queries", 96, True, (3, 1), marks=pytest.mark.slow),
-        ("many queries", 96, False, (3, 1)),
+        pytest.param("many queries", 96, False, (3, 1), marks=pytest.mark.slow),
         pytest.param("groups of heads", 512, True, (1, 1), marks=pytest.mark.slow),
         ("groups of heads", 16, False, (2, 2)),
         pytest.param("many channels", 16, True, (4, 1), marks=pytest.mark.slow),
@@ -150,6 +150,7 @@ def test_nan_goes_through_the_kernel(blocks_of):
     assert_nan_goes_through("many tokens")
 
 
+@pytest.mark.slow
 def test_nan_goes_through_the_gpu_kernel(gpu_kernel):
     assert_nan_goes_through("one head")
 
@@ -174,6 +175,7 @@ def test_values_and_gradients_on_a_gpu_are_those_of_the_operations(shape, blocks
     agree(outcome(given, shape, "pallas"), outcome(given, shape, "xla"), 1e-12)
 
 
+@pytest.mark.slow
 def test_a_mask_hides_keys_on_a_gpu(x64, gpu_kernel):
     check_mask(tokens=37, lengths=(33, 1))
 

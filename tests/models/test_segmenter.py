@@ -34,7 +34,10 @@ def scores_of(means):
     return jax.jit(lambda images: means(images).logits)
 
 
-@pytest.mark.parametrize("family, head", [("pvt", "semantic_fpn"), ("swin", "upernet"), ("pp", "upernet")])
+@pytest.mark.parametrize(
+    "family, head",
+    [("pvt", "semantic_fpn"), pytest.param("swin", "upernet", marks=pytest.mark.slow), ("pp", "upernet")],
+)
 def test_scores_are_those_of_the_head_on_the_normalised_maps(family, head):
     model = pf.Segmenter(
         backbone=BACKBONES[family],

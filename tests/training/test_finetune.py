@@ -61,14 +61,16 @@ def test_the_model_and_where_the_data_lie_are_options():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("shallow")
 def test_a_few_steps_from_weights_of_other_classes(flowers, tmp_path, quickly_compiled):
-    model = pf.create_model("pola_pvt_t", img_size=32, rngs=nnx.Rngs(0))
+    model = pf.create_model("pola_pvt_nano", img_size=32, rngs=nnx.Rngs(0))
     path = tmp_path / "weights.safetensors"
     pf.save_weights(model, path)
     config = config_of(
         flowers,
         **{
             "init.weights": str(path),
+            "model.name": "pola_pvt_nano",
             "model.dtype": "float32",
             "mesh.data": 1,  # of eight fake devices, which take turns on few cores
             "train.epochs": None,

@@ -23,6 +23,8 @@ from tests.support.forked_scripts import Group
 from tests.support.recipes import means_segmentation as config_of
 from tests.support.runs import final_arrays
 
+pytestmark = pytest.mark.slow  # what a step computes: test_segmentation_step.py
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -141,7 +143,6 @@ def test_weights_say_what_they_are(trained, tmp_path):
         pf.create_model("pola_pvt_nano", weights=again)
 
 
-@pytest.mark.slow
 def test_a_run_resumes_bit_for_bit(folder, tmp_path):
     config = config_of(folder, **{"ema.decay": 0.9, "eval.weights": "ema", "log.pictures": False})
     loop.train(config, tmp_path / "whole")
@@ -155,7 +156,6 @@ def test_a_run_resumes_bit_for_bit(folder, tmp_path):
     assert one["classes"] == two["classes"] and one["kind"] == "ema"
 
 
-@pytest.mark.slow
 def test_two_processes_count_each_image_once(folder, trained, tmp_path):
     config, workdir, result = trained
     fields = ("task.name", "model.name", "model.img_size", "model.num_classes", "model.head_channels", "data.source")

@@ -196,6 +196,7 @@ def test_a_training_starts_from_an_official_checkpoint(folder):
     assert "pos_embed1: resized from" in told and "(bilinear)" in told and "omitted" in told
 
 
+@pytest.mark.slow
 def test_stochastic_depth_and_dropout_draw_from_the_keys():
     config = registry.segmenter_config("pola_pvt_nano", head="semantic_fpn", head_channels=4, drop_path=0.5)
     assert config.drop_path_rate == 0.5

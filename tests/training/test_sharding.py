@@ -161,7 +161,7 @@ def on_one_device(model):
 
 
 @pytest.mark.slow  # of two dense layers: test_mesh_order.py
-@pytest.mark.parametrize("data, fsdp", [(2, 4), (8, 1), (2, 1), (4, 1), (1, 2), (1, 4), (1, 8), (2, 2), (4, 2)])
+@pytest.mark.parametrize("data, fsdp", [(2, 4), (8, 1), (1, 8), (2, 2), (1, 2)])
 def test_any_mesh_gives_the_same_training(model, on_one_device, split_everything, data, fsdp):
     np.testing.assert_allclose(losses(model, data, fsdp), on_one_device, rtol=3e-5)
 
@@ -185,6 +185,7 @@ def bytes_on(device):
     return sum(math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize for array in arrays)
 
 
+@pytest.mark.slow
 def test_no_device_ever_holds_the_whole_state(monkeypatch):
     experiment = Experiment(config_of(data=1, fsdp=8), num_examples=1437)
     device, place, seen = jax.devices()[0], sharding.place, []
