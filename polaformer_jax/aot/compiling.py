@@ -46,6 +46,7 @@ class Program:
         state, temporary: bytes of the state and the batch, and of temporary values.
         products: operations of the matrix products of the whole batch, over all chips, without recomputation
             (`model.remat`).
+        attention_impl: of the model, what computes attention and MLPs.
         options: of the compiler, see `topologies.compiler_options`.
         traffic: bytes between the chip and its memory, by part of the model and pass: see `aot.traffic`.
         xla_flops, xla_bytes: operations, and bytes moved to and from memory, as XLA counts them for one chip, with what
@@ -58,6 +59,7 @@ class Program:
     batch: int
     mesh: tuple[int, int]
     remat: bool
+    attention_impl: str
     chip: Chip | None
     memory: float
     state: float
@@ -136,6 +138,7 @@ def compile_step(
         batch=config.train.batch_size,
         mesh=(experiment.mesh.shape["data"], experiment.mesh.shape["fsdp"]),
         remat=config.model.remat,
+        attention_impl=config.model.attention_impl,
         chip=chip_of(devices[0].device_kind),
         memory=memory_needed(compiled),
         state=memory.argument_size_in_bytes,

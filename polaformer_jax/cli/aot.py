@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--traffic", action="store_true", help="print memory traffic by part of the model")
     parser.add_argument("--csv", metavar="FILE", help="file for the report as a row of a table")
     parser.add_argument("--traffic-csv", metavar="FILE", help="file for memory traffic by part of the model, as rows")
+    parser.add_argument("--traffic-plot", metavar="FILE", help="picture of it, a .png or .svg file")
     return command.run(lambda: _compile(parser, sys.argv[1:] if argv is None else argv))
 
 
@@ -37,17 +38,19 @@ def _compile(parser: command.Parser, argv: Sequence[str]) -> None:
         raise UserError("--config and --topology are needed, e.g. --config pola_swin:b --topology v5e:16x16")
     import jax
 
-    from polaformer_jax.aot import report
+    from polaformer_jax.aot import pictures, report
     from polaformer_jax.aot.compiling import compile_step
     from polaformer_jax.aot.largest import largest_batch
     from polaformer_jax.aot.topologies import topology_devices
     from polaformer_jax.data.sources import IMAGENET_EXAMPLES
-    from polaformer_jax.files import tables
+    from polaformer_jax.files import figures, tables
     from polaformer_jax.training import progress
 
     progress.set_up_logging()
     tables.check_csv(args.csv)
     tables.check_csv(args.traffic_csv)
+    if args.traffic_plot is not None:
+        figures.check_name(args.traffic_plot, "traffic_plot")
     # Programs are compiled for the topology and not run; a TPU or GPU of this machine is not used.
     jax.config.update("jax_platforms", "cpu")
     devices = topology_devices(args.topology)
@@ -60,3 +63,5 @@ def _compile(parser: command.Parser, argv: Sequence[str]) -> None:
         tables.write_csv(args.csv, [report.row(args.topology, program)])
     if args.traffic_csv is not None:
         tables.write_csv(args.traffic_csv, report.traffic_rows(args.topology, program))
+    if args.traffic_plot is not None:
+        figures.save(pictures.traffic(program), args.traffic_plot)

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from polaformer_jax.aot import report
-from polaformer_jax.aot.attribution import OPTIMIZER, OTHER
+from polaformer_jax.aot import pictures, report
+from polaformer_jax.aot.attribution import OPTIMIZER, OTHER, Traffic
 from polaformer_jax.aot.collectives import collectives, totals
 from polaformer_jax.aot.compiling import OutOfMemoryError, compile_first, compile_step, out_of_memory
 from polaformer_jax.aot.largest import largest
@@ -21,7 +21,7 @@ from polaformer_jax.aot.roofline import estimate
 from polaformer_jax.aot.topologies import topology_devices
 from polaformer_jax.cli import aot as command
 from polaformer_jax.errors import UserError
-from polaformer_jax.files import tables
+from polaformer_jax.files import figures, tables
 from polaformer_jax.hardware.chips import CHIPS, chip_of
 from polaformer_jax.hardware.costs import product_flops
 from tests.support.quick import FLAGS
@@ -264,6 +264,25 @@ def test_what_xla_does_not_count_is_a_dash(program):
     assert row["xla_gib_per_chip"] is None and row["xla_flops_per_chip"] is None and row["traffic_gib"] > 0
 
 
+def test_the_picture_has_a_bar_for_each_part_but_the_smallest(program, tmp_path):
+    gib = 2**30
+    rows = (
+        Traffic("MLP", False, read=3 * gib, written=1 * gib, padding=1 * gib, copies=0),
+        Traffic("MLP", True, read=4 * gib, written=2 * gib, padding=0, copies=0),
+        Traffic(OPTIMIZER, False, read=1 * gib, written=1 * gib, padding=0, copies=0),
+        Traffic(OTHER, False, read=1000, written=0, padding=0, copies=0),
+    )
+    figure = pictures.traffic(dataclasses.replace(program, traffic=rows))
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["MLP", OPTIMIZER]
+    bars = [(bar.get_x(), bar.get_width()) for container in axes.containers for bar in container]
+    assert bars == [(0, 3), (3, 6), (9, 1), (0, 2)]
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["forward", "backward", "padding of tiles", "outside the passes"]
+    assert [text.get_text() for text in axes.texts] == [" 10.00", " 2.00"]
+    figures.save(pictures.traffic(program), tmp_path / "a.svg")
+
+
 def test_products_that_have_no_default_are_compiled_with_the_next_options():
     tried = []
 
@@ -298,7 +317,7 @@ def test_a_batch_that_cannot_be_split_is_refused():
 def test_the_command(tmp_path):
     words = ["--config", "digits", "--topology", "cpu:4", "--config.mesh.fsdp=2", "--num_examples", "1437"]
     words += ["--config.model.kernel_size=1", "--traffic", "--csv", str(tmp_path / "a.csv")]
-    words += ["--traffic-csv", str(tmp_path / "parts.csv")]
+    words += ["--traffic-csv", str(tmp_path / "parts.csv"), "--traffic-plot", str(tmp_path / "parts.png")]
     line = [sys.executable, "-m", "polaformer_jax.cli", "aot", *words]
     done = subprocess.run(line, env=os.environ | {"XLA_FLAGS": FLAGS}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -309,6 +328,7 @@ def test_the_command(tmp_path):
     assert "memory traffic, MiB" in done.stdout
     parts = {row["module"] for row in csv.DictReader((tmp_path / "parts.csv").read_text().splitlines())}
     assert {"MLP", "polarity attention"} < parts
+    assert (tmp_path / "parts.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_command_without_a_topology(capsys):
