@@ -2,7 +2,7 @@
 
     polaformer aot --config pola_swin:b --topology v5e:16x16
     polaformer aot --config pola_swin:b --topology v5e:2x4 --config.mesh.fsdp=8 --csv b.csv
-    polaformer aot --config pola_swin:t --topology v5e:2x4 --traffic --traffic-csv modules.csv
+    polaformer aot --config pola_swin:t --topology v5e:2x4 --traffic --traffic-csv parts.csv --traffic-plot parts.svg
     polaformer aot --config pola_pvt:s --topology v5e:2x4 --largest-batch
     polaformer aot --config pola_pvt:t --topology h100 --config.train.batch_size=128
 
