@@ -89,9 +89,9 @@ def polarity_attention(
             [k+, k-]^T v or the mean, n does not count them, and the convolution sees zeros in their place, so that
             padding an example does not change the results at its valid tokens. (Those at masked tokens are to be
             ignored.)
-        implementation: "xla", operations that XLA compiles; "pallas", one kernel (`models.kernels`), available on TPUs
-            and on CUDA GPUs (there for heads of 16, 32, 64, ... channels), and interpreted, slowly, elsewhere;
-            "auto", the kernel on TPUs, otherwise XLA. The kernel has gradients only; forward-mode differentiation
+        implementation: "xla", operations that XLA compiles; "pallas", one kernel (`models.kernels`), which TPUs have,
+            and CUDA GPUs for heads of 16, 32, 64, ... channels, and which is interpreted, slowly, on CPUs, otherwise
+            XLA; "auto", the kernel on TPUs, otherwise XLA. The kernel has gradients only; forward-mode differentiation
             (`jax.jvp`, `jax.linearize`, `jax.hessian`) and gradients of gradients take "xla".
 
     Returns:

@@ -215,8 +215,8 @@ class Block(ResidualBlock):
     """Pre-norm residual block: attention, then MLP, with stochastic depth drawn separately for the two branches.
 
     `implementation` is that of the second half, LayerNorm and MLP: "xla", operations that XLA compiles; "pallas", one
-    kernel (`models.kernels.mlp`), available on TPUs, on GPUs for up to 256 channels (with more they have operations),
-    and interpreted, slowly, elsewhere; "auto", the kernel on TPUs where it saves memory traffic, otherwise XLA. Dropout
+    kernel (`models.kernels.mlp`), which TPUs have, and CUDA GPUs for up to 256 channels, and which is interpreted,
+    slowly, on CPUs, otherwise XLA; "auto", the kernel on TPUs where it saves memory traffic, otherwise XLA. Dropout
     within the MLP is always by operations.
     """
 

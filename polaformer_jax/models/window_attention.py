@@ -77,9 +77,9 @@ def softmax_in_windows(qkv: jax.Array, bias: jax.Array, *, windows: Windows, imp
         qkv: (B, windows, n, 3C), the queries, keys and values of windows as `windows.cut` orders them.
         bias: (h, n, n) in the dtype of sums, see `WindowAttention.relative_bias`.
         windows: how they lie on the map.
-        implementation: "xla", operations that XLA compiles; "pallas", one kernel (`models.kernels.windows`) where it
-            supports the channels, on TPUs, and interpreted, slowly, elsewhere; "auto", the kernel on TPUs, otherwise
-            XLA. The kernel has gradients only; forward-mode differentiation and gradients of gradients take "xla".
+        implementation: "xla", operations that XLA compiles; "pallas", one kernel (`models.kernels.windows`), which TPUs
+            have, and which is interpreted, slowly, on CPUs, otherwise XLA; "auto", the kernel on TPUs, otherwise XLA.
+            The kernel has gradients only; forward-mode differentiation and gradients of gradients take "xla".
 
     Returns:
         (B, windows, n, C) in the dtype of `qkv`.
@@ -88,8 +88,8 @@ def softmax_in_windows(qkv: jax.Array, bias: jax.Array, *, windows: Windows, imp
         raise ValueError(f"implementation {implementation!r}: expected one of {', '.join(ATTENTION_IMPLEMENTATIONS)}")
     by_operations = functools.partial(_by_operations, windows=windows)
     by_kernel = functools.partial(kernel.window_attention, mask=windows.score_mask)
-    heads, channels = bias.shape[0], qkv.shape[-1] // 3
-    if implementation == "pallas" and kernel.supports(channels, heads):
+    heads = bias.shape[0]
+    if implementation == "pallas" and kernel.supports(qkv, heads):
         return by_kernel(qkv, bias)
     if implementation == "auto" and kernel.usable(qkv, heads):
         return jax.lax.platform_dependent(

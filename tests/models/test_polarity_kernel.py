@@ -279,13 +279,20 @@ def test_a_gpu_has_its_kernel_if_told():
     mesh = abstract_mesh("cuda", size=1)
     assert calls in lowered("cuda", "pallas", shape, mesh) and calls not in lowered("cuda", "auto", shape, mesh)
     narrow = lowered("cuda", "pallas", "one head", mesh)  # of 8 channels, too narrow for Triton's products
-    assert calls not in narrow and "while" in narrow
+    assert calls not in narrow and "while" not in narrow  # nor is that of TPUs interpreted there
 
 
 def test_groups_of_heads_that_need_too_much_memory_are_left_to_xla(monkeypatch):
     monkeypatch.setattr(tpu_plan, "LARGEST_GROUP", 7)
     polarity_attention.clear_cache()
-    assert "tpu_custom_call" not in lowered("tpu", "auto", mesh=abstract_mesh("tpu"))
+    for implementation in ("auto", "pallas"):
+        assert "tpu_custom_call" not in lowered("tpu", implementation, mesh=abstract_mesh("tpu"))
+
+
+def test_devices_of_other_kinds_have_operations():
+    """Kernels are interpreted on CPUs alone."""
+    program = lowered("rocm", "pallas", mesh=abstract_mesh("rocm", kind="AMD Instinct MI300X", size=1))
+    assert "while" not in program and "custom_call" not in program
 
 
 @pytest.mark.slow

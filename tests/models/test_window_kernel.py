@@ -204,6 +204,8 @@ def test_a_tpu_has_the_kernel_and_others_only_if_told():
     cpus = mesh_of(8, 1).abstract_mesh
     assert "while" not in lowered("cpu", "auto", mesh=mesh)  # the interpreter of kernels is a loop
     assert "while" not in lowered("cpu", "auto", mesh=cpus) and "while" in lowered("cpu", "pallas", mesh=cpus)
+    for implementation in ("auto", "pallas"):  # a GPU has none, and interprets none
+        assert "while" not in lowered("cuda", implementation, mesh=abstract_mesh("cuda", size=1))
 
 
 @pytest.mark.parametrize(
@@ -221,14 +223,23 @@ def test_operations_compute_what_the_kernel_would_pad(given):
 def test_windows_that_need_too_much_memory_are_left_to_xla(monkeypatch):
     monkeypatch.setattr(tpu.Plan, "memory", math.inf)
     softmax_in_windows.clear_cache()
-    assert "tpu_custom_call" not in lowered("tpu", "auto", mesh=abstract_mesh("tpu"))
+    for implementation in ("auto", "pallas"):
+        assert "tpu_custom_call" not in lowered("tpu", implementation, mesh=abstract_mesh("tpu"))
 
 
-def test_which_channels_the_kernel_supports():
-    assert kernel.supports(384, 12) and kernel.supports(1024, 32) and kernel.supports(384, 8)
-    assert not kernel.supports(96, 3)  # fewer than a register's lanes
-    assert not kernel.supports(192, 6)  # heads of a register and a half
-    assert not kernel.supports(128, 3)
+@pytest.mark.parametrize(
+    "channels, heads, expected",
+    [
+        (384, 12, True),
+        (1024, 32, True),
+        (384, 8, True),
+        (96, 3, False),  # fewer than a register's lanes
+        (192, 6, False),  # heads of a register and a half
+        (128, 3, False),
+    ],
+)
+def test_which_channels_the_kernel_supports(channels, heads, expected):
+    assert kernel.supports(jax.ShapeDtypeStruct((8, 4, 49, 3 * channels), jnp.bfloat16), heads) == expected
 
 
 def test_an_unknown_implementation_is_refused():

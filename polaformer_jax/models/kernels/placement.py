@@ -18,6 +18,11 @@ def for_gpu() -> bool:
     return device_kind().startswith("NVIDIA")
 
 
+def interprets() -> bool:
+    """Whether a program is being traced for CPUs, which interpret kernels of other devices if told: to test them."""
+    return device_kind() == "cpu"
+
+
 def device_kind() -> str:
     """JAX's name of the devices that a program is being traced for: see `for_tpu`."""
     device = jax.sharding.get_abstract_mesh().abstract_device

@@ -26,7 +26,14 @@ def chosen(implementation: str, tokens: int, channels: int, width: int) -> bool:
     """Whether `implementation` ("auto", "xla", "pallas") means the kernel, for so many query tokens."""
     if implementation == "xla" or tokens == 1:  # for one token there is nothing to fuse
         return False
-    return implementation == "pallas" or usable(channels, width)
+    return supports(channels, width) if implementation == "pallas" else usable(channels, width)
+
+
+def supports(channels: int, width: int) -> bool:
+    """Whether the kernel can be told to run for heads of this width: on TPUs, on GPUs if they have one, and on CPUs."""
+    if placement.for_gpu():
+        return _kernel_of_gpus(width) is not None
+    return placement.interprets() or (placement.for_tpu() and _kernel_of_tpus().supported(channels, width))
 
 
 def usable(channels: int, width: int) -> bool:

@@ -20,27 +20,25 @@ FEWEST_IMAGES = 8  # on a device: of fewer, memory would hold tiles that are mos
 _WITHOUT_BATCH = frozenset(("bias", "mask"))
 
 
-def supports(channels: int, heads: int) -> bool:
-    """Whether the kernel can compute such an attention: some heads together have to fill registers of 128 lanes."""
-    return channels % heads == 0 and _kernel().group_of(channels, heads) is not None
+def supports(qkv: jax.Array, heads: int) -> bool:
+    """Whether the kernel can be told to run for `qkv` (B, windows, n, 3C): on TPUs with enough memory, and on CPUs.
+
+    Some heads together have to fill registers of 128 lanes.
+    """
+    tpu, channels = _kernel(), qkv.shape[3] // 3
+    if channels % heads or tpu.group_of(channels, heads) is None:
+        return False
+    return placement.interprets() or (placement.for_tpu() and tpu.fits(_plan(qkv, heads)))
 
 
 def usable(qkv: jax.Array, heads: int) -> bool:
     """Whether "auto" may choose the kernel for `qkv` (B, windows, n, 3C), which it does only on a TPU.
 
-    Its blocks and the bias have to fit in a core's memory, it has to be known how the batch is sharded, and a device
-    has to have some images.
+    It has to be known how the batch is sharded, and a device has to have some images: see also `supports`.
     """
     if not placement.sharding_is_known() or not placement.for_tpu():
         return False
-    images, windows, n, channels = qkv.shape
-    devices = Placement.here(only_tpu=True).devices
-    if images % devices == 0:
-        images //= devices
-    if images < FEWEST_IMAGES or not supports(channels // 3, heads):
-        return False
-    tpu = _kernel()
-    return tpu.fits(tpu.Plan.of(jax.ShapeDtypeStruct((n, windows, images, channels), qkv.dtype), heads))
+    return _images(qkv) >= FEWEST_IMAGES and supports(qkv, heads)
 
 
 def window_attention(
@@ -82,6 +80,18 @@ def _bwd(where, arrays, y_bar):
 
 
 _fused.defvjp(_fwd, _bwd)
+
+
+def _images(qkv: jax.Array) -> int:
+    """The images of a device."""
+    images, devices = qkv.shape[0], Placement.here(only_tpu=True).devices
+    return images // devices if images % devices == 0 else images
+
+
+def _plan(qkv: jax.Array, heads: int):
+    """How the kernel of TPUs cuts what a device has of `qkv` (B, windows, n, 3C)."""
+    _, windows, n, channels = qkv.shape
+    return _kernel().Plan.of(jax.ShapeDtypeStruct((n, windows, _images(qkv), channels), qkv.dtype), heads)
 
 
 def _run(direction: str, where: Placement, arrays: dict[str, jax.Array]):
