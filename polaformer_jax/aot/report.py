@@ -27,7 +27,7 @@ def describe(program: Program) -> str:
         " chip, without padding and repetitions of loops",
     ]
     if program.options:
-        lines.append("compiler options     " + ", ".join(f"{name}={value}" for name, value in program.options.items()))
+        lines.append(f"compiler options     {_options(program)}")
     found = collectives.totals(program.collectives)
     if not found:
         lines.append("collectives          none")
@@ -80,6 +80,7 @@ def row(topology: str, program: Program) -> dict[str, object]:
         "mesh_fsdp": program.mesh[1],
         "remat": program.remat,
         "attention_impl": program.attention_impl,
+        "compiler_options": _options(program),
         "memory_gib": round(program.memory / GIB, 3),
         "state_gib": round(program.state / GIB, 3),
         "temporary_gib": round(program.temporary / GIB, 3),
@@ -104,7 +105,11 @@ def traffic_rows(topology: str, program: Program) -> list[dict[str, object]]:
             "model": program.model,
             "topology": topology,
             "batch": program.batch,
+            "mesh_data": program.mesh[0],
+            "mesh_fsdp": program.mesh[1],
+            "remat": program.remat,
             "attention_impl": program.attention_impl,
+            "compiler_options": _options(program),
             "module": part.module,
             "pass": "" if part.module in WITHOUT_PASSES else "backward" if part.backward else "forward",
             "read_mib": round(part.read / MIB, 3),
@@ -114,6 +119,10 @@ def traffic_rows(topology: str, program: Program) -> list[dict[str, object]]:
         }
         for part in program.traffic
     ]
+
+
+def _options(program: Program) -> str:
+    return ", ".join(f"{name}={value}" for name, value in program.options.items())
 
 
 def _gib(size: float | None) -> float | None:

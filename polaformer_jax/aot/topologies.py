@@ -12,7 +12,7 @@ import jax
 from polaformer_jax.aot import gpu_targets
 from polaformer_jax.errors import UserError
 
-_PLUGIN = re.compile(r"jax[-_]cuda(\d+)[-_]plugin")
+_PLUGIN = re.compile(r"jax[-_]cuda\d+[-_](plugin|pjrt)")
 
 
 def topology_devices(topology: str) -> Sequence[jax.Device]:
@@ -80,7 +80,7 @@ def _tpus(topology: str, generation: str) -> Sequence[jax.Device]:
 
 def _gpus(topology: str, name: str, count: int) -> Sequence[jax.Device]:
     plugins = _cuda_plugins()
-    if not plugins:
+    if len({name.rsplit("-", 1)[-1] for name in plugins}) < 2:  # both are needed
         raise UserError(
             f"{topology} needs JAX's compiler for CUDA (but no GPU and no driver), of the version of JAX:"
             f" pip install --no-deps jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__}"
@@ -99,8 +99,9 @@ def _gpus(topology: str, name: str, count: int) -> Sequence[jax.Device]:
 
 
 def _cuda_plugins() -> dict[str, str]:
-    """JAX's installed plugins for CUDA, and their versions."""
-    names = ((item.metadata["Name"] or "", item.version) for item in importlib.metadata.distributions())
+    """The installed packages of JAX's plugin for CUDA, and their versions."""
+    found = importlib.metadata.distributions()
+    names = (((item.metadata["Name"] or "").replace("_", "-"), item.version) for item in found)
     return {name: version for name, version in names if _PLUGIN.fullmatch(name)}
 
 
@@ -110,4 +111,4 @@ def _described(given: str, /, *arguments: str, **options: str) -> Sequence[jax.D
     try:
         return topologies.get_topology_desc(*arguments, **options).devices
     except Exception as error:  # of several types, by version
-        raise UserError(f"{given}: {str(error).splitlines()[0]}", argument="topology") from error
+        raise UserError(f"{given}: {(str(error) or repr(error)).splitlines()[0]}", argument="topology") from error

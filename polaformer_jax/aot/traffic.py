@@ -11,13 +11,13 @@ far as they lie in the device's memory, and as large as they are there: in whole
   whose result is one.
 - Asynchronous instructions count where they start.
 - A kernel (custom call) reads operands as often as its metadata says: `pallas_call(metadata={"reads": "1 2"})`, one
-  number for each operand. Without them, but with a cost estimate, it moves as many bytes as that says.
+  number for each operand. Without them it moves every array once, or more if its cost estimate says so.
 """
 
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from polaformer_jax.aot.hlo import Array, Computation, Instruction, Program
@@ -37,12 +37,16 @@ _NAMING = {
     "optimization-barrier",
     "add-dependency",
     "domain",
-    "async-update",
     "send",
     "recv",
 }
 _SLICES = {"slice", "dynamic-slice", "gather"}
-_NO_ELEMENT_BY_ELEMENT = {"reduce", "dot", "convolution", "custom-call", "sort", "scatter", "reduce-window"}
+_UPDATES = {"dynamic-update-slice", "scatter"}
+# Whose results depend on other elements than those in the same place, though they may be as many.
+_NO_ELEMENT_BY_ELEMENT = {
+    *("reduce", "dot", "convolution", "custom-call", "sort", "scatter", "reduce-window", "select-and-scatter", "fft"),
+    *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast"),
+}
 _HOST = 5  # the memory space of arrays in the host's memory
 # Custom calls of XLA that put parts of one array side by side where they lie, or only reserve memory.
 _NAMING_CALLS = ("ConcatBitcast", "AllocateBuffer")
@@ -104,7 +108,7 @@ class _Counter:
 
     def of(self, computation: Computation, times: float, callers: tuple[Instruction, ...]) -> Iterator[Move]:
         for item in computation.instructions.values():
-            if item.opcode in _NAMING or item.opcode.endswith("-done"):
+            if item.opcode in _NAMING or item.opcode.endswith(("-update", "-done")):
                 continue
             inside = (*callers, item)
             if item.opcode == "while":
@@ -144,16 +148,18 @@ class _Counter:
         whole, results = [Part(array) for array in arrays], [Part(array) for array in item.arrays]
         match item.opcode:
             case "fusion":
-                return self._fusion(item, computation)
+                return self._fusion(item, computation, item.arrays)
+            case "fusion-start":
+                return self._fusion(item, computation, _results(item, arrays))
             case "slice" | "dynamic-slice" | "gather":
                 return [Part(arrays[0], _share(results[0].array, arrays[0])), *whole[1:]], results
-            case "dynamic-update-slice":
-                update = computation.arrays(item.operands[1])[0]
-                return [Part(update)], [Part(item.arrays[0], _share(update, item.arrays[0]))]
+            case "dynamic-update-slice" | "dynamic-update-slice-start":
+                update, operand = computation.arrays(item.operands[1])[0], arrays[0]
+                return [Part(update)], [Part(operand, _share(update, operand))]
             case "scatter":
                 return self._scatter(item, computation)
             case "custom-call":
-                return self._custom_call(item, arrays)
+                return self._custom_call(item, computation, arrays)
             case opcode if opcode.endswith("-start"):
                 return _started(item, arrays)
         return whole, results
@@ -166,11 +172,13 @@ class _Counter:
         changed = [Part(array, share) for array in item.arrays]
         return [*changed, *map(Part, operands[count:])], changed
 
-    def _fusion(self, item: Instruction, computation: Computation) -> tuple[list[Part], list[Part]]:
+    def _fusion(
+        self, item: Instruction, computation: Computation, results: Sequence[Array]
+    ) -> tuple[list[Part], list[Part]]:
         body = self._called(item, "calls")
-        roots = [body.root.name] if body.root.opcode != "tuple" else list(body.root.operands)
-        written = [Part(array, _updated(body, name)) for array, name in zip(item.arrays, roots, strict=False)]
-        written += [Part(array) for array in item.arrays[len(roots) :]]
+        roots = _roots(body)
+        written = [Part(array, self._updated(body, name)) for array, name in zip(results, roots, strict=False)]
+        written += [Part(array) for array in results[len(roots) :]]
         read = []
         for i, name in enumerate(item.operands):
             inner = body.parameters.get(i)
@@ -196,7 +204,7 @@ class _Counter:
         for user, operand in body.users[value.name]:
             if user.opcode in _SLICES and operand == 0:
                 total += self._needed(body, user) * _share(user.arrays[0], value.arrays[0])
-            elif user.opcode in ("dynamic-update-slice", "scatter") and operand == 0:
+            elif user.opcode in _UPDATES and operand == 0 and _in_place(body, user):
                 continue  # in place
             elif user.opcode == "fusion":
                 called = self._called(user, "calls")
@@ -207,7 +215,21 @@ class _Counter:
                 return 1.0
         return min(1.0, total)
 
-    def _custom_call(self, item: Instruction, arrays: list[Array]) -> tuple[list[Part], list[Part]]:
+    def _updated(self, body: Computation, name: str) -> float:
+        """How much of a fusion's result is written: of an update in place the update."""
+        item = _made_by(body, name)
+        if item.opcode == "dynamic-update-slice":
+            return _share(body.arrays(item.operands[1])[0], item.arrays[0])
+        if item.opcode == "scatter":
+            return _share(body.arrays(item.operands[-1])[0], item.arrays[0])
+        if item.opcode == "fusion" and not item.is_tuple:
+            called = self._called(item, "calls")
+            return self._updated(called, called.root.name)
+        return 1.0
+
+    def _custom_call(
+        self, item: Instruction, computation: Computation, arrays: list[Array]
+    ) -> tuple[list[Part], list[Part]]:
         target = _TARGET.search(item.attributes)
         target = target[1] if target else ""
         if target in _NAMING_CALLS:
@@ -215,9 +237,11 @@ class _Counter:
         results = list(item.arrays)
         if target.startswith(_WITH_WORKSPACE):
             results = results[:1] + [array for array in results[1:] if array.dtype not in ("s8", "u8")]
-        if (reads := _READS.search(item.attributes)) and len(times := reads[1].split()) == len(arrays):
-            shares = [float(number) for number in times]
-        elif estimate := _ESTIMATE.search(item.attributes):
+        if (reads := _READS.search(item.attributes)) and len(times := reads[1].split()) == len(item.operands):
+            pairs = zip(item.operands, map(float, times), strict=True)
+            read = [Part(array, number) for name, number in pairs for array in computation.arrays(name)]
+            return read, list(map(Part, results))
+        if estimate := _ESTIMATE.search(item.attributes):
             # Which operands are read again is not known: it is all of them, equally often.
             again = int(estimate[1]) - sum(array.bytes for array in (*arrays, *results))
             shares = [1 + max(0.0, again) / max(sum(array.bytes for array in arrays), 1)] * len(arrays)
@@ -235,24 +259,37 @@ def _same_size(user: Instruction, value: Instruction) -> bool:
     return not user.is_tuple and math.prod(user.arrays[0].shape) == math.prod(value.arrays[0].shape)
 
 
-def _updated(body: Computation, name: str) -> float:
-    """How much of a fusion's result is written: of an update in place the update."""
+def _roots(body: Computation) -> list[str]:
+    """The names of a fusion's results, in the fused computation."""
+    return list(body.root.operands) if body.root.opcode == "tuple" else [body.root.name]
+
+
+def _made_by(body: Computation, name: str) -> Instruction:
+    """What computes a value of a fused computation, but for copies of it."""
     item = body.instructions[name]
     while item.opcode in ("bitcast", "copy") and item.operands[0] in body.instructions:
         item = body.instructions[item.operands[0]]
-    if item.opcode == "dynamic-update-slice":
-        return _share(body.arrays(item.operands[1])[0], item.arrays[0])
-    if item.opcode == "scatter":
-        return _share(body.arrays(item.operands[-1])[0], item.arrays[0])
-    return 1.0
+    return item
+
+
+def _in_place(body: Computation, update: Instruction) -> bool:
+    """Whether an update is a result of a fused computation, and so made in the memory of what is updated."""
+    return any(_made_by(body, name) is update for name in _roots(body))
 
 
 def _started(item: Instruction, arrays: list[Array]) -> tuple[list[Part], list[Part]]:
-    """Of an asynchronous instruction: its results also hold its operands, and counters."""
+    """Of an asynchronous instruction; those of slices read what they return."""
+    new = _results(item, arrays)
+    slices = item.opcode.removesuffix("-start") in _SLICES
+    share = sum(array.bytes for array in new) / max(sum(array.bytes for array in arrays), 1) if slices else 1.0
+    return [Part(array, min(1.0, share)) for array in arrays], list(map(Part, new))
+
+
+def _results(item: Instruction, arrays: list[Array]) -> list[Array]:
+    """The results of an asynchronous instruction, whose value also holds its operands `arrays`, and counters."""
     new = [array for array in item.arrays if array.shape or array.dtype not in ("u32", "s32")]
     if item.opcode != "all-reduce-start":  # which returns the results alone
         for array in arrays:
             if array in new:
                 new.remove(array)
-    share = min(1.0, sum(array.bytes for array in new) / max(sum(array.bytes for array in arrays), 1))
-    return [Part(array, share) for array in arrays], [Part(array) for array in new]
+    return new

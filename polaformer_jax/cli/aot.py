@@ -12,6 +12,7 @@ nor driver. Nothing can be timed there: XLA takes its default for each product, 
 The data set is not needed. Times are estimates from published peaks.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -48,9 +49,12 @@ def _compile(parser: command.Parser, argv: Sequence[str]) -> None:
 
     progress.set_up_logging()
     tables.check_csv(args.csv)
-    tables.check_csv(args.traffic_csv)
+    tables.check_csv(args.traffic_csv, "traffic_csv")
     if args.traffic_plot is not None:
         figures.check_name(args.traffic_plot, "traffic_plot")
+    files = [os.path.realpath(name) for name in (args.csv, args.traffic_csv, args.traffic_plot) if name is not None]
+    if len(set(files)) < len(files):
+        raise UserError("--csv, --traffic-csv and --traffic-plot name one file more than once; give each its own")
     # Programs are compiled for the topology and not run; a TPU or GPU of this machine is not used.
     jax.config.update("jax_platforms", "cpu")
     devices = topology_devices(args.topology)

@@ -27,10 +27,10 @@ def number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def check_csv(path: epath.PathLike | None) -> None:
-    """Raises a UserError, before any work, if a table cannot be written there; None: none will be."""
+def check_csv(path: epath.PathLike | None, argument: str = "csv") -> None:
+    """Raises a UserError, before any work, if a table, named by `argument`, cannot be written; None: none will be."""
     if path is not None:
-        atomic.check_target(path, "table", argument="csv")
+        atomic.check_target(path, "table", argument=argument)
 
 
 def write_csv(path: epath.PathLike, rows: Sequence[Mapping[str, object]]) -> None:

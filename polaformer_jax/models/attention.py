@@ -16,12 +16,13 @@ from polaformer_jax.config import ATTENTION_IMPLEMENTATIONS
 from polaformer_jax.models.depthwise import depthwise_conv, upsample_tokens
 from polaformer_jax.models.initializers import zeros
 from polaformer_jax.models.interpolation import table_on
-from polaformer_jax.models.kernels import polarity
+from polaformer_jax.models.kernels import placement, polarity
 from polaformer_jax.models.kernels.polarity import packed, projected
 from polaformer_jax.models.layers import (
     ConvParams,
     PatchConv,
     accumulation_dtype,
+    check_implementation,
     dropout,
     layer_norm,
     linear,
@@ -80,7 +81,7 @@ def polarity_attention(
         q, g: (B, N, C). Their dtype, and that of k and v, is that of the matrix products; power, normaliser and
             accumulation are at least float32.
         k, v: (B, n, C), n <= N.
-        kernel, bias: of the depthwise convolution, (size, size, 1, d) and (d,); one kernel serves all heads.
+        kernel, bias: of the depthwise convolution, (size, size, 1, d), size odd, and (d,); one kernel serves all heads.
             A kernel with one spatial axis belongs to a grid with one axis.
         grid: how the N tokens are arranged: (height, width) of an image or a window, (N,) of a sequence.
         alpha: largest power minus one, >= 0. Gradients are finite at exact zeros for all such values. NaN in an
@@ -90,7 +91,7 @@ def polarity_attention(
             padding an example does not change the results at its valid tokens. (Those at masked tokens are to be
             ignored.)
         implementation: "xla", operations that XLA compiles; "pallas", one kernel (`models.kernels`), which TPUs have,
-            and CUDA GPUs for heads of 16, 32, 64, ... channels, and which is interpreted, slowly, on CPUs, otherwise
+            and CUDA GPUs for heads of 16, 32 or 64 channels, and which is interpreted, slowly, on CPUs, otherwise
             XLA; "auto", the kernel on TPUs, otherwise XLA. The kernel has gradients only; forward-mode differentiation
             (`jax.jvp`, `jax.linearize`, `jax.hessian`) and gradients of gradients take "xla".
 
@@ -99,18 +100,19 @@ def polarity_attention(
     """
     if mask is not None and mask.shape != k.shape[:2]:
         raise ValueError(f"mask has shape {mask.shape}, expected one value for each key, {k.shape[:2]}")
-    if implementation not in ATTENTION_IMPLEMENTATIONS:
-        raise ValueError(f"implementation {implementation!r}: expected one of {', '.join(ATTENTION_IMPLEMENTATIONS)}")
+    check_implementation(implementation)
+    if not all(size % 2 for size in kernel.shape[:-2]):
+        raise ValueError(f"kernel has shape {kernel.shape}, expected odd sizes along the axes of the grid")
     if mask is not None:
         v = jnp.where(mask[:, :, None], v, 0)
     arrays = {"q": q, "k": k, "v": v, "g": g, "kernel": kernel, "bias": bias}
     arrays |= {"table": positional_encoding, "mask": mask}
     arrays["s"], arrays["p"] = rescaling(power, scale, alpha, accumulation_dtype(q.dtype))
     by_operations = functools.partial(_by_operations, grid)
-    if not polarity.chosen(implementation, q.shape[1], q.shape[2], power.shape[3]):
+    if not polarity.chosen(implementation, q, power.shape[3]):
         return by_operations(arrays)
     if implementation == "pallas":
-        return _by_one_kernel(grid, arrays)
+        return _by_one_kernel(grid, arrays, on_tpu=placement.for_tpu())
     by_tpu = functools.partial(_by_one_kernel, grid, on_tpu=True)
     return jax.lax.platform_dependent(arrays, tpu=by_tpu, default=by_operations)
 
@@ -172,7 +174,9 @@ class PolarityAttention(nnx.Module):
         sr_ratio: spatial reduction of keys and values by `sr` and `norm`, only with "qg_kv"; 1 is none.
             It must divide the grid.
         kernel_size: of the depthwise convolution, odd.
-        attention_impl: the `implementation` of `polarity_attention`; with "pallas" GPUs have `kernels.polarity.packed`.
+        attention_impl: the `implementation` of `polarity_attention`; without masks the kernel is one that computes the
+            gradients of the linear layers, or part of them, as well (`kernels.polarity.projected` and, on GPUs if there
+            are as many keys as queries, `packed`).
     """
 
     def __init__(
@@ -279,12 +283,12 @@ class PolarityAttention(nnx.Module):
             return kernel(tokens, layers, self.dwc, **arrays, **options)
 
         implementation, width = self.attention_impl, self.power.shape[3]
-        if mask is None and self.sr_ratio == 1 and packed.usable(implementation, width):
+        if mask is None and self.sr_ratio == 1 and packed.usable(implementation, x, width):
             return together(x, packed.attention)
-        if mask is not None or not polarity.chosen(implementation, *x.shape[1:], width):
+        if mask is not None or not polarity.chosen(implementation, x, width):
             return by_parts(x, implementation)
         if implementation == "pallas":
-            return together(x, projected.attention)
+            return together(x, projected.attention, on_tpu=placement.for_tpu())
         on_tpu = functools.partial(together, kernel=projected.attention, on_tpu=True)
         return jax.lax.platform_dependent(x, tpu=on_tpu, default=lambda x: by_parts(x, "xla"))
 

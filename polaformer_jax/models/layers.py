@@ -16,11 +16,18 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from polaformer_jax.config import ATTENTION_IMPLEMENTATIONS
 from polaformer_jax.models.dtypes import accumulation_dtype
 from polaformer_jax.models.initializers import normal_init, ones_init, placed, uniform_init, zeros_init
-from polaformer_jax.models.kernels import mlp
+from polaformer_jax.models.kernels import mlp, placement
 
 Grid = tuple[int, int]  # height and width of a map, in tokens
+
+
+def check_implementation(implementation: str) -> None:
+    """Raises a ValueError if it is none of those that attention and MLPs have."""
+    if implementation not in ATTENTION_IMPLEMENTATIONS:
+        raise ValueError(f"implementation {implementation!r}: expected one of {', '.join(ATTENTION_IMPLEMENTATIONS)}")
 
 
 def product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -217,7 +224,8 @@ class Block(ResidualBlock):
     `implementation` is that of the second half, LayerNorm and MLP: "xla", operations that XLA compiles; "pallas", one
     kernel (`models.kernels.mlp`), which TPUs have, and CUDA GPUs for up to 256 channels, and which is interpreted,
     slowly, on CPUs, otherwise XLA; "auto", the kernel on TPUs where it saves memory traffic, otherwise XLA. Dropout
-    within the MLP is always by operations.
+    within the MLP is always by operations, and so are tokens of another dtype than the block's. The kernel has
+    gradients only; forward-mode differentiation and gradients of gradients take "xla".
     """
 
     def __init__(
@@ -232,6 +240,7 @@ class Block(ResidualBlock):
         implementation: str = "auto",
         **types,
     ):
+        check_implementation(implementation)
         self.norm1 = layer_norm(dim, epsilon=epsilon, **types)
         self.attn = attn
         self.norm2 = layer_norm(dim, epsilon=epsilon, **types)
@@ -264,7 +273,7 @@ class Block(ResidualBlock):
             return by_operations(x)
         hidden = self.mlp.fc1.out_features
         if self.implementation == "pallas" and mlp.supports(x, hidden):
-            return by_one_kernel(x)
+            return by_one_kernel(x, on_tpu=placement.for_tpu())
         if self.implementation == "auto" and mlp.usable(x, hidden):
             on_tpu = functools.partial(by_one_kernel, on_tpu=True)
             return jax.lax.platform_dependent(x, tpu=on_tpu, default=by_operations)

@@ -182,8 +182,8 @@ class PolaSwin(Backbone):
         config: the hyper-parameters; None: `PolaSwinConfig(**hyperparameters)`.
         dtype: of activations and matrix products: bfloat16, float32 or float64.
         param_dtype: of the stored parameters: float32 or float64.
-        attention_impl: how attention is computed: "auto", "xla" or "pallas" (see `polarity_attention` and, for softmax
-            within windows, `softmax_in_windows`).
+        attention_impl: how attention and the MLPs are computed: "auto", "xla" or "pallas" (see `polarity_attention`,
+            `Block` and, for softmax within windows, `softmax_in_windows`).
         rngs: source of the keys for initial parameters, by `rngs.params()`.
         hyperparameters: fields of `PolaSwinConfig`, if no config is given.
 

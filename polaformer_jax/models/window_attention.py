@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from polaformer_jax.config import ATTENTION_IMPLEMENTATIONS
 from polaformer_jax.models.attention import PolarityAttention
 from polaformer_jax.models.initializers import table
+from polaformer_jax.models.kernels import placement
 from polaformer_jax.models.kernels import windows as kernel
-from polaformer_jax.models.layers import Block, Grid, accumulation_dtype, dropout, linear, product
+from polaformer_jax.models.layers import Block, Grid, accumulation_dtype, check_implementation, dropout, linear, product
 from polaformer_jax.models.windows import Windows
 
 
@@ -84,13 +84,12 @@ def softmax_in_windows(qkv: jax.Array, bias: jax.Array, *, windows: Windows, imp
     Returns:
         (B, windows, n, C) in the dtype of `qkv`.
     """
-    if implementation not in ATTENTION_IMPLEMENTATIONS:
-        raise ValueError(f"implementation {implementation!r}: expected one of {', '.join(ATTENTION_IMPLEMENTATIONS)}")
+    check_implementation(implementation)
     by_operations = functools.partial(_by_operations, windows=windows)
     by_kernel = functools.partial(kernel.window_attention, mask=windows.score_mask)
     heads = bias.shape[0]
     if implementation == "pallas" and kernel.supports(qkv, heads):
-        return by_kernel(qkv, bias)
+        return by_kernel(qkv, bias, on_tpu=placement.for_tpu())
     if implementation == "auto" and kernel.usable(qkv, heads):
         return jax.lax.platform_dependent(
             qkv, bias, tpu=functools.partial(by_kernel, on_tpu=True), default=by_operations

@@ -331,6 +331,14 @@ def test_the_command(tmp_path):
     assert (tmp_path / "parts.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_command_writes_no_file_over_another(tmp_path, capsys):
+    name = str(tmp_path / "a.csv")
+    assert command.main(["--config", "digits", "--topology", "cpu:4", "--csv", name, "--traffic-csv", name]) == 1
+    assert "--csv, --traffic-csv and --traffic-plot name one file more than once" in capsys.readouterr().err
+    assert command.main(["--config", "digits", "--topology", "cpu:4", "--traffic-csv", str(tmp_path)]) == 1
+    assert "--traffic-csv: " in capsys.readouterr().err
+
+
 def test_the_command_without_a_topology(capsys):
     assert command.main(["--config", "digits"]) == 1
     assert capsys.readouterr().err.startswith("error: --config and --topology are needed")

@@ -46,15 +46,16 @@ def installed(monkeypatch, **versions):
     monkeypatch.setattr(importlib.metadata, "distributions", lambda: found)
 
 
-def test_without_the_plugin_for_cuda(monkeypatch):
-    installed(monkeypatch, jax=jax.__version__)
+@pytest.mark.parametrize("found", [{}, {"jax_cuda12_plugin": jax.__version__}, {"jax_cuda12_pjrt": jax.__version__}])
+def test_without_the_plugin_for_cuda(found, monkeypatch):
+    installed(monkeypatch, jax=jax.__version__, **found)
     with pytest.raises(UserError, match=f"no GPU and no driver.*jax-cuda12-plugin=={jax.__version__}"):
         topology_devices("h100")
 
 
 def test_a_plugin_of_another_version_of_jax(monkeypatch):
-    installed(monkeypatch, jax_cuda13_plugin="0.1.2")
-    with pytest.raises(UserError, match=f"jax-cuda13-plugin 0.1.2 does not fit jax {jax.__version__}"):
+    installed(monkeypatch, jax_cuda13_plugin=jax.__version__, jax_cuda13_pjrt="0.1.2")
+    with pytest.raises(UserError, match=f"h100:8: jax-cuda13-pjrt 0.1.2 does not fit jax {jax.__version__}"):
         topology_devices("h100:8")
 
 
@@ -68,7 +69,7 @@ def test_a_gpu_is_described_to_the_compiler(topology, count, monkeypatch):
         asked.update(options, arguments=arguments)
         return types.SimpleNamespace(devices=["a GPU"] * count)
 
-    installed(monkeypatch, jax_cuda12_plugin=jax.__version__)
+    installed(monkeypatch, jax_cuda12_plugin=jax.__version__, jax_cuda12_pjrt=jax.__version__)
     monkeypatch.setattr(of_jax, "get_topology_desc", described)
     monkeypatch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # which it sets
     assert len(topology_devices(topology)) == count
@@ -99,4 +100,4 @@ def test_the_error_of_products_without_a_default_is_known():
 
 def test_plugins_are_found_by_name(monkeypatch):
     installed(monkeypatch, jax_cuda12_plugin="1", jax_cuda12_pjrt="2", jax="3")
-    assert topologies._cuda_plugins() == {"jax-cuda12-plugin": "1"}
+    assert topologies._cuda_plugins() == {"jax-cuda12-plugin": "1", "jax-cuda12-pjrt": "2"}

@@ -120,6 +120,7 @@ def entry(*lines: str, before: str = "") -> str:
 
 
 A, B = "f32[256,1024]{1,0:T(8,128)}", "f32[256,1024]{1,0:T(8,128)S(1)}"  # a MiB in the memory, and on the chip
+Q = "f32[64,1024]{1,0:T(8,128)}"  # a quarter
 A_PARAMETER = f"%a = {A} parameter(0)"
 
 
@@ -149,6 +150,15 @@ A_PARAMETER = f"%a = {A} parameter(0)"
             1,
             4,
         ),
+        (
+            [
+                f"%s = (({A}), {Q}) reduce-scatter-start(%a), dimensions={{0}}",
+                f"%u = (({A}), {Q}) reduce-scatter-update(%s)",
+                f"%b = {Q} reduce-scatter-done(%u)",
+            ],
+            1,
+            0.25,
+        ),
         (["%b = f32[64,1024]{1,0:T(8,128)} slice(%a), slice={[0:64], [0:1024]}"], 0.25, 0.25),
         (["%b = f32[1024]{0:T(1024)} reduce(%a, %zero), dimensions={0}, to_apply=%sum"], 1, 1 / 256),
         ([f"%b = {A} iota(), iota_dimension=0"], 0, 1),
@@ -161,6 +171,14 @@ A_PARAMETER = f"%a = {A} parameter(0)"
                 f' backend_config={{"custom_call_config":{{"cost_estimate":{{"bytes_accessed":"{4 * MIB}"}}}}}}'
             ],
             3,
+            1,
+        ),
+        (
+            [
+                f'%b = {A} custom-call(%a, %a), custom_call_target="tpu_custom_call",'
+                ' frontend_attributes={kernel_metadata={"reads":"1 3"}}'
+            ],
+            4,
             1,
         ),
         # A workspace may or may not be used.
@@ -202,6 +220,25 @@ FUSED = f"""
   %sum = f32[1024]{{0:T(1024)}} reduce(%p, %part), dimensions={{0}}, to_apply=%sum
   ROOT %r = {A} broadcast(%sum), dimensions={{1}}
 }}
+
+%used (p: f32[256,1024], u: f32[64,1024]) -> f32[256,1024] {{
+  %p = {A} parameter(0)
+  %u = {Q} parameter(1)
+  %updated = {A} dynamic-update-slice(%p, %u, %zero, %zero)
+  ROOT %r = {A} exponential(%updated)
+}}
+
+%nested (p: f32[256,1024], u: f32[64,1024]) -> f32[256,1024] {{
+  %p = {A} parameter(0)
+  %u = {Q} parameter(1)
+  ROOT %r = {A} fusion(%p, %u), kind=kLoop, calls=%outer
+}}
+
+%all-reduce-scatter (p: f32[256,1024]) -> f32[64,1024] {{
+  %p = {A} parameter(0)
+  %sum = {A} all-reduce(%p), to_apply=%add
+  ROOT %r = {Q} dynamic-slice(%sum, %i, %zero), dynamic_slice_sizes={{64,1024}}
+}}
 """
 
 
@@ -211,6 +248,11 @@ FUSED = f"""
         ("%b = f32[64,1024]{1,0:T(8,128)} fusion(%a), kind=kLoop, calls=%inner", 0.25, 0.25),
         (f"%b = {A} fusion(%a, %u), kind=kLoop, calls=%outer", 0.25, 0.25),  # in place
         (f"%b = {A} fusion(%a), kind=kLoop, calls=%whole", 1, 1),  # one use needs a quarter, another all
+        (f"%b = {A} fusion(%a, %u), kind=kLoop, calls=%used", 1.25, 1),  # what is updated is read, and kept
+        (f"%b = {A} fusion(%a, %u), kind=kLoop, calls=%nested", 0.25, 0.25),
+        (f"%s = (({A}, {Q}), {A}, u32[]) fusion-start(%a, %u), kind=kLoop, calls=%outer", 0.25, 0.25),
+        (f"%s = (({A}, {Q}), {A}, u32[]) dynamic-update-slice-start(%a, %u, %i, %i)", 0.25, 0.25),
+        (f"%b = {Q} fusion(%a), kind=kCustom, calls=%all-reduce-scatter", 1, 0.25),  # of the whole sum
         # As many rows as there are updates are read and written, beside updates and indices.
         (f"%b = {A} scatter(%a, %i, %u), to_apply=%add", 0.25 + 0.25 + 1 / 4096, 0.25),
     ],

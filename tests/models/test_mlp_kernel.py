@@ -249,6 +249,11 @@ def test_in_float32_it_asks_for_as_much_memory_as_it_needs(tokens, channels, nee
     assert needed < tpu.memory(plan, jnp.float32, backward=True) / 2**20 < 1.25 * needed
 
 
+def test_an_unknown_implementation_is_refused():
+    with pytest.raises(ValueError, match="implementation 'fast': expected one of auto, xla, pallas"):
+        block_of(8, "fast")
+
+
 def test_dropout_within_the_mlp_is_by_operations(monkeypatch):
     with_dropout = {"drop_rate": 0.1, "dtype": "float32", "shape": (8, 20, 8)}
     assert "while" in lowered("cpu", "pallas", **with_dropout)  # in evaluation there is none

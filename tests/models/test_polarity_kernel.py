@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import types
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -287,6 +288,31 @@ def test_groups_of_heads_that_need_too_much_memory_are_left_to_xla(monkeypatch):
     polarity_attention.clear_cache()
     for implementation in ("auto", "pallas"):
         assert "tpu_custom_call" not in lowered("tpu", implementation, mesh=abstract_mesh("tpu"))
+
+
+def test_the_default_device_counts():
+    """A program for the CPU of a machine with TPUs has no kernel."""
+    others = [types.SimpleNamespace(device_kind="TPU v5 lite")]
+    with mock.patch.object(jax, "devices", lambda platform=None: jax.local_devices() if platform == "cpu" else others):
+        assert placement.for_tpu()
+        for default in (jax.local_devices()[0], "cpu"):
+            with jax.default_device(default):
+                assert placement.interprets() and not placement.for_tpu()
+
+
+def test_what_cannot_be_compiled_is_left_to_operations(x64, monkeypatch):
+    """64 bits, and a batch that lies unknown on several devices."""
+    given = [jax.ShapeDtypeStruct((2, 24, 8), dtype) for dtype in (jnp.bfloat16, jnp.float64)]
+    with jax.sharding.use_abstract_mesh(abstract_mesh("tpu")):
+        assert [polarity.supports(x, 8) for x in given] == [True, False]
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind="TPU v5 lite")])
+    assert not polarity.supports(given[0], 8)
+
+
+def test_convolutions_of_even_size_are_refused():
+    given = {**arguments("one head", np.float32), "kernel": jnp.zeros((4, 4, 1, 8))}
+    with pytest.raises(ValueError, match=r"kernel has shape \(4, 4, 1, 8\), expected odd sizes"):
+        polarity_attention(**given, grid=(4, 6))
 
 
 def test_devices_of_other_kinds_have_operations():

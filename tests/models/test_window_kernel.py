@@ -189,10 +189,10 @@ def test_over_a_mesh_each_device_has_its_images(images):
         assert moved and {item.kind for item in moved} <= {"all-reduce"}  # the bias's gradient, nothing else
 
 
-def lowered(platform, implementation, *, mesh, images=64, heads=4, channels=128):
+def lowered(platform, implementation, *, mesh, images=64, heads=4, channels=128, dtype=jnp.bfloat16):
     windows = Windows.on((14, 14), 7, shifted=True)
-    qkv = jax.ShapeDtypeStruct((images, 4, 49, 3 * channels), jnp.bfloat16)
-    bias = jax.ShapeDtypeStruct((heads, 49, 49), jnp.float32)
+    qkv = jax.ShapeDtypeStruct((images, 4, 49, 3 * channels), dtype)
+    bias = jax.ShapeDtypeStruct((heads, 49, 49), jnp.promote_types(dtype, jnp.float32))
     program = jax.jit(functools.partial(softmax_in_windows, windows=windows, implementation=implementation))
     with jax.sharding.use_abstract_mesh(mesh):
         return program.trace(qkv, bias).lower(lowering_platforms=(platform,)).as_text()
@@ -206,6 +206,13 @@ def test_a_tpu_has_the_kernel_and_others_only_if_told():
     assert "while" not in lowered("cpu", "auto", mesh=cpus) and "while" in lowered("cpu", "pallas", mesh=cpus)
     for implementation in ("auto", "pallas"):  # a GPU has none, and interprets none
         assert "while" not in lowered("cuda", implementation, mesh=abstract_mesh("cuda", size=1))
+        assert calls not in lowered("tpu", implementation, mesh=abstract_mesh("tpu", kind="TPU v9"))  # not known
+
+
+def test_tpus_have_no_kernel_of_64_bits(x64):
+    for implementation in ("auto", "pallas"):
+        program = lowered("tpu", implementation, mesh=abstract_mesh("tpu"), dtype=jnp.float64)
+        assert "tpu_custom_call" not in program
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 
@@ -14,7 +15,7 @@ def for_tpu() -> bool:
 
 
 def for_gpu() -> bool:
-    """Whether a program is being traced for a GPU of NVIDIA: see `for_tpu`."""
+    """Whether a program is being traced for a GPU that JAX calls "NVIDIA ...": see `for_tpu`."""
     return device_kind().startswith("NVIDIA")
 
 
@@ -25,8 +26,12 @@ def interprets() -> bool:
 
 def device_kind() -> str:
     """JAX's name of the devices that a program is being traced for: see `for_tpu`."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.devices()[0].device_kind if device is None else device.device_kind
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.config.jax_default_device
+    if device is None:
+        device = jax.devices()[0]
+    elif isinstance(device, str):  # the name of a platform
+        device = jax.devices(device)[0]
+    return device.device_kind
 
 
 def sharding_is_known() -> bool:
@@ -35,6 +40,11 @@ def sharding_is_known() -> bool:
     From the mesh that is set (`jax.set_mesh`, as training steps do), or because there is one device.
     """
     return not jax.sharding.get_abstract_mesh().empty or jax.device_count() == 1
+
+
+def compiles(dtype: jax.typing.DTypeLike) -> bool:
+    """Whether kernels for products of this dtype can be compiled: not of 64 bits, nor for a batch that lies unknown."""
+    return sharding_is_known() and jnp.dtype(dtype).itemsize <= 4
 
 
 class Placement(NamedTuple):
@@ -68,7 +78,7 @@ class Placement(NamedTuple):
         """Runs a kernel on named arrays, each device on its own examples.
 
         Args:
-            kernels: makes the kernel for a platform: "tpu", optionally "cuda", and "default", which is interpreted. A
+            kernels: makes the kernel for a platform, "tpu", "cuda" or both, and "default", which is interpreted. A
                 kernel takes the dictionary of arrays and returns a pair of pytrees: results with a batch axis, and
                 sums over the examples that it was given.
             arrays: with the batch on the first axis, but for those named in `replicated`.

@@ -35,9 +35,13 @@ def usable(x: jax.Array, hidden: int) -> bool:
 
 def supports(x: jax.Array, hidden: int) -> bool:
     """Whether the kernel can be told to run: on TPUs with enough memory, on GPUs for few channels, and on CPUs."""
+    if placement.interprets():
+        return True
+    if not placement.compiles(x.dtype):
+        return False
     if placement.for_gpu():
         return _kernel_of_gpus(x.shape[2]) is not None
-    return placement.interprets() or (placement.for_tpu() and _kernel_of_tpus().fits(x, hidden))
+    return placement.for_tpu() and _kernel_of_tpus().fits(x, hidden)
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "on_tpu"))  # traced once for all blocks of one shape

@@ -19,6 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from polaformer_jax.models.dtypes import accumulation_dtype
 from polaformer_jax.models.kernels.mlp import blocks
 from polaformer_jax.models.kernels.mlp.blocks import Plan
+from polaformer_jax.models.kernels.tpu_chip import chip
 
 LANES = 128  # the last axis of a register, and the side of the matrix unit
 SUBLANES = 16  # the axis before it, of 2 bytes
@@ -47,8 +48,8 @@ def _block(tokens: int, multiple: int) -> int:
 
 def cores() -> int:
     """Cores of a device of the kind that a program is traced for: two of a TPU v4 or v5p."""
-    chip = _chip()
-    return (chip and chip.num_cores) or 1  # an abstract device may not say it
+    known = chip()
+    return (known and known.num_cores) or 1  # an abstract device may not say it
 
 
 def fits(x, hidden: int) -> bool:
@@ -56,16 +57,10 @@ def fits(x, hidden: int) -> bool:
 
     A quarter is left to XLA, which keeps arrays of other operations there.
     """
-    chip = _chip()
-    return chip is not None and memory(plan(x, hidden, 0.0), x.dtype, backward=True) <= 0.75 * chip.vmem_capacity_bytes
-
-
-def _chip() -> pltpu.TpuInfo | None:
-    """The TPU that a program is traced for; None if it is no TPU, or not one that JAX knows."""
-    try:
-        return pltpu.get_tpu_info()
-    except ValueError:
-        return None
+    known = chip()
+    if known is None:
+        return False
+    return memory(plan(x, hidden, 0.0), x.dtype, backward=True) <= 0.75 * known.vmem_capacity_bytes
 
 
 def memory(plan: Plan, dtype, *, backward: bool) -> int:

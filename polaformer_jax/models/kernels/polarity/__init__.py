@@ -22,28 +22,24 @@ from polaformer_jax.models.kernels.polarity.taps import Taps
 _WITHOUT_BATCH = frozenset(("table", "s", "p", "weights", "offset"))
 
 
-def chosen(implementation: str, tokens: int, channels: int, width: int) -> bool:
-    """Whether `implementation` ("auto", "xla", "pallas") means the kernel, for so many query tokens."""
-    if implementation == "xla" or tokens == 1:  # for one token there is nothing to fuse
+def chosen(implementation: str, q: jax.Array, width: int) -> bool:
+    """Whether `implementation` ("auto", "xla", "pallas") means the kernel, for queries (B, N, C)."""
+    if implementation == "xla" or q.shape[1] == 1:  # for one token there is nothing to fuse
         return False
-    return supports(channels, width) if implementation == "pallas" else usable(channels, width)
+    if implementation == "auto" and not placement.for_tpu():
+        return False
+    return supports(q, width)
 
 
-def supports(channels: int, width: int) -> bool:
+def supports(q: jax.Array, width: int) -> bool:
     """Whether the kernel can be told to run for heads of this width: on TPUs, on GPUs if they have one, and on CPUs."""
+    if placement.interprets():
+        return True
+    if not placement.compiles(q.dtype):
+        return False
     if placement.for_gpu():
         return _kernel_of_gpus(width) is not None
-    return placement.interprets() or (placement.for_tpu() and _kernel_of_tpus().supported(channels, width))
-
-
-def usable(channels: int, width: int) -> bool:
-    """Whether "auto" may choose the kernel, which it does only on a TPU.
-
-    The kernel has to support such heads, and it has to be known how the batch is sharded.
-    """
-    if not placement.sharding_is_known() or not placement.for_tpu():
-        return False
-    return _kernel_of_tpus().supported(channels, width)
+    return placement.for_tpu() and _kernel_of_tpus().supported(q.shape[2], width)
 
 
 def has_kernel(platform: str, width: int) -> bool:

@@ -17,9 +17,9 @@ from polaformer_jax.models.kernels.polarity.taps import Taps
 from polaformer_jax.models.layers import ConvParams, without_bias
 
 
-def usable(implementation: str, width: int) -> bool:
-    """Whether heads of this width are computed in this way: on a GPU that a program is being traced for, if told."""
-    return implementation == "pallas" and placement.for_gpu() and polarity.has_kernel("gpu", width)
+def usable(implementation: str, x: jax.Array, width: int) -> bool:
+    """Whether tokens are computed in this way: on a GPU that a program is being traced for, if told."""
+    return placement.for_gpu() and polarity.chosen(implementation, x, width)
 
 
 def attention(

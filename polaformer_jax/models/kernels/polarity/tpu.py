@@ -63,6 +63,7 @@ def _call(kernel, plan: Plan, interpret: bool, arrays, results, squares, passes_
     turn = functools.partial(jnp.swapaxes, axis1=-1, axis2=-2) if plan.tokens else lambda x: x
     operands = {name: turn(x) if name in (*WITH_TOKENS, "s", "p") else x for name, x in arrays.items()}
     specs, reads = tpu_specs.specs(plan, passes_over_keys), tpu_specs.reads(plan, arrays, passes_over_keys)
+    written = tpu_specs.specs(plan, passes_over_keys, written=True)
 
     def shape(name):
         if name == "channel_sums":
@@ -76,7 +77,7 @@ def _call(kernel, plan: Plan, interpret: bool, arrays, results, squares, passes_
         functools.partial(kernel, plan, tuple(arrays)),
         grid=(plan.channels // plan.group, batch, passes_over_keys * plan.key_blocks + plan.query_blocks),
         in_specs=[specs[name] for name in arrays],
-        out_specs=[specs[name] for name in results],
+        out_specs=[written[name] for name in results],
         out_shape=[shape(name) for name in results],
         scratch_shapes=[
             *(pltpu.VMEM((4, plan.group, plan.group), full if wide else narrow) for wide in squares),

@@ -97,7 +97,13 @@ def memory_limit(plan: Plan, size: int) -> int | None:
     No more than it needs: in the rest XLA keeps arrays that would otherwise go to the device's memory and back.
     """
     needed = bytes_at_once(plan, size)
-    return needed + OF_A_STEP if plan.whole and needed > OF_BLOCKS else None
+    if not plan.whole or needed <= OF_BLOCKS:
+        return None
+    if not convolves(plan):
+        return needed + OF_A_STEP
+    # About twelve arrays of float32, of the channels that are convolved at a time.
+    channels = plan.group if plan.group % SUBLANES else SUBLANES
+    return needed + max(OF_A_STEP, OF_A_STEP // 2 + 12 * 4 * _room(plan.keys, channels, plan.tokens))
 
 
 def _fits(plan: Plan, size: int) -> bool:

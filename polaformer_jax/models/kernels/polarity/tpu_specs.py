@@ -7,14 +7,16 @@ from polaformer_jax.models.kernels.polarity import tpu_plan
 from polaformer_jax.models.kernels.polarity.blocks import Plan
 
 
-def specs(plan: Plan, passes_over_keys: int) -> dict[str, pl.BlockSpec]:
-    """The blocks of arrays by name; those of gradients in one array by their names together."""
+def specs(plan: Plan, passes_over_keys: int, *, written: bool = False) -> dict[str, pl.BlockSpec]:
+    """The blocks of arrays by name, read or `written`; those of gradients in one array by their names together."""
     second_pass = plan.key_blocks + plan.query_blocks
 
     def query_at(step):
         return jnp.clip(step - plan.key_blocks, 0, plan.query_blocks - 1)
 
     def key_at(step):
+        if written:  # in the second pass alone: until then the first block stays in memory
+            return jnp.maximum(step - second_pass, 0)
         if passes_over_keys == 1:
             return jnp.minimum(step, plan.key_blocks - 1)
         return jnp.where(step < second_pass, jnp.minimum(step, plan.key_blocks - 1), step - second_pass)

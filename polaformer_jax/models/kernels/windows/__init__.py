@@ -28,17 +28,17 @@ def supports(qkv: jax.Array, heads: int) -> bool:
     tpu, channels = _kernel(), qkv.shape[3] // 3
     if channels % heads or tpu.group_of(channels, heads) is None:
         return False
-    return placement.interprets() or (placement.for_tpu() and tpu.fits(_plan(qkv, heads)))
+    if placement.interprets():
+        return True
+    return placement.for_tpu() and placement.compiles(qkv.dtype) and tpu.fits(_plan(qkv, heads))
 
 
 def usable(qkv: jax.Array, heads: int) -> bool:
     """Whether "auto" may choose the kernel for `qkv` (B, windows, n, 3C), which it does only on a TPU.
 
-    It has to be known how the batch is sharded, and a device has to have some images: see also `supports`.
+    A device has to have some images: see also `supports`.
     """
-    if not placement.sharding_is_known() or not placement.for_tpu():
-        return False
-    return _images(qkv) >= FEWEST_IMAGES and supports(qkv, heads)
+    return placement.for_tpu() and _images(qkv) >= FEWEST_IMAGES and supports(qkv, heads)
 
 
 def window_attention(

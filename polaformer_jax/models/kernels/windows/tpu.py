@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from polaformer_jax.models.kernels.polarity.blocks import dot, named
+from polaformer_jax.models.kernels.tpu_chip import chip
 from polaformer_jax.models.layers import accumulation_dtype
 
 LANES = 128  # the last axis of a register
@@ -85,8 +86,9 @@ def group_of(channels: int, heads: int) -> int | None:
 
 
 def fits(plan: Plan) -> bool:
-    """Whether the kernel's memory suffices on the TPU for which a program is traced."""
-    return plan.memory <= 0.75 * pltpu.get_tpu_info().vmem_capacity_bytes
+    """Whether the kernel's memory suffices on the TPU for which a program is traced, if it is known."""
+    known = chip()
+    return known is not None and plan.memory <= 0.75 * known.vmem_capacity_bytes
 
 
 def _bytes(rows: int, columns: int, dtype) -> int:
