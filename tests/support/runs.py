@@ -31,12 +31,16 @@ TIMES = {"seconds", "images_per_second", "steps_per_second", "input_wait_share"}
 
 
 def written(workdir):
-    """What TensorBoard shows: name -> [(step, value), ...], as often as it was written."""
+    """What TensorBoard shows: name -> [(step, value), ...], as often as it was written.
+
+    By time: files of one second and one process are read as their names are sorted, the tenth before the ninth.
+    """
     events = EventAccumulator(str(workdir), size_guidance={"tensors": 0}).Reload()
     found = {}
     for name in events.Tags()["tensors"]:
         if not name.startswith("parameters"):
-            found[name] = [(e.step, tensor_util.make_ndarray(e.tensor_proto).item()) for e in events.Tensors(name)]
+            by_time = sorted(events.Tensors(name), key=lambda event: event.wall_time)
+            found[name] = [(e.step, tensor_util.make_ndarray(e.tensor_proto).item()) for e in by_time]
     return found
 
 
