@@ -176,6 +176,7 @@ def checkout(tmp_path, monkeypatch):
     return tmp_path / "checkout"
 
 
+@pytest.mark.slow
 def test_the_official_model_of_the_same_sizes_takes_turns_with_ours(checkout, tmp_path, capsys):
     path = tmp_path / "model.csv"
     given = [*TINY, "--modes=forward", "--dtypes=bfloat16", "--threads=3", "--devices=2", f"--csv={path}"]

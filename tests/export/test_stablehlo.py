@@ -66,6 +66,7 @@ def test_it_names_no_file_of_this_machine(swin):
     assert jax.config.jax_traceback_in_locations_limit != 0  # as before
 
 
+@pytest.mark.slow
 def test_weights_lie_beside_it_on_demand(tmp_path):
     model = small_models.perturbed(tiny())
     pf.export.stablehlo(model, tmp_path / "a.stablehlo", weights="beside", platforms=["cpu"])

@@ -35,6 +35,7 @@ def faults(mode: str) -> int:
     return int(done.stdout)
 
 
+@pytest.mark.slow
 def test_calls_take_their_memory_from_what_the_process_has():
     without, kept = faults("not"), faults("keep")
     assert without > 64 * 2**20 // 4096 / 2  # pages of 4 KiB, 64 MiB a call, and half of them to spare

@@ -88,7 +88,8 @@ def test_the_state_is_parameters_only(family):
     assert leaves and all(type(leaf) is nnx.Param for leaf in leaves)
 
 
-@pytest.mark.parametrize("family", [pytest.param("pvt", marks=pytest.mark.slow), "swin"])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_pure_dict_is_the_whole_model(family):
     step, params = compiled(family, "float32")
     (_, (_, _, survived)), _ = step(params, noise(8, 32, 32, 3))

@@ -166,9 +166,8 @@ def gpu_kernel(monkeypatch):
     polarity_attention.clear_cache()
 
 
-@pytest.mark.parametrize(
-    ("shape", "blocks"), [("reduced keys", (4, 1)), pytest.param("heads share a group", (2, 2), marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("shape", "blocks"), [("reduced keys", (4, 1)), ("heads share a group", (2, 2))])
 def test_values_and_gradients_on_a_gpu_are_those_of_the_operations(shape, blocks, x64, gpu_kernel):
     given = arguments(shape)
     plan = gpu.plan(given["q"], given["k"], SHAPES[shape][1], 1e-6, False)

@@ -166,6 +166,7 @@ def test_evaluation_invents_no_classifier(digits_dir, tmp_path):
         evaluation.evaluate(config, None)
 
 
+@pytest.mark.slow
 def test_an_official_checkpoint_is_evaluated_directly(digits_dir, tmp_path):
     """And what `--save_weights` writes of it evaluates the same."""
     path, _ = official(tmp_path, digits_dir, seed=3)

@@ -97,6 +97,7 @@ def assert_state(restored, step):
     assert restored.counted == {"steps": step}
 
 
+@pytest.mark.slow
 def test_checkpoints_are_kept_in_the_bucket(bucket):
     save("gs://bucket/kept/checkpoints", 1, 2, 3, 4)
     restored, steps = restore("gs://bucket/kept/checkpoints")

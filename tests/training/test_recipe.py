@@ -142,6 +142,7 @@ def test_layers_are_counted_from_below(family):
         assert of(depths["norm"]) == of(depths["head"]) == 7
 
 
+@pytest.mark.slow
 def test_lower_layers_learn_more_slowly(deep_model):
     config = defaults().optimizer
     config.layer_decay = 0.5

@@ -185,6 +185,7 @@ def test_weights_are_exported_and_evaluate_the_same(finished, tmp_path):
     assert evaluation.evaluate(config, None)["loss"] == result.evaluation.metrics["loss"]
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_same_end(finished, tmp_path):
     config, straight, result = finished
     shutil.copytree(straight, tmp_path, dirs_exist_ok=True)
