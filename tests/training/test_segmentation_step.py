@@ -197,6 +197,7 @@ def test_a_training_starts_from_an_official_checkpoint(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("shallow")
 def test_stochastic_depth_and_dropout_draw_from_the_keys():
     config = registry.segmenter_config("pola_pvt_nano", head="semantic_fpn", head_channels=4, drop_path=0.5)
     assert config.drop_path_rate == 0.5
@@ -210,4 +211,4 @@ def test_stochastic_depth_and_dropout_draw_from_the_keys():
     first, again, other = (scores(state, seed) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert (np.asarray(first) != other).any()
-    assert (np.asarray(first[0]) != first[1]).any()  # equal images drop other branches
+    assert len({image.tobytes() for image in np.asarray(first)}) > 1  # equal images drop other branches
