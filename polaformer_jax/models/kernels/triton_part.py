@@ -14,7 +14,9 @@ class Part:
     """
 
     def __init__(self, index, size: int, length: int):
-        start = _integer(index) * size
+        # A value of the program even where the index is a number: since jax 0.12 no slice may be known to end beyond an
+        # array, whatever its mask.
+        start = jax.lax.mul(_integer(index), _integer(size))
         self.at = pl.ds(start, size)
         self.indices = start + jax.lax.broadcasted_iota(jnp.int32, (size,), 0)
         self.inside = self.indices < length
