@@ -161,7 +161,7 @@ def on_one_device(model):
 
 
 @pytest.mark.slow  # of two dense layers: test_mesh_order.py
-@pytest.mark.parametrize("data, fsdp", [(2, 4), (8, 1), (1, 8), (2, 2), (1, 2)])
+@pytest.mark.parametrize("data, fsdp", [(2, 4), (8, 1), (2, 1), (4, 1), (1, 2), (1, 4), (1, 8), (2, 2), (4, 2)])
 def test_any_mesh_gives_the_same_training(model, on_one_device, split_everything, data, fsdp):
     np.testing.assert_allclose(losses(model, data, fsdp), on_one_device, rtol=3e-5)
 
