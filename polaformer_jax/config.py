@@ -59,7 +59,6 @@ def defaults() -> "ml_collections.ConfigDict":
     # "listops", "text", "retrieval", "pathfinder", "image_lra", and "listops_short", which is not part of it.
     task.name = "image"
     task.tokenisation = placeholder(str)  # of ListOps: "brackets", or "no_brackets" (closing brackets dropped)
-    task.attention = "polarity"  # of sequence models; "softmax" and linear "relu" are the baselines
 
     config.model = model = ml_collections.ConfigDict()
     model.name = "pola_pvt_t"  # one of polaformer_jax.list_models(); in segmentation the backbone
@@ -72,11 +71,16 @@ def defaults() -> "ml_collections.ConfigDict":
     model.remat = False  # recompute each block's activations in the backward pass: less memory, more time
     # Attention and MLPs by "xla" operations, by "pallas" kernels, or "auto": kernels on TPUs, where they save traffic.
     model.attention_impl = "auto"
-    model.attn_type = placeholder(str)  # this and the next five: None is the model's default
+    model.attn_type = placeholder(str)  # this and the next nine: None is the model's default
     model.window_size = placeholder(int)  # Pola-Swin only
     model.softmax_window_size = placeholder(int)  # Pola-Swin only
     model.alpha = placeholder(float)
     model.kernel_size = placeholder(int)
+    # What linear blocks (type L) and sequence models compute: "polarity", or the baselines "softmax" and linear "relu".
+    model.attention = placeholder(str)
+    model.convolution = placeholder(bool)  # of the values, beside the attention; image models of the first version
+    model.gate = placeholder(bool)  # the same models
+    model.mlp_ratio = placeholder(float)  # hidden channels of the MLPs over those of the block, the same in all stages
     model.flags = placeholder(str)  # PolaFormer++ only: l or v for each block, "ll,lv,vvvv,vv"; one letter for a stage
     model.head = placeholder(str)  # segmentation only, like the next two: "semantic_fpn" or "upernet"
     model.head_channels = placeholder(int)  # None: 128 of semantic_fpn, 512 of upernet

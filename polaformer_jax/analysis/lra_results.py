@@ -123,8 +123,8 @@ def row_of(workdir: epath.PathLike) -> Row:
     return Row(
         task=task.name,
         tokenisation=task.tokenisation or "",
-        attention=task.attention,
-        alpha=float(config.model.alpha) if task.attention == "polarity" else None,
+        attention=config.model.attention,
+        alpha=float(config.model.alpha) if config.model.attention == "polarity" else None,
         seed=config.seed,
         steps=training["steps"],
         accuracy=round(100 * result["accuracy"], 2),
@@ -140,7 +140,7 @@ def _changes(config: ml_collections.ConfigDict) -> str:
     """The changes to the task's recipe, other than the options that have a column of their own."""
     names = ("attention", "tokenisation", "alpha")
     given = {"seed": config.seed, "steps": config.train.steps}
-    given |= dict(zip(names, (config.task.attention, config.task.tokenisation, config.model.alpha), strict=True))
+    given |= dict(zip(names, (config.model.attention, config.task.tokenisation, config.model.alpha), strict=True))
     options = [f"{name}={value}" for name, value in given.items() if value is not None]
     recipe = recipes.load("lra:" + ",".join([config.task.name, *options]))
     return " ".join(

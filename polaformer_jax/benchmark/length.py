@@ -37,7 +37,7 @@ _SEED = 0
 def job(tokens: int, attention: str, mode: str, *, config: ml_collections.ConfigDict) -> Job:
     """A config's model with another attention and length, on `train.batch_size` sequences."""
     config = config.copy_and_resolve_references()
-    config.task.attention = attention
+    config.model.attention = attention
     task = SequenceClassification(config)
 
     def make_model():

@@ -120,7 +120,9 @@ class Checks:
         return float(value)
 
     def numbers(self, name: str, value, *, least: float) -> tuple[float, ...]:
-        """Four real numbers, one for each stage."""
+        """Four real numbers, one for each stage, or one for all of them."""
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            value = (value,) * 4
         return tuple(self.number(f"{name}[{i}]", item, least=least) for i, item in enumerate(self._four(name, value)))
 
     def boolean(self, name: str, value) -> bool:
@@ -183,12 +185,14 @@ class Checks:
             self.problems.append(f"kernel_size={size}: expected an odd number, such as {size - 1} or {size + 1}")
         return size
 
-    def heads(self, dims: tuple[int, ...], num_heads: tuple[int, ...], types: tuple[str, ...]) -> None:
-        """Checks that heads divide the channels of each stage, in blocks of type L into even widths for two streams."""
+    def heads(
+        self, dims: tuple[int, ...], num_heads: tuple[int, ...], types: tuple[str, ...], *, streams: bool = True
+    ) -> None:
+        """Checks that heads divide the channels of each stage; with `streams` in blocks of type L into even widths."""
         for stage, (dim, heads, letters) in enumerate(zip(dims, num_heads, types, strict=True)):
             if dim % heads:
                 self.problems.append(f"num_heads[{stage}]={heads} does not divide the {dim} channels of its stage")
-            elif "L" in letters and dim // heads % 2:
+            elif streams and "L" in letters and dim // heads % 2:
                 self.problems.append(
                     f"num_heads[{stage}]={heads} makes heads of {dim // heads} channels in a stage of type L, where "
                     "each of the two streams takes half of a head: choose an even width"

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from polaformer_jax.models.attention import PolarityAttention
 from polaformer_jax.models.backbone import Backbone, classifier
 from polaformer_jax.models.initializers import Keys, table
 from polaformer_jax.models.interpolation import table_on
@@ -37,6 +36,7 @@ from polaformer_jax.models.model_config import (
     resolve_config,
 )
 from polaformer_jax.models.model_info import ModelInfo
+from polaformer_jax.models.token_attention import check_token_attention, token_attention, used_token_attention
 
 EPSILON = 1e-6  # of the blocks' LayerNorm; those after patch embedding and spatial reduction use 1e-5
 
@@ -89,6 +89,7 @@ class PolaPVTConfig(ModelConfig):
         drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
         alpha, kernel_size: of the polarity-aware attention.
         attn_type: one letter for each stage, L (polarity-aware linear attention) or S (softmax attention).
+        attention, convolution, gate: what stages of type L compute, see `token_attention`.
 
     Raises:
         UserError: lists everything that does not fit.
@@ -110,6 +111,9 @@ class PolaPVTConfig(ModelConfig):
     alpha: float = 4.0
     kernel_size: int = 5
     attn_type: str = "LLLL"
+    attention: str = "polarity"
+    convolution: bool = True
+    gate: bool = True
 
     def _normalised(self, checks: Checks) -> dict[str, object]:
         values = {
@@ -127,8 +131,12 @@ class PolaPVTConfig(ModelConfig):
             "alpha": checks.alpha(self.alpha),
             "kernel_size": checks.kernel_size(self.kernel_size),
             "attn_type": checks.letters("attn_type", self.attn_type, "LS"),
+            **check_token_attention(self, checks),
         }
-        checks.heads(values["embed_dims"], values["num_heads"], tuple(values["attn_type"]))
+        checks.heads(
+            *(values["embed_dims"], values["num_heads"], tuple(values["attn_type"])),
+            streams=values["attention"] == "polarity",
+        )
         _check_reductions(checks, values)
         return values
 
@@ -152,7 +160,7 @@ class PolaPVTConfig(ModelConfig):
         ratios = list(zip(self.attn_type, self.reductions, strict=True))
         used["sr_ratios"] = tuple(ratio if kind == "S" else None for kind, ratio in ratios)
         used["la_sr_ratios"] = tuple(ratio if kind == "L" else None for kind, ratio in ratios)
-        return used
+        return used | used_token_attention(self, "L" in self.attn_type)
 
 
 class PolaPVT(Backbone):
@@ -201,17 +209,8 @@ class PolaPVT(Backbone):
             def attention(heads=config.num_heads[i], kind=config.attn_type[i], grid=grid, dim=dim, common=common):
                 if kind == "S":
                     return SpatialReductionAttention(dim, heads, **common, **types)
-                return PolarityAttention(
-                    dim,
-                    heads,
-                    grid=(grid, grid),
-                    projections="qg_kv",
-                    alpha=config.alpha,
-                    kernel_size=config.kernel_size,
-                    attention_impl=attention_impl,
-                    **common,
-                    **types,
-                )
+                layers = {"grid": (grid, grid), "projections": "qg_kv", **common, **types}
+                return token_attention(config, dim, heads, attention_impl=attention_impl, **layers)
 
             setattr(self, f"patch_embed{i + 1}", PatchEmbed(size, features_in, dim, **types))
             setattr(self, f"pos_embed{i + 1}", table((1, grid**2, dim), param_dtype=param_dtype, rngs=types["rngs"]))

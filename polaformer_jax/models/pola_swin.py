@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from polaformer_jax.models.attention import PolarityAttention
 from polaformer_jax.models.backbone import Backbone, classifier
 from polaformer_jax.models.initializers import Keys, table
 from polaformer_jax.models.interpolation import table_on
@@ -35,6 +34,7 @@ from polaformer_jax.models.model_config import (
     resolve_config,
 )
 from polaformer_jax.models.model_info import ModelInfo
+from polaformer_jax.models.token_attention import check_token_attention, token_attention, used_token_attention
 from polaformer_jax.models.window_attention import SwinBlock, WindowAttention
 
 EPSILON = 1e-5
@@ -88,6 +88,7 @@ class PolaSwinConfig(ModelConfig):
             whose first k blocks are L and the rest S; k follows the four letters, as in "LMSL1".
         softmax_window_size: side of the windows of S blocks; None is the official rule, 7 if window_size <= 56,
             else 12.
+        attention, convolution, gate: what blocks of type L compute, see `token_attention`.
         padded_windows: allow windows that do not divide the grids. Those at the bottom and the right are padded (see
             `models.windows`). The weights are those of any other model.
 
@@ -113,6 +114,9 @@ class PolaSwinConfig(ModelConfig):
     kernel_size: int = 5
     attn_type: str = "LLLL"
     softmax_window_size: int | None = None
+    attention: str = "polarity"
+    convolution: bool = True
+    gate: bool = True
     padded_windows: bool = False
 
     def _normalised(self, checks: Checks) -> dict[str, object]:
@@ -133,12 +137,16 @@ class PolaSwinConfig(ModelConfig):
             "kernel_size": checks.kernel_size(self.kernel_size),
             "attn_type": _attention_types(checks, self.attn_type),
             "padded_windows": checks.boolean("padded_windows", self.padded_windows),
+            **check_token_attention(self, checks),
         }
         if self.softmax_window_size is not None:
             values["softmax_window_size"] = checks.integer("softmax_window_size", self.softmax_window_size)
         softmax_window = _softmax_window(values["window_size"], values.get("softmax_window_size"))
         kinds = _block_types(values["attn_type"], values["depths"])
-        checks.heads(tuple(values["embed_dim"] * 2**i for i in range(4)), values["num_heads"], kinds)
+        checks.heads(
+            *(tuple(values["embed_dim"] * 2**i for i in range(4)), values["num_heads"], kinds),
+            streams=values["attention"] == "polarity",
+        )
         if not values["padded_windows"]:
             _check_windows(checks, values["img_size"], kinds, {"L": values["window_size"], "S": softmax_window})
         return values
@@ -169,7 +177,7 @@ class PolaSwinConfig(ModelConfig):
         mixed = "M" in self.attn_type
         used["window_size"] = self.windows["L"] if mixed or "L" in self.attn_type else None
         used["softmax_window_size"] = self.windows["S"] if mixed or "S" in self.attn_type else None
-        return used
+        return used | used_token_attention(self, mixed or "L" in self.attn_type)
 
 
 class PolaSwin(Backbone):
@@ -218,16 +226,8 @@ class PolaSwin(Backbone):
             if kind == "S":
                 attn = WindowAttention(dim, config.num_heads[i], window=window, **common, **types)
             else:
-                attn = PolarityAttention(
-                    dim,
-                    config.num_heads[i],
-                    grid=(window, window),
-                    projections="qkvg",
-                    alpha=config.alpha,
-                    kernel_size=config.kernel_size,
-                    **common,
-                    **types,
-                )
+                layers = {"grid": (window, window), "projections": "qkvg", **common, **types}
+                attn = token_attention(config, dim, config.num_heads[i], **layers)
             return SwinBlock(
                 attn,
                 dim,

@@ -215,7 +215,8 @@ def change(
 
     Args:
         num_classes, img_size, drop_path: None keeps the config's value; `drop_path` is `drop_path_rate`.
-        overrides: any other field, by its own name. Of a segmenter, the fields of its backbone too.
+        overrides: any other field, by its own name; `mlp_ratio` of all stages too. Of a segmenter, the fields of its
+            backbone too.
 
     Raises:
         UserError: a field that the family does not have, `drop_path` given twice, or values that do not fit.
@@ -231,6 +232,8 @@ def change(
         return dataclasses.replace(config, **own, **({} if num_classes is None else {"num_classes": num_classes}))
     given = {"num_classes": num_classes, "img_size": img_size, "drop_path_rate": drop_path}
     given = {name: value for name, value in given.items() if value is not None} | overrides
+    if "mlp_ratio" in given and "mlp_ratios" in config.names():
+        given["mlp_ratios"] = given.pop("mlp_ratio")
     if unknown := sorted(given.keys() - set(config.names())):
         raise UserError(
             f"{config.family} has no argument {', '.join(unknown)}; its arguments are {', '.join(config.names())}"

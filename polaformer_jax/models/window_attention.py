@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from polaformer_jax.models.attention import PolarityAttention
+from polaformer_jax.models.attention_layers import AttentionLayers
 from polaformer_jax.models.initializers import table
 from polaformer_jax.models.kernels import placement
 from polaformer_jax.models.kernels import windows as kernel
@@ -139,7 +139,7 @@ class SwinBlock(Block):
     def mix(self, x: jax.Array, key: jax.Array | None, *, grid: Grid) -> jax.Array:
         windows, batch = self.windows(grid), x.shape[0]
         x = windows.cut(x)
-        if isinstance(self.attn, PolarityAttention):
+        if isinstance(self.attn, AttentionLayers):
             # Linear attention takes no mask of pairs: in a shifted window it also mixes tokens that only the cyclic
             # shift brought together, as the official code does.
             mask = windows.valid

@@ -12,7 +12,7 @@ from polaformer_jax.errors import UserError
 
 _CHOICES = {
     "task.name": ("image", "segmentation", *SEQUENCE_TASKS),
-    "task.attention": ATTENTIONS,
+    "model.attention": (None, *ATTENTIONS),
     "data.on_error": ("stop", "skip"),
     "data.on_change": ("stop", "accept"),
     "model.dtype": DTYPES,
@@ -110,6 +110,8 @@ def check(config: ml_collections.ConfigDict) -> None:
         problems.append("eval.weights='ema': there is no moving average without ema.decay")
     if config.init.freeze_backbone and config.optimizer.layer_decay is not None:
         problems.append("init.freeze_backbone with optimizer.layer_decay: only the head is trained, at the full rate")
+    if config.model.alpha is not None and config.model.attention not in (None, "polarity"):
+        problems.append(f"model.alpha={config.model.alpha}: model.attention={config.model.attention!r} has none")
     kind = "sequences" if config.task.name in SEQUENCE_TASKS else config.task.name
     of_kind = {"sequences": _sequence_problems, "segmentation": _segmentation_problems, "image": _image_problems}
     problems += of_kind.get(kind, lambda _: [])(config)
@@ -213,6 +215,8 @@ def _sequence_problems(config) -> list[str]:
     if tokenisation not in SEQUENCE_TASKS[name]:
         listed = ", ".join(map(str, SEQUENCE_TASKS[name]))
         problems.append(f"task.tokenisation={tokenisation!r}: with task.name={name!r} it is {listed}")
-    if (decay := config.optimizer.layer_decay) is not None:
-        problems.append(f"optimizer.layer_decay={decay}: it is for image models")
+    for field in ("optimizer.layer_decay", "model.convolution", "model.gate", "model.mlp_ratio"):
+        part, name = field.split(".")
+        if (value := config[part][name]) is not None:
+            problems.append(f"{field}={value}: it is for image models")
     return problems

@@ -18,7 +18,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 import polaformer_jax
-from polaformer_jax.config import HOW_COMPUTED, NOT_IDENTITY, ON_FAULTS, defaults, is_within
+from polaformer_jax.config import HOW_COMPUTED, NOT_IDENTITY, ON_FAULTS, SEQUENCE_TASKS, defaults, is_within
 from polaformer_jax.errors import UserError
 from polaformer_jax.files import atomic, paths
 from polaformer_jax.training import run_data
@@ -45,9 +45,18 @@ def read_config(workdir: epath.PathLike) -> ml_collections.ConfigDict:
     if not path.exists():
         raise UserError(f"{path} does not exist: {workdir} is not the work directory of a training")
     try:
-        return ml_collections.ConfigDict(_completed(json.loads(path.read_text())))
-    except (ValueError, TypeError, AttributeError) as error:  # no UTF-8, no JSON, no config
+        return ml_collections.ConfigDict(_completed(_renamed(json.loads(path.read_text()))))
+    except (ValueError, TypeError, AttributeError, KeyError) as error:  # no UTF-8, no JSON, no config
         raise UserError(f"{path} is damaged ({error}): take another work directory") from error
+
+
+def _renamed(stored: dict[str, Any]) -> dict[str, Any]:
+    """The stored values under today's names: up to version 0.2 `task.attention` was that of sequence models."""
+    if "attention" in stored.get("task", {}):
+        attention = stored["task"].pop("attention")
+        if stored["task"]["name"] in SEQUENCE_TASKS:
+            stored["model"].setdefault("attention", attention)
+    return stored
 
 
 def _completed(stored: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from polaformer_jax.config import ATTENTIONS
 from polaformer_jax.errors import WeightsError
 from polaformer_jax.models.model_config import STRIDES, ModelConfig, differences
 from polaformer_jax.models.pola_pp import PolaPPConfig
@@ -71,6 +72,9 @@ def identify(file: WeightsFile, *, img_size: int | None = None) -> Identity:
         known["alpha"] = _ALPHA
         assumed.append(f"alpha: {_ALPHA:g}, as in all official models")
     arguments = identify_family(names, {"img_size": img_size, **known}, assumed)
+    if arguments.get("attention", "polarity") != "polarity":
+        known.pop("alpha", None)
+        assumed = [line for line in assumed if not line.startswith("alpha")]
     unseen = ("alpha", "padded_windows", *_RATES)
     arguments |= {name: known[name] for name in unseen if name in known and name in kind.names()}
     shown = _config(kind, arguments, file)
@@ -103,9 +107,9 @@ def _stated_config(kind: type[ModelConfig], recorded: Mapping[str, Any], file: W
 
 
 def stored_arguments(file: WeightsFile) -> dict[str, Any]:
-    """Arguments that no shape shows, as far as the file states them: `alpha`, and in our files `num_heads`.
+    """Arguments that no shape shows, as far as the file states them: `alpha`; in our files `attention`, `num_heads`.
 
-    For a PolaSequence also `attention`; where that is not "polarity", there is no alpha.
+    Where the attention is not "polarity", there is no alpha.
     """
     if file.metadata.get("family") == "PolaSequence":
         recorded = _recorded(file) or {}
@@ -113,10 +117,17 @@ def stored_arguments(file: WeightsFile) -> dict[str, Any]:
         return {name: recorded[name] for name in shown if isinstance(recorded.get(name), str | int | float)}
     if file.metadata.get("family") == SegmenterConfig.family:
         backbone = _required(file)["backbone"]
-        return {name: backbone[name] for name in ("alpha", "num_heads") if name in backbone}
+        known = {name: backbone[name] for name in ("attention", "alpha", "num_heads") if name in backbone}
+        return _without_unused_alpha(known)
     known = _known(file)
-    names = ("num_heads",) if file.metadata.get("family") == "PolaPP" else ("alpha", "num_heads")
-    return {name: known[name] for name in names if name in known}
+    names = ("num_heads",) if file.metadata.get("family") == "PolaPP" else ("attention", "alpha", "num_heads")
+    return _without_unused_alpha({name: known[name] for name in names if name in known})
+
+
+def _without_unused_alpha(arguments: dict[str, Any]) -> dict[str, Any]:
+    if arguments.get("attention", "polarity") != "polarity":
+        arguments.pop("alpha", None)
+    return arguments
 
 
 def num_classes_of(file: WeightsFile) -> int:
@@ -162,6 +173,8 @@ def _known(file: WeightsFile) -> dict[str, Any]:
     known = {name: recorded[name] for name in numbers if _is_number(recorded.get(name))}
     if isinstance(recorded.get("padded_windows"), bool):
         known["padded_windows"] = recorded["padded_windows"]
+    if recorded.get("attention") in ATTENTIONS:
+        known["attention"] = recorded["attention"]
     fits = isinstance(heads, tuple) and len(heads) == 4 and all(map(_is_number, heads))
     return {**known, "num_heads": heads} if fits else known
 
@@ -181,7 +194,7 @@ def _pvt(names: Names, known: Mapping[str, Any], assumed: list[str]) -> dict[str
     for i in range(4):
         stage = f"block{i + 1}"
         attn = f"{stage}.0.attn"
-        kind = "L" if f"{attn}.qg.weight" in names.shapes else "S"
+        kind = "L" if f"{attn}.positional_encoding" in names.shapes else "S"
         kinds += kind
         dims.append(names.shape(f"patch_embed{i + 1}.proj.weight", 4)[0])
         depths.append(names.count(rf"{stage}\.(\d+)\.", stage))
@@ -189,13 +202,15 @@ def _pvt(names: Names, known: Mapping[str, Any], assumed: list[str]) -> dict[str
         reduction = names.shape(f"{attn}.sr.weight", 4)[-1] if f"{attn}.sr.weight" in names.shapes else 1
         linear.append(str(reduction) if kind == "L" else "1")
         softmax.append(reduction if kind == "S" else (8, 4, 2, 1)[i])
-        if kind == "L":
+        if f"{attn}.power" in names.shapes:
             heads.append(names.shape(f"{attn}.power", 4)[1])
         else:
             heads.append(known.get("num_heads", (1, 2, 5, 8))[i])
             if "num_heads" not in known:
-                assumed.append(f"num_heads of the softmax stage {i + 1}: {heads[-1]}, as in the official models")
+                what = "the softmax stage" if kind == "S" else "stage"
+                assumed.append(f"num_heads of {what} {i + 1}: {heads[-1]}, as in the official models")
     return {
+        **_token_attention(names, known),
         "img_size": names.side("pos_embed1", 1) * STRIDES[0],
         "num_classes": names.classes(),
         "embed_dims": tuple(dims),
@@ -217,10 +232,15 @@ def _swin(names: Names, known: Mapping[str, Any], assumed: list[str]) -> dict[st
         kinds.append("")
         for j in range(depths[-1]):
             attn = f"layers.{i}.blocks.{j}.attn"
-            if f"{attn}.qkvg.weight" in names.shapes:
+            if f"{attn}.positional_encoding" in names.shapes:
                 kinds[-1] += "L"
                 windows["L"][i] = names.side(f"{attn}.positional_encoding", 1)
-                head = names.shape(f"{attn}.power", 4)[1]
+                if f"{attn}.power" in names.shapes:
+                    head = names.shape(f"{attn}.power", 4)[1]
+                elif "num_heads" in known:
+                    head = known["num_heads"][i]
+                else:
+                    raise WeightsError(f"{names.path} does not say how many heads {attn} has")
             else:
                 kinds[-1] += "S"
                 windows["S"][i] = (names.side(f"{attn}.relative_position_bias_table", 0) + 1) // 2
@@ -228,6 +248,7 @@ def _swin(names: Names, known: Mapping[str, Any], assumed: list[str]) -> dict[st
         heads.append(head)
     dim = names.shape("patch_embed.proj.weight", 4)[0]
     return {
+        **_token_attention(names, known),
         "img_size": _swin_image_size(names, windows, known.get("img_size")),
         "num_classes": names.classes(),
         "embed_dim": dim,
@@ -242,6 +263,19 @@ def _swin(names: Names, known: Mapping[str, Any], assumed: list[str]) -> dict[st
         "kernel_size": names.kernel_size(),
         "attn_type": _swin_types(kinds, names.path),
     }
+
+
+def _token_attention(names: Names, known: Mapping[str, Any]) -> dict[str, Any]:
+    """What the blocks of type L compute; nothing if there are none."""
+    tables = [name for name in names.shapes if name.endswith("attn.positional_encoding")]
+    if not tables:
+        return {}
+    attn = tables[0].removesuffix(".positional_encoding")
+    attention = "polarity" if f"{attn}.power" in names.shapes else known.get("attention")
+    if attention is None:
+        raise WeightsError(f"{names.path} has no {attn}.power, and does not say which other attention it holds")
+    gate = any(f"{attn}.{name}.weight" in names.shapes for name in ("qg", "qkvg"))
+    return {"attention": attention, "gate": gate, "convolution": f"{attn}.dwc.weight" in names.shapes}
 
 
 def _swin_types(kinds: list[str], path: str) -> str:

@@ -90,7 +90,7 @@ def params_from(
         )
         raise WeightsError(
             f"{file.path} was trained with {listed}: no shape shows it, and the model would compute another function. "
-            "Give the model the file's value (config.model.alpha, config.task.attention)"
+            "Give the model the file's value (config.model.alpha, config.model.attention)"
         )
     if getattr(config, "alpha", None) is not None and "alpha" not in known and "attention" not in known:
         log.warning("%s does not specify alpha; the model's value %s is used", file.path, config.alpha)

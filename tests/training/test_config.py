@@ -175,9 +175,9 @@ def test_options_follow_the_model():
 def test_options_of_the_long_range_arena():
     config = resolve("lra", "listops,alpha=5,seed=2,steps=5000,tokenisation=brackets")
     assert (config.model.alpha, config.seed, config.train.steps) == (5.0, 2, 5000)
-    assert (config.task.tokenisation, config.task.attention) == ("brackets", "polarity")
+    assert (config.task.tokenisation, config.model.attention) == ("brackets", "polarity")
     config = resolve("lra", "text,attention=softmax,steps=40")
-    assert (config.task.attention, config.model.alpha, config.task.tokenisation) == ("softmax", None, None)
+    assert (config.model.attention, config.model.alpha, config.task.tokenisation) == ("softmax", None, None)
     assert config.schedule.warmup == 40.0  # no more warm-up than run
     with pytest.raises(UserError, match="alpha=3: attention=relu has none"):
         resolve("lra", "listops,attention=relu,alpha=3")

@@ -22,7 +22,10 @@ from polaformer_jax.training.metrics import Sums, masked
 from polaformer_jax.training.tasks.classification import Classification
 from polaformer_jax.training.tasks.task import Batch, Shapes, computation
 
-_ARCHITECTURE = ("attn_type", "window_size", "softmax_window_size", "alpha", "kernel_size", "flags")
+_ARCHITECTURE = (
+    *("attn_type", "window_size", "softmax_window_size", "alpha", "kernel_size", "flags"),
+    *("attention", "convolution", "gate", "mlp_ratio"),
+)
 
 
 class ImageClassification(Classification):

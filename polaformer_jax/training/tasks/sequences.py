@@ -22,6 +22,8 @@ from polaformer_jax.training.metrics import Sums, masked
 from polaformer_jax.training.tasks.classification import Classification
 from polaformer_jax.training.tasks.task import Batch, Shapes, computation
 
+_ARCHITECTURE = ("attention", "alpha", "kernel_size")
+
 
 class SequenceClassification(Classification):
     """Sequences, or pairs of them, with one label each; cross-entropy. See `Task`."""
@@ -43,8 +45,7 @@ class SequenceClassification(Classification):
                 vocabulary=self._facts.vocabulary,
                 max_length=max_length or self._facts.max_length,
                 texts=self._facts.texts,
-                attention=self._config.task.attention,
-                **{name: config[name] for name in ("alpha", "kernel_size") if config[name] is not None},
+                **{name: config[name] for name in _ARCHITECTURE if config[name] is not None},
             ),
             **computation(config),
             rngs=rngs,
