@@ -1,14 +1,14 @@
 """Where a block looks: its attention weights, recovered from its own queries and keys.
 
-Linear attention never forms its weights, but they are well defined: each stream of `polarity_attention` is A v, and row
-i of A says how much query token i takes from each key token. This module forms A, several rows at a time.
+Linear attention never forms its weights, but `attention_rows` does. This module adds up their rows, several at a time,
+and places them on the image.
 """
 
 import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -16,14 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from polaformer_jax.analysis.attention_rows import is_linear, row_entropy, rows_of
 from polaformer_jax.errors import UserError
-from polaformer_jax.models.attention import NORMALISER_EPS, PolarityAttention
 from polaformer_jax.models.backbone import Backbone
-from polaformer_jax.models.layers import Grid, ResidualBlock, accumulation_dtype, product
+from polaformer_jax.models.layers import Grid, ResidualBlock
 from polaformer_jax.models.model_config import STRIDES
-from polaformer_jax.models.rotary import rotary_tables, rotated
-from polaformer_jax.models.rotary_attention import LinearAttention, SoftmaxAttention
-from polaformer_jax.models.signed_features import signed_features
 from polaformer_jax.models.window_attention import SwinBlock
 
 STREAMS = ("same", "opposite", "softmax")
@@ -164,26 +161,6 @@ def _index(what: str, value: int, count: int, available: str) -> int:
     return number % count
 
 
-def polarity_weights(q_signed: jax.Array, k_signed: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The weights of the same-signed and of the opposite-signed stream.
-
-    Args:
-        q_signed: [q+, q-] (B, m, h, 2d) of any m query tokens, as `signed_features` returns them.
-        k_signed: [k+, k-] (B, n, h, 2d) of all key tokens.
-
-    Returns:
-        Two arrays (B, h, m, n), at least float32.
-    """
-    width = q_signed.shape[-1] // 2
-    k_mean = jnp.mean(k_signed, axis=1, dtype=accumulation_dtype(k_signed.dtype)).astype(k_signed.dtype)  # (B, h, 2d)
-
-    def weights(q):
-        normaliser = product("bmhk,bhk->bhm", q, k_mean) + NORMALISER_EPS
-        return product("bmhk,bnhk->bhmn", q, k_signed) / k_signed.shape[1] / normaliser[..., None]
-
-    return weights(q_signed), weights(jnp.roll(q_signed, width, axis=-1))  # the halves exchanged: [q-, q+]
-
-
 class _Sums(NamedTuple):
     """Sums over query tokens, for each window of each image."""
 
@@ -201,7 +178,7 @@ def _sums(graphdef, params, images: jax.Array, position, *, stage: int, block: i
     grid = (images.shape[1] // STRIDES[stage], images.shape[2] // STRIDES[stage])
     x = chosen.attention_input(model.tokens_before(images, stage=stage, block=block), grid)
     tokens = x.shape[1]
-    rows = _rows_of(chosen, x, grid)
+    rows = rows_of(chosen, x, grid)
 
     def sums(start, count):
         return {name: _summed(weights) for name, weights in rows(start, count).items()}
@@ -220,104 +197,9 @@ def _sums(graphdef, params, images: jax.Array, position, *, stage: int, block: i
     return jax.tree.map(lambda a: a.reshape(images.shape[0], -1, *a.shape[1:]), total)
 
 
-def is_linear(block: ResidualBlock) -> bool:
-    """Whether a block has linear attention, with its two streams."""
-    return isinstance(block.attn, PolarityAttention | LinearAttention)
-
-
-def _rows_of(block: ResidualBlock, x: jax.Array, grid: Grid) -> Callable:
-    """A function from the first query token and their number to the rows of the attention matrices, by stream."""
-    attn = block.attn
-    if isinstance(attn, PolarityAttention):
-        return _linear_rows(attn, x)
-    if isinstance(attn, LinearAttention):
-        return _rotary_linear_rows(attn, x, grid)
-    if isinstance(attn, SoftmaxAttention):
-        return _rotary_softmax_rows(attn, x, grid)
-    return _softmax_rows(block, x, grid)
-
-
-def _rotary_linear_rows(attn: LinearAttention, x: jax.Array, grid: Grid) -> Callable:
-    same, opposite, k = attn.features(x)
-    tables = rotary_tables(grid, k.shape[-1])
-    mean, keys = jnp.mean(k, axis=2), rotated(k, tables)
-
-    def weights(q, start, count):
-        turned = jax.lax.dynamic_slice_in_dim(rotated(q, tables), start, count, axis=2)
-        q = jax.lax.dynamic_slice_in_dim(q, start, count, axis=2)
-        normaliser = product("bhmk,bhk->bhm", q, mean) + NORMALISER_EPS
-        return product("bhmk,bhnk->bhmn", turned, keys) / k.shape[2] / normaliser[..., None]
-
-    return lambda start, count: {
-        "same": weights(same, start, count),
-        "opposite": weights(opposite, start, count),
-    }  # (B, h, count, n)
-
-
-def _rotary_softmax_rows(attn: SoftmaxAttention, x: jax.Array, grid: Grid) -> Callable:
-    q, k, _, _ = jnp.split(attn.qkvo(x), 4, axis=-1)
-    q, k = (attn.turned(t, grid) for t in (q, k))
-
-    def rows(start, count):
-        own = jax.lax.dynamic_slice_in_dim(q, start, count, axis=2)
-        return {"softmax": jax.nn.softmax(product("bhqd,bhkd->bhqk", own, k) * q.shape[-1] ** -0.5, axis=-1)}
-
-    return rows
-
-
-def _linear_rows(attn: PolarityAttention, x: jax.Array) -> Callable:
-    q, k = signed_features(
-        *attn.project(x)[:2],
-        power=attn.power[...],
-        scale=attn.scale[...],
-        positional_encoding=attn.positional_encoding[...],
-        alpha=attn.alpha,
-    )
-
-    def rows(start, count):
-        same, opposite = polarity_weights(jax.lax.dynamic_slice_in_dim(q, start, count, axis=1), k)
-        return {"same": same, "opposite": opposite}  # (B', h, count, n)
-
-    return rows
-
-
-def _softmax_rows(block: ResidualBlock, x: jax.Array, grid: Grid) -> Callable:
-    bias = None
-    if isinstance(block, SwinBlock):
-        q, k, _ = block.attn.project(x)
-        bias = block.attn.bias(block.windows(grid), accumulation_dtype(q.dtype))  # (1, W or 1, h, n, n)
-    else:
-        q, k, _ = block.attn.project(x, grid)
-
-    def rows(start, count):
-        own = jax.lax.dynamic_slice_in_dim(q, start, count, axis=1)
-        scores = product("bqhd,bkhd->bhqk", own, k) * q.shape[-1] ** -0.5
-        if bias is not None:
-            own = jax.lax.dynamic_slice_in_dim(bias, start, count, axis=3)
-            scores = (scores.reshape(-1, *own.shape[1:]) + own).reshape(scores.shape)
-        return {"softmax": jax.nn.softmax(scores, axis=-1)}  # (B', h, count, n)
-
-    return rows
-
-
 def _summed(weights: jax.Array) -> _Sums:
     entropy, seen = row_entropy(weights)  # (B', h, m) each
     return _Sums(jnp.sum(weights, axis=2), jnp.sum(entropy, axis=-1), jnp.sum(seen, axis=-1))
-
-
-def row_entropy(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Entropy, in nats, of rows of non-negative weights, each divided by its sum.
-
-    Args:
-        weights: (..., n). Those of PolaFormer++'s linear blocks may be negative, as rotations turn them.
-
-    Returns:
-        (...) entropies, 0 for a row of zeros or with negative weights, and whether a row has an entropy.
-    """
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    seen = (total > 0) & (jnp.min(weights, axis=-1, keepdims=True) >= 0)
-    shares = jnp.where(seen, weights / jnp.where(seen, total, 1), 0)
-    return jnp.sum(jax.scipy.special.entr(shares), axis=-1), seen[..., 0]
 
 
 def members_of(block: ResidualBlock, grid: Grid) -> np.ndarray:

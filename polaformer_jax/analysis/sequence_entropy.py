@@ -15,7 +15,7 @@ from flax import nnx
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from polaformer_jax.analysis.attention_maps import polarity_weights, row_entropy
+from polaformer_jax.analysis.attention_rows import polarity_weights, row_entropy
 from polaformer_jax.errors import UserError
 from polaformer_jax.files import figures, paths
 from polaformer_jax.files.names import shown

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from polaformer_jax.analysis.attention_maps import is_linear, members_of, resolve_block
+from polaformer_jax.analysis.attention_maps import members_of, resolve_block
+from polaformer_jax.analysis.attention_rows import is_linear
 from polaformer_jax.errors import UserError
 from polaformer_jax.models.attention import NORMALISER_EPS
 from polaformer_jax.models.backbone import Backbone

@@ -15,11 +15,11 @@ from matplotlib.patches import Rectangle
 from polaformer_jax.analysis.attention_maps import (
     AttentionMaps,
     attention_maps,
-    is_linear,
     last_linear_block,
     resolve_block,
     resolve_token,
 )
+from polaformer_jax.analysis.attention_rows import is_linear
 from polaformer_jax.data.images.normalisation import normalise
 from polaformer_jax.errors import UserError
 from polaformer_jax.files import figures

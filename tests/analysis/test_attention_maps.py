@@ -10,7 +10,8 @@ from flax import nnx
 
 import polaformer_jax as pf
 from polaformer_jax.analysis import attention_maps as maps
-from polaformer_jax.analysis.attention_maps import attention_maps, last_linear_block, polarity_weights
+from polaformer_jax.analysis.attention_maps import attention_maps, last_linear_block
+from polaformer_jax.analysis.attention_rows import polarity_weights
 from polaformer_jax.models.attention import polarity_attention
 from polaformer_jax.models.signed_features import signed_features
 from tests.models.test_attention import CASES, draw
