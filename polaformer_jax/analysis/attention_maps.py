@@ -16,14 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from polaformer_jax.analysis.attention_rows import is_linear, row_entropy, rows_of
+from polaformer_jax.analysis.attention_rows import has_streams, row_entropy, rows_of
 from polaformer_jax.errors import UserError
 from polaformer_jax.models.backbone import Backbone
 from polaformer_jax.models.layers import Grid, ResidualBlock
 from polaformer_jax.models.model_config import STRIDES
 from polaformer_jax.models.window_attention import SwinBlock
 
-STREAMS = ("same", "opposite", "softmax")
+STREAMS = ("same", "opposite", "relu", "softmax")
 _ENTRIES = 1 << 22  # attention weights held at once, of each stream
 
 
@@ -50,7 +50,8 @@ class AttentionMaps:
 
     Attributes:
         stage, block: which block, counted from 0.
-        streams: "same" (same-signed) and "opposite" (opposite-signed) of a linear block, "softmax" of a softmax block.
+        streams: "same" (same-signed) and "opposite" (opposite-signed) of a polarity-aware block, "softmax" of a softmax
+            block, "relu" of linear attention with that feature map.
         uniform_entropy: log n, the entropy of a token that attends equally to all n keys within its reach.
     """
 
@@ -121,7 +122,7 @@ def last_linear_block(model: Backbone) -> tuple[int, int]:
 
     def rank(place: tuple[int, int]) -> tuple:
         stage, block = place
-        return model.config.img_size > STRIDES[stage], is_linear(model.blocks(stage)[block]), place
+        return model.config.img_size > STRIDES[stage], has_streams(model.blocks(stage)[block]), place
 
     return max(((i, j) for i in range(len(STRIDES)) for j in range(len(model.blocks(i)))), key=rank)
 

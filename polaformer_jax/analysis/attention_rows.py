@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from polaformer_jax.models.attention import NORMALISER_EPS, PolarityAttention
 from polaformer_jax.models.layers import Grid, ResidualBlock, accumulation_dtype, product
+from polaformer_jax.models.plain_attention import BaselineAttention
 from polaformer_jax.models.rotary import rotary_tables, rotated
 from polaformer_jax.models.rotary_attention import LinearAttention, SoftmaxAttention
 from polaformer_jax.models.signed_features import signed_features
@@ -37,8 +38,17 @@ def polarity_weights(q_signed: jax.Array, k_signed: jax.Array) -> tuple[jax.Arra
     return weights(q_signed), weights(jnp.roll(q_signed, width, axis=-1))  # the halves exchanged: [q-, q+]
 
 
-def is_linear(block: ResidualBlock) -> bool:
-    """Whether a block has linear attention, with its two streams."""
+def baseline_weights(q: jax.Array, k: jax.Array, kind: str) -> jax.Array:
+    """The weights of softmax or relu attention: q (B, m, h, d), k (B, n, h, d) -> (B, h, m, n)."""
+    if kind == "softmax":
+        return jax.nn.softmax(product("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5, axis=-1)
+    q, k = jax.nn.relu(q), jax.nn.relu(k)
+    normaliser = product("bqhd,bhd->bhq", q, jnp.mean(k, axis=1)) + NORMALISER_EPS
+    return product("bqhd,bkhd->bhqk", q, k) / k.shape[1] / normaliser[..., None]
+
+
+def has_streams(block: ResidualBlock) -> bool:
+    """Whether a block has polarity-aware attention, with its two streams."""
     return isinstance(block.attn, PolarityAttention | LinearAttention)
 
 
@@ -47,6 +57,8 @@ def rows_of(block: ResidualBlock, x: jax.Array, grid: Grid) -> Callable:
     attn = block.attn
     if isinstance(attn, PolarityAttention):
         return _linear_rows(attn, x)
+    if isinstance(attn, BaselineAttention):
+        return _baseline_rows(attn, x)
     if isinstance(attn, LinearAttention):
         return _rotary_linear_rows(attn, x, grid)
     if isinstance(attn, SoftmaxAttention):
@@ -94,6 +106,16 @@ def _linear_rows(attn: PolarityAttention, x: jax.Array) -> Callable:
     def rows(start, count):
         same, opposite = polarity_weights(jax.lax.dynamic_slice_in_dim(q, start, count, axis=1), k)
         return {"same": same, "opposite": opposite}  # (B', h, count, n)
+
+    return rows
+
+
+def _baseline_rows(attn: BaselineAttention, x: jax.Array) -> Callable:
+    q, k, _, _ = attn.by_heads(x, attn.positional_encoding[...])
+
+    def rows(start, count):
+        own = jax.lax.dynamic_slice_in_dim(q, start, count, axis=1)
+        return {attn.kind: baseline_weights(own, k, attn.kind)}  # (B', h, count, n)
 
     return rows
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from polaformer_jax.analysis.attention_maps import members_of, resolve_block
-from polaformer_jax.analysis.attention_rows import is_linear
+from polaformer_jax.analysis.attention_rows import has_streams
 from polaformer_jax.errors import UserError
 from polaformer_jax.models.attention import NORMALISER_EPS
 from polaformer_jax.models.backbone import Backbone
@@ -62,8 +62,8 @@ def linear_block(model: Backbone, stage: int, block: int) -> tuple[int, int]:
         stage, block = resolve_block(model, stage, block)
     except ValueError as error:
         raise UserError(str(error), argument="maps") from error
-    if not is_linear(model.blocks(stage)[block]):
-        raise UserError(f"block {block} of stage {stage} is a softmax block, which has no two maps", argument="maps")
+    if not has_streams(model.blocks(stage)[block]):
+        raise UserError(f"block {block} of stage {stage} has no two streams, which the maps show", argument="maps")
     return stage, block
 
 

@@ -19,7 +19,6 @@ from polaformer_jax.analysis.attention_maps import (
     resolve_block,
     resolve_token,
 )
-from polaformer_jax.analysis.attention_rows import is_linear
 from polaformer_jax.data.images.normalisation import normalise
 from polaformer_jax.errors import UserError
 from polaformer_jax.files import figures
@@ -103,7 +102,8 @@ def draw(
 
 
 def _headline(model: Backbone, where: Where, maps: AttentionMaps) -> str:
-    kind = "linear" if is_linear(model.blocks(where.stage)[where.block]) else "softmax"
+    streams = list(maps.streams)
+    kind = {"same": "polarity-aware", "relu": "linear, relu"}.get(streams[0], streams[0])
     heads = next(iter(maps.streams.values())).weights.shape[1]
     whose = f"token ({where.token[0]}, {where.token[1]})" if where.token else "average over all tokens"
     side = model.config.img_size // STRIDES[where.stage]

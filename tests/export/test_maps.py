@@ -28,7 +28,7 @@ def test_they_are_the_mean_of_all_rows(family, stage, block):
 
 @pytest.mark.parametrize(
     ("stage", "block", "message"),
-    [(1, 0, "maps: block 0 of stage 1 is a softmax block"), (4, 0, "maps: stage 4: expected"), (0, 9, "block 9")],
+    [(1, 0, "maps: block 0 of stage 1 has no two streams"), (4, 0, "maps: stage 4: expected"), (0, 9, "block 9")],
 )
 def test_blocks_without_two_maps_are_refused(stage, block, message):
     model = small_models.build("swin")

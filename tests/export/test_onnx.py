@@ -258,7 +258,7 @@ def test_the_command_and_the_snippet_of_the_documentation(tmp_path, monkeypatch,
     ("options", "message"),
     [
         ({"maps": (9, 0)}, "maps: stage 9: expected an integer from 0 to 3"),
-        ({"maps": (1, 0)}, "maps: block 0 of stage 1 is a softmax block"),
+        ({"maps": (1, 0)}, "maps: block 0 of stage 1 has no two streams"),
         ({"dtype": "int8"}, "dtype: 'int8': ONNX files are written in float32. .*quantization for integers of 8 bits"),
         ({"opset": 20}, "opset: 20"),
         ({"path": "a.bin"}, "path: 'a.bin': expected a name that ends in .onnx"),
