@@ -222,10 +222,11 @@ def write_training(workdir: epath.Path, *, steps: int, devices: int) -> None:
 
 
 def hardware(devices: int) -> str:
-    """Number and kind of the devices, as JAX names them; for a CPU its number of cores."""
+    """Number and kind of the devices, as JAX names them; for a CPU the number of cores that the process may use."""
     device = jax.devices()[0]
     if device.platform == "cpu":
-        return f"CPU, {os.cpu_count()} cores"
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        return f"CPU, {cores} core{'' if cores == 1 else 's'}"
     return f"{devices} x {device.device_kind}"
 
 
