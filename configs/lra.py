@@ -2,7 +2,7 @@
 
     polaformer prepare lra_listops --data-dir data
     polaformer train --config lra:listops,alpha=3 --workdir runs/listops_alpha3
-    polaformer lra-table add runs/listops_alpha3    # as a row of docs/results/lra.csv
+    polaformer results add runs/listops_alpha3      # as a row of docs/results/lra.csv
 
 Tasks: listops, text, retrieval, pathfinder, image_lra; and listops_short, which is not part of the Long Range Arena:
 ListOps of 51 to 255 symbols, for a CPU. Options: `alpha=` (3), `attention=` (polarity, softmax or relu),

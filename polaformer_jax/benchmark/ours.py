@@ -145,7 +145,7 @@ def _gradient(made: Experiment, case: Case):
         logits = nnx.merge(graphdef, params)(images, train=True, rngs=nnx.Rngs(dropout=key))
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels))
 
-    given = (made.params.initial(), _images(made, case), _batch(made, case)["label"])
+    given = (made.params.initial(), _images(made, case), random_batch(made, case.batch, classes=CLASSES)["label"])
     given = (*given, jax.device_put(jax.random.key(_SEED), replicated(made.mesh)))
     program = programs.compiled(lambda: jax.jit(jax.value_and_grad(loss)).trace(*given))
     return program, lambda: program.run(*given)
@@ -153,7 +153,7 @@ def _gradient(made: Experiment, case: Case):
 
 def _step(made: Experiment, case: Case):
     """The training's own step, augmentation on the device and AdamW included."""
-    batch, state = _batch(made, case), made.states.initial()
+    batch, state = random_batch(made, case.batch, classes=CLASSES), made.states.initial()
     program = programs.compiled(lambda: made.train_step.trace(batch))
 
     def call():
@@ -175,14 +175,14 @@ def _images(made: Experiment, case: Case) -> jax.Array:
     return jax.device_put(images, batch_sharding(made.mesh))
 
 
-def _batch(made: Experiment, case: Case) -> dict[str, jax.Array]:
-    """A training batch: bytes, labels, and a mask of True."""
+def random_batch(made: Experiment, size: int, *, classes: int) -> dict[str, jax.Array]:
+    """A training batch of images: bytes, labels, and a mask of True."""
     rng = np.random.default_rng(_SEED)
-    values = {"image": functools.partial(rng.integers, 0, 256), "label": functools.partial(rng.integers, 0, CLASSES)}
+    values = {"image": functools.partial(rng.integers, 0, 256), "label": functools.partial(rng.integers, 0, classes)}
     return {
         name: jax.device_put(
             values[name](size=leaf.shape, dtype=leaf.dtype) if name in values else np.ones(leaf.shape, leaf.dtype),
             leaf.sharding,
         )
-        for name, leaf in made.abstract_batch(case.batch).items()
+        for name, leaf in made.abstract_batch(size).items()
     }

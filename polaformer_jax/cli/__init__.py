@@ -21,7 +21,7 @@ COMMANDS = {
     "preview": ("preview", "draw a training batch before and after each augmentation"),
     "benchmark": ("benchmark", "measure speed and memory on this machine"),
     "aot": ("aot", "compile the training step for devices that are not here"),
-    "lra-table": ("lra_table", "collect results on the Long Range Arena in a table"),
+    "results": ("results", "collect results of trainings, and make the tables of the documentation"),
     "lra-entropy": ("lra_entropy", "measure the entropy of attention in trained sequence models"),
     "lra-baseline": ("lra_baseline", "answer ListOps by the first operator of each expression"),
     "lra-sheet": ("lra_sheet", "draw Pathfinder examples with their labels"),

@@ -16,6 +16,7 @@ SUBJECTS = {
     "input": "images/s per core of each stage of the training input, and of the whole",
     "ceilings": "the two ceilings of a device: matrix products, and reading and writing memory",
     "model": "images/s of whole models: forward, with gradients, and the training step",
+    "recipes": "time and memory of the training step of recipes, which take turns",
     "onnx": "images/s of exported models in ONNX Runtime on a CPU, next to ours and the official code",
     "profile": "where the time of a model goes, operation by operation",
     "start": "seconds from the start of a process to the first logits, without and with a compilation cache",

@@ -11,8 +11,8 @@ from PIL import Image
 
 import polaformer_jax as pf
 from polaformer_jax import weights
-from polaformer_jax.analysis import lra_results
-from polaformer_jax.cli import lra_entropy, lra_table
+from polaformer_jax.analysis.results import lra
+from polaformer_jax.cli import lra_entropy, results
 from polaformer_jax.errors import UserError
 from polaformer_jax.training import evaluation, loop, reports
 from polaformer_jax.training.checkpoints import Checkpoints
@@ -90,8 +90,8 @@ def test_the_training_says_what_it_took(finished):
 def test_the_result_becomes_a_row(finished, tmp_path, capsys):
     _, workdir, result = finished
     file = tmp_path / "docs/lra.csv"
-    for state in ("added", "is there already"):
-        assert lra_table.main(["--csv", str(file), "add", str(workdir)]) == 0
+    for state in ("added to", "is already in"):
+        assert results.main(["--dir", str(file.parent), "add", str(workdir)]) == 0
         assert state in capsys.readouterr().out
     (row,) = csv.DictReader(file.read_text().splitlines())
     assert [row[name] for name in ("task", "tokenisation", "attention", "alpha", "seed", "steps")] == [
@@ -108,7 +108,7 @@ def test_a_result_whose_time_is_not_known_is_no_row(finished, tmp_path):
     training = json.loads((tmp_path / "training.json").read_text())
     (tmp_path / "training.json").write_text(json.dumps({**training, "seconds": None}))
     with pytest.raises(UserError, match="training.json has no seconds"):
-        lra_results.row_of(tmp_path)
+        lra.row_of(tmp_path)
 
 
 def test_evaluating_the_work_directory_gives_the_same_numbers(finished, tmp_path):
@@ -149,12 +149,12 @@ def test_another_split_can_be_evaluated(finished, tmp_path):
         shutil.copy(workdir / name, copy)
     shutil.copy(workdir.parent / "dev.json", copy / "eval.json")
     with pytest.raises(UserError, match="raw weights on the split 'dev' from made up, expected raw on 'test'"):
-        lra_results.row_of(copy)
+        lra.row_of(copy)
     result = json.loads((workdir / "eval.json").read_text())
     del result["origin"]
     (copy / "eval.json").write_text(json.dumps(result))
     with pytest.raises(UserError, match="on the split 'test' from None, expected .* where its data came from"):
-        lra_results.row_of(copy)
+        lra.row_of(copy)
 
 
 def test_padding_to_the_longest_gives_each_example_the_same_result(finished, tmp_path):

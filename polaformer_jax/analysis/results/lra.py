@@ -1,23 +1,16 @@
-"""The results on the Long Range Arena: a row for each run in a CSV file, and the documentation's table of them."""
+"""The results on the Long Range Arena: a row for each run, and the table of them."""
 
-import csv
 import dataclasses
-import io
-import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import ml_collections
 from etils import epath
 
-from polaformer_jax.config import NOT_IDENTITY, ON_FAULTS
+from polaformer_jax.analysis.results import rows as results
 from polaformer_jax.errors import UserError
-from polaformer_jax.files import atomic, paths
-from polaformer_jax.training import recipes
-from polaformer_jax.training.workdir import changed_fields, read_config
-
-BEGIN = "<!-- begin of the table that `polaformer lra-table page` writes -->"
-END = "<!-- end of the table -->"
+from polaformer_jax.files import paths
+from polaformer_jax.training.workdir import read_config
 
 TITLES = {
     "listops": "ListOps",
@@ -64,62 +57,23 @@ class Row:
     data: str
     changes: str
 
-
-# Fields that change no result. What a run does about faults may change one, though it may change when a run resumes.
-_WITHOUT_EFFECT = tuple(field for field in NOT_IDENTITY if field not in ON_FAULTS)
-
-COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
-
-
-def read(path: epath.PathLike) -> list[Row]:
-    """The rows of a CSV file; a UserError names the line that is not a valid row."""
-    lines = csv.reader(paths.given(path).read_text().splitlines())
-    header = tuple(next(lines, ()))
-    if header != COLUMNS:
-        raise UserError(f"{path} begins with {','.join(header)}, expected {','.join(COLUMNS)}")
-    rows = []
-    for number, cells in enumerate(lines, 2):
-        try:
-            cell = dict(zip(COLUMNS, cells, strict=True))
-            numbers = {
-                "alpha": float(cell["alpha"]) if cell["alpha"] else None,
-                "seed": int(cell["seed"]),
-                "steps": int(cell["steps"]),
-                "accuracy": float(cell["accuracy"]),
-                "time": float(cell["time"]),
-            }
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: {error}") from error
-        if cell["task"] not in TITLES:
-            raise UserError(f"{path}, line {number}: task {cell['task']!r}, expected one of {', '.join(TITLES)}")
-        rows.append(Row(**{**cell, **numbers}))
-    return rows
+    def __post_init__(self):
+        if self.task not in TITLES:
+            raise ValueError(f"task {self.task!r}, expected one of {', '.join(TITLES)}")
 
 
 def row_of(workdir: epath.PathLike) -> Row:
     """The result of a finished training in its work directory.
 
     Raises:
-        UserError: it is not a finished training of a Long Range Arena task, or the last evaluation was not that of the
-            best checkpoint on the test split.
+        UserError: it is not a training of a Long Range Arena task; or see `rows.finished`.
     """
     workdir = paths.given(workdir, "workdir")
     config = read_config(workdir)
-    training, result = (_json(workdir / name) for name in ("training.json", "eval.json"))
     task = config.task
     if task.name not in TITLES:
         raise UserError(f"{workdir} is a training of the task {task.name}, expected one of {', '.join(TITLES)}")
-    wanted = config.data.test_split
-    if result["split"] != wanted or result.get("kind") != config.eval.weights or "origin" not in result:
-        raise UserError(
-            f"{workdir}/eval.json is of {result.get('kind')} weights on the split {result['split']!r}"
-            f" from {result.get('origin')}, expected {config.eval.weights} on {wanted!r}, and where its data came"
-            " from: run `polaformer eval` on this work directory"
-        )
-    if training["seconds"] is None:
-        raise UserError(
-            f"{workdir}/training.json has no seconds, for the run's event files were removed before its end"
-        )
+    training, result = results.finished(workdir, config)
     return Row(
         task=task.name,
         tokenisation=task.tokenisation or "",
@@ -142,37 +96,7 @@ def _changes(config: ml_collections.ConfigDict) -> str:
     given = {"seed": config.seed, "steps": config.train.steps}
     given |= dict(zip(names, (config.model.attention, config.task.tokenisation, config.model.alpha), strict=True))
     options = [f"{name}={value}" for name, value in given.items() if value is not None]
-    recipe = recipes.load("lra:" + ",".join([config.task.name, *options]))
-    return " ".join(
-        f"{field}={value}" for field, (_, value) in changed_fields(recipe, config, but=_WITHOUT_EFFECT).items()
-    )
-
-
-def _json(path: epath.Path) -> dict:
-    if not path.exists():
-        raise UserError(f"{path} does not exist: expected the work directory of a finished training")
-    try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error})") from error
-
-
-def append(path: epath.PathLike, row: Row) -> bool:
-    """Appends a row to the file, which is created if necessary; returns False if the file already has this row."""
-    path = paths.given(path)
-    rows = read(path) if path.exists() else []
-    if row in rows:
-        return False
-    write(path, [*rows, row])
-    return True
-
-
-def write(path: epath.PathLike, rows: Iterable[Row]) -> None:
-    lines = [COLUMNS, *(dataclasses.astuple(row) for row in rows)]
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(lines)
-    with atomic.reported("table", path):
-        atomic.write(path, text.getvalue())
+    return results.changes(config, "lra:" + ",".join([config.task.name, *options]))
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -203,7 +127,7 @@ def table(rows: Sequence[Row]) -> str:
             kind = f"{attention}, α = {alpha:g}" if alpha is not None else attention
             for (steps, hardware, settings), found in sorted(of_kind, key=lambda item: item[0]):
                 seconds = statistics.mean(row.time for row in found)
-                cells = (theirs, _accuracy(found), f"{steps:,}", len(found), _time(seconds), hardware, settings)
+                cells = (theirs, results.accuracy(found), f"{steps:,}", len(found), _time(seconds), hardware, settings)
                 lines.append(f"| {name} | {kind} | {' | '.join(map(str, cells))} |")
             if not of_kind:
                 lines.append(f"| {name} | {kind} | {theirs} | – | – | – | – | – | – |")
@@ -219,21 +143,6 @@ def _order(kind: tuple[str, str, float | None]) -> tuple:
     return tokenisation == "brackets", ("polarity", "softmax", "relu").index(attention), alpha or 0
 
 
-def _accuracy(rows: Sequence[Row]) -> str:
-    values = [row.accuracy for row in rows]
-    mean = f"{statistics.mean(values):.2f}"
-    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
-
-
 def _time(seconds: float) -> str:
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"
-
-
-def with_table(page: str, rows: Sequence[Row]) -> str:
-    """The text of a page with its table regenerated; a UserError if it has no place for one."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise UserError(f"no place for the table: expected the two lines that enclose it\n{BEGIN}\n{END}")
-    return f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{after}"

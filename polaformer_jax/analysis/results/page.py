@@ -1,0 +1,96 @@
+"""The parts of the documentation that are made from the files of results: tables in pages, and pictures."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from etils import epath
+
+from polaformer_jax.analysis.results import images, lra, rows
+from polaformer_jax.errors import UserError
+from polaformer_jax.files import atomic, figures, paths
+
+LRA, IMAGES, STEPS = "lra.csv", "attention_images.csv", "attention_steps.csv"
+
+
+def begin(name: str) -> str:
+    return f"<!-- begin of the table {name}, which `polaformer results page` writes -->"
+
+
+def end(name: str) -> str:
+    return f"<!-- end of the table {name} -->"
+
+
+class Table(NamedTuple):
+    """A table of a page, and how it is made from the folder of results."""
+
+    name: str
+    page: str
+    make: Callable[[epath.Path], str]
+
+
+def _read(folder: epath.Path, name: str, kind: type) -> list:
+    path = folder / name
+    return rows.read(path, kind) if path.exists() else []
+
+
+TABLES = (
+    Table("lra", "long_range_arena.md", lambda folder: lra.table(_read(folder, LRA, lra.Row))),
+    Table(
+        "attention_images",
+        "comparison.md",
+        lambda folder: images.table(_read(folder, IMAGES, images.Row), _read(folder, STEPS, images.Step)),
+    ),
+)
+PICTURES = {
+    "pictures/comparison.svg": lambda folder: images.draw(_read(folder, IMAGES, images.Row)),
+}
+
+
+def add(workdir: epath.PathLike, folder: epath.PathLike) -> tuple[epath.Path, object, bool]:
+    """Adds the result of a finished training: the file, the row, and whether it is new there.
+
+    Raises:
+        UserError: it is no finished training of a task whose results are collected, or the file is damaged.
+    """
+    from polaformer_jax.training.workdir import read_config
+
+    folder = paths.given(folder, "dir")
+    kind, name = (images, IMAGES) if images.is_compared(read_config(workdir)) else (lra, LRA)
+    row = kind.row_of(workdir)
+    return folder / name, row, rows.append(folder / name, row)
+
+
+def tables(folder: epath.PathLike) -> dict[str, str]:
+    """The tables in Markdown, by name."""
+    folder = paths.given(folder, "dir")
+    return {table.name: table.make(folder) for table in TABLES}
+
+
+def write(docs: epath.PathLike, folder: epath.PathLike) -> list[epath.Path]:
+    """Writes all tables and pictures of the documentation again; returns the files.
+
+    Raises:
+        UserError: a page is missing, or has no place for its table.
+    """
+    docs, folder = paths.given(docs, "docs"), paths.given(folder, "dir")
+    made = tables(folder)
+    contents: dict[epath.Path, str] = {}
+    for table in TABLES:
+        path = docs / table.page
+        if path not in contents and not path.exists():
+            raise UserError(f"{path} does not exist: expected the documentation's page of the table {table.name}")
+        contents[path] = with_table(contents.get(path) or path.read_text(), table.name, made[table.name])
+    for path, content in contents.items():
+        atomic.write(path, content)
+    for name, draw in PICTURES.items():
+        figures.save(draw(folder), docs / name)
+    return [*contents, *(docs / name for name in PICTURES)]
+
+
+def with_table(page: str, name: str, table: str) -> str:
+    """The text of a page with one of its tables replaced; a UserError if it has no place for it."""
+    before, found, rest = page.partition(begin(name))
+    _, closed, after = rest.partition(end(name))
+    if not found or not closed:
+        raise UserError(f"no place for the table: expected the two lines that enclose it\n{begin(name)}\n{end(name)}")
+    return f"{before}{begin(name)}\n\n{table}\n\n{end(name)}{after}"
