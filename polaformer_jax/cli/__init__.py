@@ -22,7 +22,7 @@ COMMANDS = {
     "benchmark": ("benchmark", "measure speed and memory on this machine"),
     "aot": ("aot", "compile the training step for devices that are not here"),
     "results": ("results", "collect results of trainings, and make the tables of the documentation"),
-    "lra-entropy": ("lra_entropy", "measure the entropy of attention in trained sequence models"),
+    "entropy": ("entropy", "measure how concentrated attention is in trained models"),
     "lra-baseline": ("lra_baseline", "answer ListOps by the first operator of each expression"),
     "lra-sheet": ("lra_sheet", "draw Pathfinder examples with their labels"),
 }

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from polaformer_jax.analysis.sequence_entropy import draw, records, row_entropies
-from polaformer_jax.cli import lra_entropy
+from polaformer_jax.analysis.sequence_entropy import row_entropies
 from polaformer_jax.models.pola_sequence import PolaSequence, Sequences
 
 LENGTHS = np.array([9, 4], np.int32)
@@ -92,38 +91,3 @@ def test_equal_their_definition_whatever_the_padding(x64, attention):
     for name, weight in wanted.items():
         for example in range(2):
             np.testing.assert_allclose(found[name][example], by_definition(model, tokens, example, weight), rtol=1e-9)
-
-
-def made_up():
-    rng = np.random.default_rng(0)
-    polarity = {(block, name): rng.uniform(0.2, 1, (5, 2)) for block in (0, 1) for name in ("same", "same, p = 1")}
-    return {"alpha3": polarity, "softmax": {(0, "softmax"): rng.uniform(0.2, 1, (5, 2))}}
-
-
-def test_the_table_has_a_row_for_each_head():
-    runs = made_up()
-    rows = records(runs)
-    assert len(rows) == 10
-    row = next(row for row in rows if (row["run"], row["block"], row["head"]) == ("softmax", "0", "1"))
-    assert float(row["entropy"]) == pytest.approx(runs["softmax"][0, "softmax"][:, 1].mean(), abs=1e-4)
-
-
-def test_the_picture_shows_every_run_and_attention():
-    figure = draw(made_up())
-    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert labels == ["alpha3: same", "alpha3: same, p = 1", "softmax: softmax"]
-    assert [len(axes.containers) for axes in figure.axes] == [6, 4]  # a mark for each head
-    top, bottom = figure.axes[0].get_ylim()[::-1]
-    assert top < bottom
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["nowhere"], "not the work directory of a training"),
-        (["nowhere", "--plot", "entropy.gif"], "picture 'entropy.gif': expected the name of a .png or .svg file"),
-    ],
-)
-def test_what_cannot_be_measured(capsys, arguments, message):
-    assert lra_entropy.main(arguments) == 1
-    assert message in capsys.readouterr().err

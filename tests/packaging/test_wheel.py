@@ -161,7 +161,7 @@ def test_everything_works_with_the_training_extra_alone(wheel, tmp_path):
     does("train", "--config", "lra:listops_short,steps=2", "--workdir", "listops", "--config.train.batch_size=2")
     does("results", "--dir", "results", "add", "listops")
     assert "ListOps of up to 255 symbols" in does("results", "--dir", "results")
-    does("lra-entropy", "listops", "--examples", "2", "--plot", "entropy.png")
+    does("entropy", "listops", "--examples", "2", "--plot", "entropy.png")
     does("lra-baseline", "--task", "listops_short", *data)
     does("lra-sheet", "--output", "sheet.png", "--examples", "2")
     for picture in ("preview.png", "maps.png", "entropy.png", "sheet.png"):

@@ -12,7 +12,7 @@ from PIL import Image
 import polaformer_jax as pf
 from polaformer_jax import weights
 from polaformer_jax.analysis.results import lra
-from polaformer_jax.cli import lra_entropy, results
+from polaformer_jax.cli import entropy, results
 from polaformer_jax.errors import UserError
 from polaformer_jax.training import evaluation, loop, reports
 from polaformer_jax.training.checkpoints import Checkpoints
@@ -243,10 +243,11 @@ def test_what_cannot_work_is_refused(data_dir, change, message):
 def test_the_entropies_of_a_run_become_a_table_and_a_picture(finished, tmp_path, capsys):
     _, workdir, _ = finished
     arguments = [str(workdir), "--examples", "3", "--plot", str(tmp_path / "e.png"), "--csv", str(tmp_path / "e.csv")]
-    assert lra_entropy.main(arguments) == 0
+    assert entropy.main(arguments) == 0
     rows = list(csv.DictReader((tmp_path / "e.csv").read_text().splitlines()))
     printed = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [line[-1] for line in printed[1:]] == [row["deviation"] for row in rows]
+    assert [line[-1] for line in printed[1:]] == [f"{float(row['deviation']):.4f}" for row in rows]
+    assert {row["model"] for row in rows} == {"pola_sequence"} and len({row["accuracy"] for row in rows}) == 1
     assert len(rows) == 4 * 2 and {row["run"] for row in rows} == {workdir.name}  # attentions, heads
     assert all(0 < float(row["entropy"]) <= 1 and row["examples"] == "3" for row in rows)
     with Image.open(tmp_path / "e.png") as picture:

@@ -79,6 +79,14 @@ def write(path: epath.PathLike, rows: Iterable[Any]) -> None:
         atomic.write(path, text.getvalue())
 
 
+def cells(row: Any) -> list[str]:
+    """The values of a row as text, as a table shows them."""
+    return [
+        "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+        for value in dataclasses.astuple(row)
+    ]
+
+
 def finished(workdir: epath.Path, config: ml_collections.ConfigDict) -> tuple[dict[str, Any], dict[str, Any]]:
     """`training.json` and `eval.json` of a finished training, which name its steps, seconds, hardware and result.
 

@@ -1,0 +1,121 @@
+"""How concentrated the attention of trained models is: rows of a CSV file, and two pictures of them."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from polaformer_jax.files import figures
+
+# The same colour with and without the power; open marks are without it.
+COLOURS = {"same": "#2364aa", "opposite": "#73bfb8", "relu": "#e09f3e", "softmax": "#c8382c"}
+WITHOUT_POWER = ", p = 1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """The entropy of one head's attention rows, as a fraction of that of uniform attention.
+
+    Attributes:
+        run: name of the work directory.
+        model: name of the model.
+        accuracy: of the run, in %.
+        block: counted from 0; of image models "stage.block".
+        attention: "softmax", "relu"; of polarity-aware attention "same" and "opposite", its two streams, and these with
+            ", p = 1", the same without the power.
+        examples: number of test examples.
+        entropy, deviation: mean and standard deviation over the examples.
+    """
+
+    run: str
+    model: str
+    accuracy: float
+    block: str
+    attention: str
+    head: int
+    examples: int
+    entropy: float
+    deviation: float
+
+
+def draw(rows: Sequence[Row]) -> Figure:
+    """A panel for each block: for each run and attention the heads' means, and bars of one standard deviation."""
+    blocks = sorted({row.block for row in rows})
+    lines = list(dict.fromkeys((row.run, row.attention) for row in rows))
+    figure = figures.new(2 + 4.2 * len(blocks), 1.2 + 0.42 * len(lines))
+    panels = figure.subplots(1, len(blocks), sharex=True, sharey=True, squeeze=False)[0]
+    panels[0].invert_yaxis()  # of all panels, which share it: the first run is on top
+    for axes, block in zip(panels, blocks, strict=True):
+        for place, (run, name) in enumerate(lines):
+            heads = [row for row in rows if (row.run, row.attention, row.block) == (run, name, block)]
+            colour = COLOURS[name.removesuffix(WITHOUT_POWER)]
+            for i, row in enumerate(heads):
+                axes.errorbar(
+                    row.entropy,
+                    place + 0.16 * (i - (len(heads) - 1) / 2),
+                    xerr=row.deviation,
+                    fmt="o",
+                    color=colour,
+                    markerfacecolor="white" if name.endswith(WITHOUT_POWER) else colour,
+                    markersize=5,
+                    linewidth=1.2,
+                )
+        figures.tidy(axes)
+        axes.grid(visible=False, axis="y")
+        axes.set_title(f"block {block}", loc="left", fontweight="bold")
+        axes.set_xlabel("entropy of a row / log n")
+        axes.set_yticks(range(len(lines)), [f"{figures.plain(run)}: {name}" for run, name in lines])
+    return figure
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharpness:
+    """A run's accuracy in %, and the mean entropy over its blocks, streams and heads."""
+
+    model: str
+    attention: str
+    entropy: float
+    accuracy: float
+
+
+def sharpness(rows: Sequence[Row]) -> list[Sharpness]:
+    """One for each run, of its attention as it was trained; each block counts alike."""
+    found = []
+    for run, model in dict.fromkeys((row.run, row.model) for row in rows):
+        own = [row for row in rows if (row.run, row.model) == (run, model) and WITHOUT_POWER not in row.attention]
+        blocks = sorted({row.block for row in own})
+        means = [np.nanmean([row.entropy for row in own if row.block == block]) for block in blocks]
+        attention = "polarity" if own[0].attention in ("same", "opposite") else own[0].attention
+        found.append(Sharpness(model, attention, float(np.mean(means)), own[0].accuracy))
+    return found
+
+
+def correlation(found: Sequence[Sharpness]) -> float | None:
+    """Spearman's correlation of entropy and accuracy: -1 if sharper runs were always better; None below three runs."""
+    from scipy.stats import spearmanr
+
+    if len(found) < 3:
+        return None
+    return float(spearmanr([one.entropy for one in found], [one.accuracy for one in found]).statistic)
+
+
+def draw_sharpness(rows: Sequence[Row], models: dict[str, str]) -> Figure:
+    """A panel for each model: the accuracy of each run by the entropy of its attention. `models`: titles by name."""
+    found, colours = sharpness(rows), {**COLOURS, "polarity": COLOURS["same"]}
+    figure = figures.new(10.5, 3.9)
+    for axes, (model, title) in zip(figure.subplots(1, len(models), squeeze=False)[0], models.items(), strict=True):
+        own = [one for one in found if one.model == model]
+        for attention in dict.fromkeys(one.attention for one in own):
+            points = [(one.entropy, one.accuracy) for one in own if one.attention == attention]
+            axes.plot(*zip(*points, strict=True), "o", color=colours[attention], label=attention, markersize=6)
+        figures.tidy(axes)
+        value = correlation(own)
+        axes.set_title(
+            title if value is None else f"{title}: rank correlation {value:.2f}", loc="left", fontweight="bold"
+        )
+        axes.set_xlabel("mean entropy of a row / log n")
+        axes.set_ylabel("test accuracy, %")
+        if own:
+            axes.legend(frameon=False)
+    return figure
