@@ -41,7 +41,7 @@ class Row:
 
 def draw(rows: Sequence[Row]) -> Figure:
     """A panel for each block: for each run and attention the heads' means, and bars of one standard deviation."""
-    blocks = sorted({row.block for row in rows})
+    blocks = sorted({row.block for row in rows}) or ["–"]  # without results the picture is empty
     lines = list(dict.fromkeys((row.run, row.attention) for row in rows))
     figure = figures.new(2 + 4.2 * len(blocks), 1.2 + 0.42 * len(lines))
     panels = figure.subplots(1, len(blocks), sharex=True, sharey=True, squeeze=False)[0]

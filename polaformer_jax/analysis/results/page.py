@@ -4,12 +4,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from etils import epath
+from matplotlib.figure import Figure
 
-from polaformer_jax.analysis.results import images, lra, rows
+from polaformer_jax.analysis.results import entropy, images, lra, rows
 from polaformer_jax.errors import UserError
 from polaformer_jax.files import atomic, figures, paths
 
 LRA, IMAGES, STEPS = "lra.csv", "attention_images.csv", "attention_steps.csv"
+ENTROPY_LISTOPS, ENTROPY_IMAGES = "entropy_listops_short.csv", "entropy_images.csv"
 
 
 def begin(name: str) -> str:
@@ -41,8 +43,24 @@ TABLES = (
         lambda folder: images.table(_read(folder, IMAGES, images.Row), _read(folder, STEPS, images.Step)),
     ),
 )
-PICTURES = {
+
+
+def _entropies(folder: epath.Path, model: str) -> list[entropy.Row]:
+    """Of the file's first run of each attention."""
+    found = [row for row in _read(folder, ENTROPY_IMAGES, entropy.Row) if row.model == model]
+    first = {row.attention: row.run for row in reversed(found)}
+    return [row for row in found if first[row.attention] == row.run]
+
+
+# Pictures of the documentation, and how they are made from the folder of results.
+PICTURES: dict[str, Callable[[epath.Path], Figure]] = {
     "pictures/comparison.svg": lambda folder: images.draw(_read(folder, IMAGES, images.Row)),
+    "pictures/entropy.png": lambda folder: entropy.draw(_read(folder, ENTROPY_LISTOPS, entropy.Row)),
+    "pictures/entropy_pvt.svg": lambda folder: entropy.draw(_entropies(folder, "pola_pvt_nano")),
+    "pictures/entropy_swin.svg": lambda folder: entropy.draw(_entropies(folder, "pola_swin_nano")),
+    "pictures/sharpness.svg": lambda folder: entropy.draw_sharpness(
+        _read(folder, ENTROPY_IMAGES, entropy.Row), images.MODELS
+    ),
 }
 
 
@@ -83,6 +101,7 @@ def write(docs: epath.PathLike, folder: epath.PathLike) -> list[epath.Path]:
     for path, content in contents.items():
         atomic.write(path, content)
     for name, draw in PICTURES.items():
+        atomic.make_folder((docs / name).parent)
         figures.save(draw(folder), docs / name)
     return [*contents, *(docs / name for name in PICTURES)]
 
