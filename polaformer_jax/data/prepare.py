@@ -4,9 +4,11 @@ A data set that is already prepared is left unchanged. An interrupted preparatio
 prepared.
 """
 
+import contextlib
+
 from etils import epath
 
-from polaformer_jax.data import tfds_source
+from polaformer_jax.data import archives, tfds_source
 from polaformer_jax.data.segmentation import tfds_source as mask_source
 from polaformer_jax.errors import UserError
 from polaformer_jax.files import paths
@@ -19,11 +21,13 @@ def prepare(name: str, data_dir: epath.PathLike, *, manual_dir: epath.PathLike |
         name: `sklearn_digits`, `digit_scenes`, `ade20k`, or any tfds data set with the features image and label, or
             image and mask: `NAME[/CONFIG][:VERSION]`.
         data_dir: the directory that holds all prepared data sets; must be local if something has to be written.
-        manual_dir: the directory of files that tfds cannot download by itself (ImageNet's tar files, ADE20K's archive).
+        manual_dir: the directory of files that tfds cannot download by itself (ImageNet's tar files, ADE20K's archive),
+            or of those that it would download: it verifies their checksums, and nothing is downloaded then.
 
     Raises:
         UserError: malformed name, unknown data set, other features, already prepared in another format, a
-            bucket as the target, or a failure during preparation (download, disk, missing manual files).
+            bucket as the target, files in `manual_dir` that are missing or not the registered ones, or a failure during
+            preparation (download, disk).
     """
     data_dir = paths.given(data_dir, "data_dir")
     manual_dir = None if manual_dir is None else paths.given(manual_dir, "manual_dir")
@@ -63,15 +67,23 @@ def _build(name: str, data_dir: epath.Path, manual_dir: epath.Path | None) -> No
             f"{name!r} needs files that you must fetch yourself; name their directory:\n{manual.strip()}",
             argument="manual_dir",
         )
+    downloads = data_dir / "downloads"
+    given = None
+    if manual_dir is not None and not manual:
+        given = archives.Archives(name, manual_dir, getattr(builder, "url_infos", None))
     config = tfds.download.DownloadConfig(
-        manual_dir=manual_dir,
+        manual_dir=None if given else manual_dir,
+        extract_dir=given.extract_dir(downloads) if given else None,
         try_download_gcs=False,  # there are only TFRecord files
     )
     try:
-        builder.download_and_prepare(download_dir=data_dir / "downloads", download_config=config)
+        with given.offered_to(builder) if given else contextlib.nullcontext():
+            builder.download_and_prepare(download_dir=downloads, download_config=config)
     except Exception as error:
         if tfds_source.find_prepared(name, data_dir):
             return  # another process was preparing it too, and was faster
+        if given and given.refused:
+            raise given.refused from error
         reason = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         raise UserError(f"preparing {name!r} failed: {reason}") from error
 

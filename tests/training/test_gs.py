@@ -1,5 +1,6 @@
 """Work directories, data and weights on `gs://`: the real clients against a bucket in memory (`fake_bucket.py`)."""
 
+import hashlib
 import io
 import json
 import sys
@@ -11,7 +12,7 @@ from etils import epath
 from PIL import Image
 
 from polaformer_jax import weights
-from polaformer_jax.data import prepare, tfds_source
+from polaformer_jax.data import archives, prepare, tfds_source
 from polaformer_jax.data.lra import prepare as lra_prepare
 from polaformer_jax.data.lra.source import SequenceSource
 from polaformer_jax.errors import UserError
@@ -21,7 +22,7 @@ from polaformer_jax.training import evaluation, loop, metrics
 from polaformer_jax.training.checkpoints import Checkpoints
 from polaformer_jax.training.export import export
 from polaformer_jax.training.workdir import claim, read_config
-from tests.support import tiny_lra, tiny_weights
+from tests.support import tiny_lra, tiny_weights, two_files
 from tests.support.fake_bucket import Bucket, serving
 from tests.support.recipes import digits as get_config
 from tests.support.runs import TIMES, written
@@ -188,6 +189,17 @@ def test_data_sets_are_written_to_local_folders_only(bucket, tmp_path):
         with pytest.raises(UserError, match=r"gcloud storage cp -r 'LOCAL_FOLDER/\*' gs://bucket/unwritten/"):
             attempt()
     assert not bucket.names("unwritten")
+
+
+def test_a_data_set_is_prepared_from_archives_in_the_bucket(bucket, tmp_path, monkeypatch):
+    folder = two_files.write(tmp_path / "given", monkeypatch)
+    original = (folder / "left.gz").read_bytes()
+    monkeypatch.setitem(archives.ORIGINAL_TIMES, hashlib.sha256(original).hexdigest(), two_files.TIME)
+    (folder / "left.gz").write_bytes(two_files.without_name(original, "left"))  # to be restored, in a local copy
+    bucket.upload(folder, "archives")
+    prepared = prepare.prepare("two_files", tmp_path / "data", manual_dir="gs://bucket/archives")
+    assert prepared.splits == {"train": 2}
+    assert bucket.names("archives") == ["archives/left.gz", "archives/right.gz"]
 
 
 def test_weights_come_back(bucket):
