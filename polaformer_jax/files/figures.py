@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Sequence
 
+import matplotlib
 from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -60,14 +61,16 @@ def check_name(path: epath.PathLike, argument: str, *, suffixes: tuple[str, ...]
 
 
 def save(figure: Figure, path: epath.PathLike) -> None:
-    """Writes a PNG or, by its suffix, an SVG file, completely or not at all.
+    """Writes a PNG or, by its suffix, an SVG file, completely or not at all. The same figure gives the same file.
 
     Raises:
         UserError: the file cannot be written.
     """
-    content = io.BytesIO()
-    with warnings.catch_warnings():
+    content, kind = io.BytesIO(), paths.given(path).suffix[1:]
+    # Without a time, and with names of the parts of an SVG file that are not random.
+    options = {"metadata": {"Date": None}} if kind == "svg" else {}
+    with warnings.catch_warnings(), matplotlib.rc_context({"svg.hashsalt": "polaformer_jax"}):
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a box is drawn in its place
-        figure.savefig(content, format=paths.given(path).suffix[1:], dpi=140, facecolor="white")
+        figure.savefig(content, format=kind, dpi=140, facecolor="white", **options)
     with atomic.reported("picture", path):
         atomic.write(path, content.getvalue())
