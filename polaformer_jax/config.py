@@ -71,15 +71,16 @@ def defaults() -> "ml_collections.ConfigDict":
     model.remat = False  # recompute each block's activations in the backward pass: less memory, more time
     # Attention and MLPs by "xla" operations, by "pallas" kernels, or "auto": kernels on TPUs, where they save traffic.
     model.attention_impl = "auto"
-    model.attn_type = placeholder(str)  # this and the next nine: None is the model's default
+    model.attn_type = placeholder(str)  # None is the model's default, here and in the next five
     model.window_size = placeholder(int)  # Pola-Swin only
     model.softmax_window_size = placeholder(int)  # Pola-Swin only
     model.alpha = placeholder(float)
     model.kernel_size = placeholder(int)
-    # What linear blocks (type L) and sequence models compute: "polarity", or the baselines "softmax" and linear "relu".
-    model.attention = placeholder(str)
-    model.convolution = placeholder(bool)  # of the values, beside the attention; image models of the first version
-    model.gate = placeholder(bool)  # the same models
+    # What linear blocks (type L) and sequence models compute: "polarity", or the baselines "softmax" and linear "relu";
+    # PolaFormer++ has "polarity" only.
+    model.attention = "polarity"
+    model.convolution = placeholder(bool)  # of the values, beside the attention; Pola-PVT and Pola-Swin only
+    model.gate = placeholder(bool)  # of the attention's result; Pola-PVT and Pola-Swin only
     model.mlp_ratio = placeholder(float)  # hidden channels of the MLPs over those of the block, the same in all stages
     model.flags = placeholder(str)  # PolaFormer++ only: l or v for each block, "ll,lv,vvvv,vv"; one letter for a stage
     model.head = placeholder(str)  # segmentation only, like the next two: "semantic_fpn" or "upernet"

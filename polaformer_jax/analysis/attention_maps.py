@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from polaformer_jax.analysis.attention_rows import has_streams, row_entropy, rows_of
+from polaformer_jax.analysis.attention_rows import is_linear, row_entropy, rows_of
 from polaformer_jax.errors import UserError
 from polaformer_jax.models.backbone import Backbone
 from polaformer_jax.models.layers import Grid, ResidualBlock
@@ -122,7 +122,7 @@ def last_linear_block(model: Backbone) -> tuple[int, int]:
 
     def rank(place: tuple[int, int]) -> tuple:
         stage, block = place
-        return model.config.img_size > STRIDES[stage], has_streams(model.blocks(stage)[block]), place
+        return model.config.img_size > STRIDES[stage], is_linear(model.blocks(stage)[block]), place
 
     return max(((i, j) for i in range(len(STRIDES)) for j in range(len(model.blocks(i)))), key=rank)
 

@@ -10,12 +10,15 @@ import jax
 import jax.numpy as jnp
 
 from polaformer_jax.models.attention import NORMALISER_EPS, PolarityAttention
+from polaformer_jax.models.attention_layers import AttentionLayers
 from polaformer_jax.models.layers import Grid, ResidualBlock, accumulation_dtype, product
 from polaformer_jax.models.plain_attention import BaselineAttention
 from polaformer_jax.models.rotary import rotary_tables, rotated
 from polaformer_jax.models.rotary_attention import LinearAttention, SoftmaxAttention
 from polaformer_jax.models.signed_features import signed_features
 from polaformer_jax.models.window_attention import SwinBlock
+
+WITHOUT_POWER = ", p = 1"  # what the name of a stream gets where it is measured with the power p = 1
 
 
 def polarity_weights(q_signed: jax.Array, k_signed: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -45,6 +48,11 @@ def baseline_weights(q: jax.Array, k: jax.Array, kind: str) -> jax.Array:
     q, k = jax.nn.relu(q), jax.nn.relu(k)
     normaliser = product("bqhd,bhd->bhq", q, jnp.mean(k, axis=1)) + NORMALISER_EPS
     return product("bqhd,bkhd->bhqk", q, k) / k.shape[1] / normaliser[..., None]
+
+
+def is_linear(block: ResidualBlock) -> bool:
+    """Whether a block is of type L, of PolaFormer++ of type l, whatever attention was chosen for these."""
+    return isinstance(block.attn, AttentionLayers | LinearAttention)
 
 
 def has_streams(block: ResidualBlock) -> bool:

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from polaformer_jax.analysis.attention_maps import AttentionMaps, attention_maps
-from polaformer_jax.analysis.results.entropy import WITHOUT_POWER
+from polaformer_jax.analysis.attention_rows import WITHOUT_POWER
 from polaformer_jax.analysis.sequence_entropy import spread
 from polaformer_jax.data.images.normalisation import normalise
 from polaformer_jax.models.attention import PolarityAttention

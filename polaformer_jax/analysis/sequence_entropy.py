@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from polaformer_jax.analysis.attention_rows import polarity_weights, row_entropy
-from polaformer_jax.analysis.results.entropy import WITHOUT_POWER
+from polaformer_jax.analysis.attention_rows import WITHOUT_POWER, polarity_weights, row_entropy
 from polaformer_jax.errors import UserError
 from polaformer_jax.models.attention import PolarityAttention
 from polaformer_jax.models.layers import accumulation_dtype, product

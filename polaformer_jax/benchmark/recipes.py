@@ -6,7 +6,6 @@ The step is the recipe's own, with its batch and all its work on the device; ima
 """
 
 import argparse
-import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,6 +19,7 @@ from polaformer_jax.errors import UserError
 from polaformer_jax.files import tables
 from polaformer_jax.training import recipes
 from polaformer_jax.training.experiment import Experiment
+from polaformer_jax.training.workdir import hardware
 
 _EXAMPLES = 60_000  # of the data, which set the length of a schedule in epochs and nothing that is measured
 _MIB = 2**20
@@ -36,7 +36,7 @@ class Row(NamedTuple):
 
     def record(self) -> dict[str, object]:
         """The row of a CSV file."""
-        timing, device = self.timing, jax.devices()[0]
+        timing = self.timing
         return {
             "config": self.config,
             "batch": self.batch,
@@ -46,8 +46,7 @@ class Row(NamedTuple):
             "step_ms_greatest": f"{1e3 * timing.greatest:.2f}",
             "calls": timing.calls,
             "memory_mib": f"{self.program.memory / _MIB:.1f}",
-            "device": device.device_kind,
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "hardware": hardware(1),
         }
 
 
@@ -59,7 +58,10 @@ def experiment(text: str) -> Experiment:
     """
     config = recipes.load(text)
     if config.task.name != "image" or config.model.num_classes is None:
-        raise UserError(f"config {text!r}: expected image classification with a number of classes")
+        raise UserError(
+            f"config {text!r} is of the task {config.task.name} with {config.model.num_classes} classes: expected image"
+            " classification with a number of classes"
+        )
     made = Experiment(config, devices=jax.devices()[:1], num_examples=_EXAMPLES)
     made.check_batch()
     return made

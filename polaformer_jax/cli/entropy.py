@@ -33,6 +33,8 @@ def _main(args) -> None:
         if getattr(args, name) is not None:
             figures.check_name(getattr(args, name), name)
     tables.check_csv(args.csv)
+    if args.maps is not None:
+        map_sheet.check(args.runs)
     rows = entropy.of_runs(args.runs, examples=args.examples, data_dir=args.data_dir)
     print(tables.columns(results.columns(pictures.Row), [results.cells(row) for row in rows], left=2))
     if args.csv is not None:

@@ -43,6 +43,9 @@ ORIGINAL_TIMES = {
     "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5": 1504176627,  # t10k-labels-idx1-ubyte.gz
 }
 
+# Methods of tfds's download manager that are replaced: which file is given, and what is done about one that is not.
+_TAKEN_OVER = ("_get_manually_downloaded_path", "_download")
+
 # What tfds knows of a file: the name, or None, and the SHA-256. Two files may be the same but for their names.
 _Key = tuple[str | None, str]
 
@@ -122,6 +125,13 @@ class Archives:
 
             def make_manager(*args, **kwargs):
                 manager = make(*args, **kwargs)
+                if not all(hasattr(manager, name) for name in _TAKEN_OVER):
+                    self.refused = UserError(
+                        f"this version of tensorflow-datasets has no {' or '.join(_TAKEN_OVER)}: files cannot be given"
+                        " to it; install version 4.9.10, or give no folder",
+                        argument="manual_dir",
+                    )
+                    raise self.refused
                 manager._get_manually_downloaded_path = lambda info: files.get(_key(info)) if info else None
                 manager._download = self._refuse
                 return manager

@@ -9,6 +9,7 @@ from polaformer_jax.errors import UserError
 from polaformer_jax.inference.images import evaluation_transform
 from polaformer_jax.models.backbone import Backbone
 from polaformer_jax.models.batch_norm import parameter_count
+from polaformer_jax.models.token_attention import departures
 from polaformer_jax.weights import hub, imagenet, model_metadata
 
 NAME = "README.md"
@@ -98,20 +99,28 @@ def _header(model: nnx.Module, repo: str, found: Mapping[str, Any] | None, licen
         license=license,
         library_name="polaformer_jax",
         pipeline_tag=task,
-        tags=["jax", "flax", "polaformer", "linear-attention", "arxiv:2501.15061"],
+        tags=["jax", "flax", "polaformer", *([] if _attention(model) else ["linear-attention"]), "arxiv:2501.15061"],
         model_name=repo,
         eval_results=results or None,
     )
     return f"---\n{data.to_yaml()}\n---"
 
 
+def _attention(model: nnx.Module) -> list[str]:
+    """What the attention has that the paper's has not."""
+    if isinstance(model, Backbone):
+        return departures(model.config)
+    return [] if model.config.attention == "polarity" else [f"{model.config.attention} attention"]
+
+
 def _description(model: nnx.Module) -> str:
     config = model.config
+    other = f" Its attention is not the paper's: {', '.join(found)}." if (found := _attention(model)) else ""
     size = f"images of {config.img_size} pixels" if isinstance(model, Backbone) else f"{config.max_length} tokens"
     classes = f"{config.num_classes} classes" if config.num_classes else "no classifier"
     return (
         f"`{model_metadata(model)['model']}` of [PolaFormer]({PAPER}) (Polarity-aware Linear Attention for Vision"
-        f" Transformers, ICLR 2025) in JAX: {parameter_count(model):,} parameters, {size}, {classes}."
+        f" Transformers, ICLR 2025) in JAX: {parameter_count(model):,} parameters, {size}, {classes}.{other}"
     )
 
 

@@ -98,8 +98,9 @@ def _write(folder: epath.Path, model: nnx.Module, files: Mapping[str, str], offi
 def timm_config(model: nnx.Module) -> dict[str, Any]:
     """The content of `config.json`, in the form that timm gives it.
 
-    `model_args` are the constructor's arguments under their official names. Names of classes are `label_names`, and for
-    ImageNet their words `label_descriptions`. `crop_mode` "squash" is a resize that does not keep the aspect ratio.
+    `model_args` are the constructor's arguments, under their official names where the official code has them. Names of
+    classes are `label_names`, and for ImageNet their words `label_descriptions`. `crop_mode` "squash" is a resize that
+    does not keep the aspect ratio.
     """
     config, names = model.config, model.info.class_names
     arguments = {name: value for name, value in config.to_dict().items() if name != "num_classes"}

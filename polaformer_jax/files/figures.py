@@ -16,6 +16,9 @@ from polaformer_jax.errors import UserError
 from polaformer_jax.files import atomic, names, paths
 
 INK, FAINT = "#1f2933", "#d5dbe1"
+# Of attentions; "same" and "opposite" are the streams of polarity-aware attention.
+ATTENTION_COLOURS = {"polarity": "#2364aa", "same": "#2364aa", "opposite": "#73bfb8"}
+ATTENTION_COLOURS |= {"relu": "#e09f3e", "softmax": "#c8382c"}
 SUFFIXES = (".png", ".svg")
 
 

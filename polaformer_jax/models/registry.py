@@ -233,6 +233,8 @@ def change(
     given = {"num_classes": num_classes, "img_size": img_size, "drop_path_rate": drop_path}
     given = {name: value for name, value in given.items() if value is not None} | overrides
     if "mlp_ratio" in given and "mlp_ratios" in config.names():
+        if "mlp_ratios" in given:
+            raise UserError("mlp_ratio is mlp_ratios of all stages: give one of them")
         given["mlp_ratios"] = given.pop("mlp_ratio")
     if unknown := sorted(given.keys() - set(config.names())):
         raise UserError(

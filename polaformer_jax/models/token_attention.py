@@ -5,7 +5,7 @@ from typing import Protocol
 from polaformer_jax.config import ATTENTIONS
 from polaformer_jax.models.attention import PolarityAttention
 from polaformer_jax.models.attention_layers import AttentionLayers
-from polaformer_jax.models.model_config import Checks
+from polaformer_jax.models.model_config import Checks, ModelConfig
 from polaformer_jax.models.plain_attention import BaselineAttention
 
 
@@ -44,6 +44,14 @@ def used_token_attention(config: Config, linear_blocks: bool) -> dict[str, objec
     if not used["convolution"]:
         used["kernel_size"] = None
     return used
+
+
+def departures(config: ModelConfig) -> list[str]:
+    """In words, what the linear blocks of an image model have that those of the published models have not."""
+    used = config.architecture()
+    other = used.get("attention") not in (None, "polarity")
+    missing = [f"no {part}" for part in ("convolution", "gate") if used.get(part) is False]
+    return [*([f"{used['attention']} attention"] if other else []), *missing]
 
 
 def token_attention(

@@ -12,7 +12,7 @@ from polaformer_jax.errors import UserError
 
 _CHOICES = {
     "task.name": ("image", "segmentation", *SEQUENCE_TASKS),
-    "model.attention": (None, *ATTENTIONS),
+    "model.attention": ATTENTIONS,
     "data.on_error": ("stop", "skip"),
     "data.on_change": ("stop", "accept"),
     "model.dtype": DTYPES,
@@ -110,8 +110,15 @@ def check(config: ml_collections.ConfigDict) -> None:
         problems.append("eval.weights='ema': there is no moving average without ema.decay")
     if config.init.freeze_backbone and config.optimizer.layer_decay is not None:
         problems.append("init.freeze_backbone with optimizer.layer_decay: only the head is trained, at the full rate")
-    if config.model.alpha is not None and config.model.attention not in (None, "polarity"):
-        problems.append(f"model.alpha={config.model.alpha}: model.attention={config.model.attention!r} has none")
+    if "attention" in config.task:
+        problems.append(f"task.attention={config.task.attention!r}: it is model.attention now")
+    unused = [("alpha", "attention", config.model.attention != "polarity")]
+    unused += [("kernel_size", "convolution", config.model.convolution is False)]
+    for name, chosen, is_unused in unused:
+        if (value := config.model[name]) is not None and is_unused:
+            problems.append(
+                f"model.{name}={value}: with model.{chosen}={config.model[chosen]!r} there is none; set it to None"
+            )
     kind = "sequences" if config.task.name in SEQUENCE_TASKS else config.task.name
     of_kind = {"sequences": _sequence_problems, "segmentation": _segmentation_problems, "image": _image_problems}
     problems += of_kind.get(kind, lambda _: [])(config)

@@ -51,11 +51,16 @@ def read_config(workdir: epath.PathLike) -> ml_collections.ConfigDict:
 
 
 def _renamed(stored: dict[str, Any]) -> dict[str, Any]:
-    """The stored values under today's names: up to version 0.2 `task.attention` was that of sequence models."""
+    """The stored values under today's names: up to version 0.2 `task.attention` was that of sequence models.
+
+    All configs had it, and baselines could have an alpha, which had no effect and is refused today.
+    """
     if "attention" in stored.get("task", {}):
         attention = stored["task"].pop("attention")
         if stored["task"]["name"] in SEQUENCE_TASKS:
-            stored["model"].setdefault("attention", attention)
+            stored["model"]["attention"] = attention
+            if attention != "polarity":
+                stored["model"]["alpha"] = None
     return stored
 
 

@@ -22,6 +22,7 @@ from polaformer_jax.files import paths
 from polaformer_jax.models.batch_norm import parameter_count
 from polaformer_jax.models.model_config import ModelConfig
 from polaformer_jax.models.pola_sequence import PolaSequenceConfig, Sequences
+from polaformer_jax.models.token_attention import departures
 from polaformer_jax.weights import creation
 from polaformer_jax.weights.loading import fitted_info
 from polaformer_jax.weights.metadata import metadata_of
@@ -55,8 +56,10 @@ class Conversion:
             name if name in weights.UNUSED else name.rsplit(".", 1)[-1] for name in self.ignored
         )
         size = f"{given.max_length} tokens" if isinstance(given, PolaSequenceConfig) else f"{given.img_size} pixels"
-        alpha = f", alpha {given.alpha:g}" if hasattr(given, "alpha") else ""
-        model = f"{self.model}, {size}, {given.num_classes} classes{alpha}"
+        found = departures(given)
+        if hasattr(given, "alpha") and given.attention == "polarity":
+            found = [f"alpha {given.alpha:g}", *found]
+        model = ", ".join([f"{self.model}, {size}, {given.num_classes} classes", *found])
         rows = [
             ("model", model),
             ("found", ", ".join([f"{self.found} tensors", *facts])),

@@ -25,6 +25,8 @@ from polaformer_jax.weights.identify_pp import pola_pp
 from polaformer_jax.weights.tensor_names import Names
 
 _ALPHA = 4  # of all official models
+# Arguments that a file may state beside its tensors, and that a model which its weights are loaded into must have.
+STATED = ("attention", "alpha", "convolution", "gate", "num_heads")
 _RATES = ("drop_rate", "drop_path_rate")
 
 
@@ -107,20 +109,20 @@ def _stated_config(kind: type[ModelConfig], recorded: Mapping[str, Any], file: W
 
 
 def stored_arguments(file: WeightsFile) -> dict[str, Any]:
-    """Arguments that no shape shows, as far as the file states them: `alpha`; in our files `attention`, `num_heads`.
+    """Those of `STATED` that the file states: of official files at most `alpha`.
 
     Where the attention is not "polarity", there is no alpha.
     """
     if file.metadata.get("family") == "PolaSequence":
         recorded = _recorded(file) or {}
-        shown = ("attention", "num_heads") + (("alpha",) if recorded.get("attention") == "polarity" else ())
-        return {name: recorded[name] for name in shown if isinstance(recorded.get(name), str | int | float)}
+        shown = ("attention", "num_heads", "alpha")
+        known = {name: recorded[name] for name in shown if isinstance(recorded.get(name), str | int | float)}
+        return _without_unused_alpha(known)
     if file.metadata.get("family") == SegmenterConfig.family:
         backbone = _required(file)["backbone"]
-        known = {name: backbone[name] for name in ("attention", "alpha", "num_heads") if name in backbone}
-        return _without_unused_alpha(known)
+        return _without_unused_alpha({name: backbone[name] for name in STATED if name in backbone})
     known = _known(file)
-    names = ("num_heads",) if file.metadata.get("family") == "PolaPP" else ("attention", "alpha", "num_heads")
+    names = ("num_heads",) if file.metadata.get("family") == "PolaPP" else STATED
     return _without_unused_alpha({name: known[name] for name in names if name in known})
 
 
@@ -175,6 +177,7 @@ def _known(file: WeightsFile) -> dict[str, Any]:
         known["padded_windows"] = recorded["padded_windows"]
     if recorded.get("attention") in ATTENTIONS:
         known["attention"] = recorded["attention"]
+    known |= {name: recorded[name] for name in ("convolution", "gate") if isinstance(recorded.get(name), bool)}
     fits = isinstance(heads, tuple) and len(heads) == 4 and all(map(_is_number, heads))
     return {**known, "num_heads": heads} if fits else known
 

@@ -14,7 +14,7 @@ from polaformer_jax.models.model_info import ModelInfo
 from polaformer_jax.models.segmenter import SegmenterConfig
 from polaformer_jax.weights.files import WeightsFile, read_file
 from polaformer_jax.weights.fitting import CLASSIFIERS, Change, Fit
-from polaformer_jax.weights.identify import stored_arguments
+from polaformer_jax.weights.identify import STATED, stored_arguments
 from polaformer_jax.weights.params import check, place, shapes
 
 log = logging.getLogger(__name__)
@@ -83,17 +83,21 @@ def params_from(
         if config.family == SegmenterConfig.family and family not in (None, "PolaSequence"):
             way = "; a training starts its backbone from it (init.weights); or load_weights(model.backbone, ...)"
         raise WeightsError(f"{file.path} holds {held}, and the model is a {config.family}{way}")
-    known = stored_arguments(file)
-    if wrong := [name for name in known if _differ(known[name], getattr(config, name, None))]:
+    known, expected = stored_arguments(file), _acting(config)
+    if wrong := [name for name in known if name in expected and _differ(known[name], expected[name])]:
         listed = ", ".join(
-            f"{name}={_shown(known[name])}, and the model has {_shown(getattr(config, name, None))}" for name in wrong
+            f"{name}={_shown(known[name])}, and the model has {_shown(expected[name])}" for name in wrong
         )
         raise WeightsError(
-            f"{file.path} was trained with {listed}: no shape shows it, and the model would compute another function. "
-            "Give the model the file's value (config.model.alpha, config.model.attention)"
+            f"{file.path} was trained with {listed}: the model would compute another function. Give the model the"
+            f" file's value ({', '.join(f'{name}=' for name in wrong)} of create_model, or the field of config.model)"
         )
-    if getattr(config, "alpha", None) is not None and "alpha" not in known and "attention" not in known:
-        log.warning("%s does not specify alpha; the model's value %s is used", file.path, config.alpha)
+    if "attention" not in known:
+        attention = expected.get("attention", "polarity")
+        if attention != "polarity":
+            log.warning("%s does not specify the attention; the model's, %s, is used", file.path, attention)
+        elif "alpha" in expected and "alpha" not in known:
+            log.warning("%s does not specify alpha; the model's value %s is used", file.path, expected["alpha"])
     try:
         checked = check(file.tensors, shapes(like), layout=file.layout, fit=fit, release=True)
         return place(checked.tensors, like, release=True), checked.changes
@@ -104,6 +108,16 @@ def params_from(
 def family_of(file: WeightsFile) -> str | None:
     """The family that a file names; None where it names none, as official checkpoints."""
     return file.metadata.get("family")
+
+
+def _acting(config: ModelConfig) -> dict[str, object]:
+    """The arguments that files state, as a model has them; without those that have no effect in it."""
+    config = config.backbone if isinstance(config, SegmenterConfig) else config
+    values = {name: getattr(config, name) for name in STATED if hasattr(config, name)}
+    if values.get("attention", "polarity") != "polarity":
+        values.pop("alpha", None)
+    used = config.architecture()
+    return {name: value for name, value in values.items() if used.get(name, value) is not None}
 
 
 def _shown(value: object) -> str:

@@ -12,6 +12,7 @@ from polaformer_jax.models.pola_pp import PolaPP
 from polaformer_jax.models.pola_sequence import PolaSequence
 from polaformer_jax.models.pola_swin import PolaSwin
 from polaformer_jax.models.rotary import frequencies
+from polaformer_jax.models.token_attention import departures
 from polaformer_jax.models.window_attention import WindowAttention, relative_position_index
 from polaformer_jax.weights import rules
 from polaformer_jax.weights.params import flatten
@@ -41,6 +42,11 @@ def in_official_layout(tensors: Mapping[str, np.ndarray], model: nnx.Module) -> 
     if isinstance(model, PolaSequence):
         raise WeightsError(
             "a PolaSequence has no official layout, because the authors published no such model: use layout='ours'"
+        )
+    if found := departures(model.config):
+        raise WeightsError(
+            f"a model with {', '.join(found)} has no official layout, because the authors published no such model: use"
+            " layout='ours'"
         )
     official = {
         rules.official_name(name, array.ndim): rules.to_official(name, array) for name, array in tensors.items()

@@ -91,7 +91,12 @@ def test_polarity_is_measured_with_and_without_its_power():
 
 
 def row(run, block, attention, head, entropy, accuracy=90.0, model="pola_pvt_nano"):
-    return Row(run, model, accuracy, block, attention, head, 5, entropy, 0.01)
+    return Row(run, model, "relu", 0, accuracy, block, attention, head, 5, entropy, 0.01)
+
+
+def test_blocks_are_in_the_order_of_the_model():
+    figure = draw([row("a", block, "relu", 0, 0.5) for block in ("2.10", "2.2", "0.0")])
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["block 0.0", "block 2.2", "block 2.10"]
 
 
 ROWS = [

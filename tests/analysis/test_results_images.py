@@ -7,6 +7,7 @@ import pytest
 
 from polaformer_jax.analysis.results import images, page, rows
 from polaformer_jax.analysis.results.images import Row, Step
+from polaformer_jax.benchmark.recipes import experiment
 from polaformer_jax.cli import results
 from polaformer_jax.errors import UserError
 from polaformer_jax.files import figures
@@ -18,9 +19,8 @@ ROW = Row(
     *("fashion_mnist", "pola_pvt_nano", "polarity", 4.0, True, True, 972_874, 0, 800, 86.25, 0.4, 200.0),
     *("CPU, 1 core", "abcdef1", "tfds fashion_mnist/3.0.1", ""),
 )
-STEP = Step(
-    "fashion_mnist:pvt,attention=relu,convolution=True,gate=True", 128, 971_850, 250.0, 240, 260, 10, 300, "cpu", 2
-)
+RELU = "fashion_mnist:pvt,attention=relu"
+STEP = Step(RELU, 128, 971_850, 250.0, 240.0, 260.0, 10, 300.0, "CPU, 2 cores")
 
 
 def line_of(table, *parts):
@@ -36,7 +36,14 @@ def finished(workdir, text, **changes):
     (workdir / "config.json").write_text(json.dumps(as_json(config)))
     training = {"steps": config.train.steps, "seconds": 12.5, "hardware": "CPU, 1 core", "commit": "abcdef1"}
     (workdir / "training.json").write_text(json.dumps(training))
-    result = {"split": "test", "kind": "raw", "origin": "tfds fashion_mnist/3.0.1", "accuracy": 0.8625, "loss": 0.4}
+    result = {
+        "split": "test",
+        "kind": "raw",
+        "step": config.train.steps,
+        "origin": "tfds fashion_mnist/3.0.1",
+        "accuracy": 0.8625,
+        "loss": 0.4,
+    }
     (workdir / "eval.json").write_text(json.dumps(result))
     return workdir
 
@@ -103,13 +110,46 @@ def test_other_settings_are_lines_of_their_own():
     assert line_of(images.table([other], []), "α = 2")[3] == "86.25"
 
 
-def test_all_variants_have_the_same_number_of_parameters_to_two_percent():
-    from polaformer_jax.benchmark.recipes import experiment
-
+def test_all_variants_have_the_same_number_of_parameters_to_one_percent():
     for model in images.MODELS:
-        options = [images.options_of(model, variant._asdict()) for variant in images.VARIANTS]
-        counts = [experiment(f"fashion_mnist:{text}").parameter_count for text in options]
-        assert max(counts) < 1.02 * min(counts), model
+        counts = []
+        for variant in images.VARIANTS:
+            options = [f"{name}={value}" for name, value in variant._asdict().items() if value is not None]
+            name = model.removeprefix("pola_").removesuffix("_nano")
+            text = f"fashion_mnist:{name},{','.join(options)}"
+            assert dataclasses.replace(STEP, config=text).place() == (model, variant)
+            counts.append(experiment(text).parameter_count)
+        assert max(counts) < 1.01 * min(counts), model
+
+
+def test_a_step_of_another_recipe_is_refused():
+    with pytest.raises(UserError, match="recipe 'digits': expected one of fashion_mnist"):
+        images.table([], [dataclasses.replace(STEP, config="digits")])
+
+
+def test_weights_chosen_by_test_accuracy_are_refused(tmp_path):
+    workdir = finished(tmp_path / "run", "fashion_mnist:pvt,steps=20")
+    result = json.loads((workdir / "eval.json").read_text())
+    (workdir / "eval.json").write_text(json.dumps({**result, "step": 10}))
+    with pytest.raises(UserError, match="is of step 10 of 20: checkpoints were chosen by test accuracy"):
+        images.row_of(workdir)
+
+
+@pytest.mark.parametrize("file, missing", [("training", "seconds"), ("eval", "accuracy")])
+def test_a_damaged_work_directory_is_named(tmp_path, file, missing):
+    workdir = finished(tmp_path / "run", "fashion_mnist:pvt,steps=20")
+    path = workdir / f"{file}.json"
+    content = json.loads(path.read_text())
+    del content[missing]
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"{file}.json has no {missing}: evaluate this work directory"):
+        images.row_of(workdir)
+
+
+def test_a_folder_that_does_not_exist_is_no_empty_one(tmp_path, capsys):
+    for arguments in ([], ["page", "--docs", str(ROOT / "docs")]):
+        assert results.main(["--dir", str(tmp_path / "nowhere"), *arguments]) == 1
+        assert "--dir" in (said := capsys.readouterr().err) and "does not exist" in said
 
 
 def test_a_page_is_written_as_a_whole(tmp_path, capsys):
@@ -127,8 +167,10 @@ def test_a_page_is_written_as_a_whole(tmp_path, capsys):
     assert (docs / "long_range_arena.md").read_text().endswith("\n\nMore.\n")
 
 
-def test_the_picture_has_a_mark_for_each_seed(tmp_path):
-    figure = images.draw([ROW, dataclasses.replace(ROW, seed=1, accuracy=87.0)])
+def test_the_picture_has_a_mark_for_each_seed_of_one_setting(tmp_path):
+    shorter = dataclasses.replace(ROW, steps=5, accuracy=10.0)
+    changed = dataclasses.replace(ROW, changes="optimizer.lr=0.1", accuracy=20.0)
+    figure = images.draw([shorter, changed, ROW, dataclasses.replace(ROW, seed=1, accuracy=87.0)])
     lines = [list(line.get_xdata()) for line in figure.axes[0].lines if line.get_xdata().size]
     assert lines == [[86.25, 87.0], [86.625, 86.625]]
     figures.save(figure, tmp_path / "comparison.png")

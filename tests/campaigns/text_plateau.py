@@ -24,6 +24,7 @@ from polaformer_jax.analysis.sequence_entropy import spread
 from polaformer_jax.models.pola_sequence import Sequences
 from polaformer_jax.training import checkpoints, recipes
 from polaformer_jax.training.experiment import Experiment
+from polaformer_jax.training.workdir import read_config
 
 HASHED = 1 << 16  # columns for more than two bytes
 BATCH, LENGTH, TEXTS = 64, 1024, 1536
@@ -113,6 +114,9 @@ def main() -> None:
     texts, labels = [texts[i] for i in short], labels[short]
     print(f"{len(texts)} texts: {described(*pooled(experiment, experiment.params.initial(), texts), labels)}")
     for run in args.runs:
+        config = read_config(run)
+        config.data.data_dir = args.data_dir
+        experiment = Experiment(config)
         params, step = checkpoints.read_params(run, experiment.params.abstract, "latest", best_metric="accuracy")
         print(f"{run}, step {step}: {described(*pooled(experiment, params, texts), labels)}", flush=True)
 

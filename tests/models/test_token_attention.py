@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from flax import nnx
 
 from polaformer_jax import create_model, load_weights, save_weights
@@ -15,6 +16,7 @@ from polaformer_jax.errors import UserError, WeightsError
 from polaformer_jax.models import registry
 from polaformer_jax.models.attention import PolarityAttention
 from polaformer_jax.models.plain_attention import BaselineAttention
+from polaformer_jax.weights import flatten
 from tests.support.small_models import perturbed
 
 TYPES = {"dtype": jnp.float64, "param_dtype": jnp.float64}
@@ -99,7 +101,8 @@ def test_a_file_of_weights_says_which_attention_it_holds(tmp_path, name, choice)
     loaded = create_model(weights=tmp_path / "w.safetensors")
     assert loaded.config == model.config
     np.testing.assert_array_equal(loaded.head.kernel[...], model.head.kernel[...])
-    with pytest.raises(WeightsError):
+    field, value = next(iter(choice.items()))
+    with pytest.raises(WeightsError, match=f"{field}={value}, and the model has"):
         load_weights(create_model(name, num_classes=3, rngs=nnx.Rngs(0)), tmp_path / "w.safetensors")
 
 
@@ -108,6 +111,68 @@ def test_softmax_is_not_loaded_as_relu(tmp_path, name):
     save_weights(create_model(name, attention="softmax", rngs=nnx.Rngs(0)), tmp_path / "w.safetensors")
     with pytest.raises(WeightsError, match="attention=softmax, and the model has relu"):
         load_weights(create_model(name, attention="relu", rngs=nnx.Rngs(0)), tmp_path / "w.safetensors")
+
+
+def test_without_linear_blocks_their_attention_is_no_matter(tmp_path):
+    softmax = {"attn_type": "SSSS", "num_classes": 3}
+    save_weights(create_model("pola_pvt_nano", **softmax, rngs=nnx.Rngs(0)), tmp_path / "w.safetensors")
+    model = create_model("pola_pvt_nano", **softmax, attention="relu", rngs=nnx.Rngs(1))
+    load_weights(model, tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("choice", [{}, {"attention": "relu"}, {"gate": False}], ids=str)
+def test_a_segmenter_keeps_the_attention_of_its_backbone(tmp_path, choice):
+    config = registry.segmenter_config("pola_pvt_nano", head="semantic_fpn", num_classes=3, head_channels=8, **choice)
+    save_weights(registry.create(config, rngs=nnx.Rngs(0)), tmp_path / "w.safetensors")
+    assert create_model(weights=tmp_path / "w.safetensors").config == config
+    other = registry.change(config, attention="softmax", gate=True)
+    with pytest.raises(WeightsError, match="and the model has"):
+        load_weights(registry.create_abstract(other), tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize(
+    "choice, found",
+    [
+        ({"attention": "softmax"}, "softmax attention"),
+        ({"gate": False, "convolution": False}, "no convolution, no gate"),
+    ],
+)
+def test_what_the_authors_did_not_publish_has_no_official_layout(tmp_path, choice, found):
+    model = create_model("pola_pvt_nano", **choice, rngs=nnx.Rngs(0))
+    with pytest.raises(WeightsError, match=f"a model with {found} has no official layout"):
+        save_weights(model, tmp_path / "w.safetensors", layout="torch")
+    assert not (tmp_path / "w.safetensors").exists()
+
+
+def test_an_attention_that_a_file_does_not_state_is_named_in_a_warning(tmp_path, caplog):
+    relu, softmax = (
+        create_model("pola_pvt_nano", attention=kind, num_classes=3, rngs=nnx.Rngs(0)) for kind in ("relu", "softmax")
+    )
+    params = flatten(nnx.to_pure_dict(nnx.state(relu)))
+    safetensors.numpy.save_file({name: np.asarray(leaf) for name, leaf in params.items()}, tmp_path / "w.safetensors")
+    load_weights(softmax, tmp_path / "w.safetensors")
+    assert "does not specify the attention; the model's, softmax, is used" in caplog.text
+    assert "alpha" not in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["relu", "softmax"])
+def test_reduced_keys_on_another_grid(kind, x64):
+    """Gradients equal finite differences; bfloat16 is within its rounding."""
+    layers = {"grid": (4, 4), "projections": "qg_kv", "sr_ratio": 2}
+    exact = perturbed(BaselineAttention(8, 2, kind=kind, **layers, **TYPES, rngs=nnx.Rngs(0)))
+    x = jax.random.normal(jax.random.key(1), (2, 48, 8), jnp.float64)
+
+    def loss(x):
+        return jnp.sum(jnp.sin(exact(x, grid=(6, 8))))
+
+    step = 1e-6 * jax.random.normal(jax.random.key(2), x.shape, jnp.float64)
+    difference = (loss(x + step) - loss(x - step)) / 2
+    np.testing.assert_allclose(jnp.sum(jax.grad(loss)(x) * step), difference, rtol=1e-6)
+    narrow = BaselineAttention(8, 2, kind=kind, **layers, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    nnx.update(narrow, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), nnx.state(exact)))
+    found = narrow(x.astype(jnp.bfloat16), grid=(6, 8))
+    assert found.dtype == jnp.bfloat16
+    assert jnp.linalg.norm(found - exact(x, grid=(6, 8))) < 0.02 * jnp.linalg.norm(found.astype(jnp.float64))
 
 
 def test_what_has_no_effect_is_no_part_of_the_architecture():
@@ -119,6 +184,8 @@ def test_what_has_no_effect_is_no_part_of_the_architecture():
 
 
 def test_mlp_ratio_is_that_of_all_stages():
+    with pytest.raises(UserError, match="mlp_ratio is mlp_ratios of all stages: give one of them"):
+        registry.model_config("pola_pvt_nano", mlp_ratio=3.5, mlp_ratios=(1, 1, 1, 1))
     pvt, swin = (registry.model_config(f"pola_{name}_nano", mlp_ratio=3.5) for name in ("pvt", "swin"))
     assert pvt.mlp_ratios == (3.5,) * 4 and swin.mlp_ratio == 3.5
 

@@ -222,7 +222,7 @@ def test_missing_data_is_said_at_the_start(tmp_path):
     "change, message",
     [
         ({"task.tokenisation": "words"}, "task.tokenisation='words': with task.name='listops' it is brackets, no_br"),
-        ({"model.attention": "linear"}, "model.attention='linear': it is one of None, polarity, softmax, relu"),
+        ({"model.attention": "linear"}, "model.attention='linear': it is one of polarity, softmax, relu"),
         ({"data.source": "tfds"}, "data.source='tfds': with task.name='listops' it is 'lra'"),
         ({"model.name": "pola_pvt_t"}, "model.name='pola_pvt_t': with task.name='listops' it is 'pola_sequence'"),
         ({"optimizer.layer_decay": 0.5}, "optimizer.layer_decay=0.5: it is for image models"),

@@ -10,6 +10,8 @@ import sys
 import pytest
 
 from polaformer_jax.errors import UserError
+from polaformer_jax.training import recipes
+from polaformer_jax.training.config_checks import check
 from polaformer_jax.training.workdir import claim, commit, read_config
 from tests.support.log_messages import logged
 from tests.support.recipes import digits as get_config
@@ -84,6 +86,43 @@ def test_a_run_older_than_a_field_has_its_default(tmp_path):
     assert read_config(tmp_path).model.alpha is None
     with claim(tmp_path, config):
         pass
+
+
+@pytest.mark.parametrize("recipe", ["digits", "lra:listops", "lra:listops,attention=softmax"])
+def test_a_run_from_before_the_attention_was_a_field_of_the_model_resumes(tmp_path, recipe):
+    """Version 0.2 had `task.attention` in all configs, and an alpha beside other attentions if it was given."""
+    config = recipes.load(recipe)
+    with claim(tmp_path, config):
+        (tmp_path / "checkpoints/10").mkdir(parents=True)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    stored["task"]["attention"] = stored["model"].pop("attention")
+    if stored["task"]["attention"] == "softmax":
+        stored["model"]["alpha"] = 3.0
+    for name in ("convolution", "gate", "mlp_ratio"):
+        del stored["model"][name]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    assert read_config(tmp_path).to_dict() == json.loads(json.dumps(config.to_dict()))
+    check(read_config(tmp_path))
+    with claim(tmp_path, config):
+        pass
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"task.attention": "softmax"}, "task.attention='softmax': it is model.attention now"),
+        ({"model.attention": "relu", "model.alpha": 3.0}, "model.alpha=3.0: with model.attention='relu' there is none"),
+        ({"model.convolution": False, "model.kernel_size": 3}, "model.kernel_size=3: with model.convolution=False"),
+    ],
+)
+def test_a_field_without_effect_is_refused(changes, message):
+    config = get_config()
+    with config.unlocked():
+        config.update_from_flattened_dict(changes)
+        if "task.attention" in changes:  # as a recipe of one's own may set it
+            config.task.attention = changes["task.attention"]
+    with pytest.raises(UserError, match=message):
+        check(config)
 
 
 def test_a_damaged_config_is_named(tmp_path):

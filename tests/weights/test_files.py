@@ -123,7 +123,7 @@ def test_weights_of_another_alpha_are_refused(tmp_path):
     config = Config({"MODEL": {"LA": {"ALPHA": 3}}})
     write_pth(tmp_path / "a.pth", {"model": official(tiny(seed=1)), "config": config})
     for name in ("a.safetensors", "a.pth"):
-        with pytest.raises(weights.WeightsError, match="trained with alpha=3, and the model has 4: no shape shows it"):
+        with pytest.raises(weights.WeightsError, match="trained with alpha=3, and the model has 4: "):
             weights.load_weights(tiny(), tmp_path / name)
         weights.load_weights(tiny(alpha=3), tmp_path / name)
 

@@ -6,11 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
+from polaformer_jax.analysis.attention_rows import WITHOUT_POWER
 from polaformer_jax.files import figures
-
-# The same colour with and without the power; open marks are without it.
-COLOURS = {"same": "#2364aa", "opposite": "#73bfb8", "relu": "#e09f3e", "softmax": "#c8382c"}
-WITHOUT_POWER = ", p = 1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +17,8 @@ class Row:
     Attributes:
         run: name of the work directory.
         model: name of the model.
+        variant: what its attention is, in words; see `images.Variant`.
+        seed: of the run.
         accuracy: of the run, in %.
         block: counted from 0; of image models "stage.block".
         attention: "softmax", "relu"; of polarity-aware attention "same" and "opposite", its two streams, and these with
@@ -30,6 +29,8 @@ class Row:
 
     run: str
     model: str
+    variant: str
+    seed: int
     accuracy: float
     block: str
     attention: str
@@ -40,8 +41,11 @@ class Row:
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """A panel for each block: for each run and attention the heads' means, and bars of one standard deviation."""
-    blocks = sorted({row.block for row in rows}) or ["–"]  # without results the picture is empty
+    """A panel for each block: for each run and attention the heads' means, and bars of one standard deviation.
+
+    Open marks are without the power.
+    """
+    blocks = _blocks(rows) or ["–"]  # without results the picture is empty
     lines = list(dict.fromkeys((row.run, row.attention) for row in rows))
     figure = figures.new(2 + 4.2 * len(blocks), 1.2 + 0.42 * len(lines))
     panels = figure.subplots(1, len(blocks), sharex=True, sharey=True, squeeze=False)[0]
@@ -49,7 +53,7 @@ def draw(rows: Sequence[Row]) -> Figure:
     for axes, block in zip(panels, blocks, strict=True):
         for place, (run, name) in enumerate(lines):
             heads = [row for row in rows if (row.run, row.attention, row.block) == (run, name, block)]
-            colour = COLOURS[name.removesuffix(WITHOUT_POWER)]
+            colour = figures.ATTENTION_COLOURS[name.removesuffix(WITHOUT_POWER)]
             for i, row in enumerate(heads):
                 axes.errorbar(
                     row.entropy,
@@ -69,6 +73,11 @@ def draw(rows: Sequence[Row]) -> Figure:
     return figure
 
 
+def _blocks(rows: Sequence[Row]) -> list[str]:
+    """Blocks in the order of the model."""
+    return sorted({row.block for row in rows}, key=lambda block: tuple(map(int, block.split("."))))
+
+
 @dataclasses.dataclass(frozen=True)
 class Sharpness:
     """A run's accuracy in %, and the mean entropy over its blocks, streams and heads."""
@@ -84,7 +93,7 @@ def sharpness(rows: Sequence[Row]) -> list[Sharpness]:
     found = []
     for run, model in dict.fromkeys((row.run, row.model) for row in rows):
         own = [row for row in rows if (row.run, row.model) == (run, model) and WITHOUT_POWER not in row.attention]
-        blocks = sorted({row.block for row in own})
+        blocks = _blocks(own)
         means = [np.nanmean([row.entropy for row in own if row.block == block]) for block in blocks]
         attention = "polarity" if own[0].attention in ("same", "opposite") else own[0].attention
         found.append(Sharpness(model, attention, float(np.mean(means)), own[0].accuracy))
@@ -102,13 +111,19 @@ def correlation(found: Sequence[Sharpness]) -> float | None:
 
 def draw_sharpness(rows: Sequence[Row], models: dict[str, str]) -> Figure:
     """A panel for each model: the accuracy of each run by the entropy of its attention. `models`: titles by name."""
-    found, colours = sharpness(rows), {**COLOURS, "polarity": COLOURS["same"]}
+    found = sharpness(rows)
     figure = figures.new(10.5, 3.9)
     for axes, (model, title) in zip(figure.subplots(1, len(models), squeeze=False)[0], models.items(), strict=True):
         own = [one for one in found if one.model == model]
         for attention in dict.fromkeys(one.attention for one in own):
             points = [(one.entropy, one.accuracy) for one in own if one.attention == attention]
-            axes.plot(*zip(*points, strict=True), "o", color=colours[attention], label=attention, markersize=6)
+            axes.plot(
+                *zip(*points, strict=True),
+                "o",
+                color=figures.ATTENTION_COLOURS[attention],
+                label=attention,
+                markersize=6,
+            )
         figures.tidy(axes)
         value = correlation(own)
         axes.set_title(

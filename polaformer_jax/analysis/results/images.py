@@ -1,6 +1,7 @@
 """The comparison of attentions on images: a row for each run, a table with time and memory of a step, and a picture."""
 
 import dataclasses
+import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,17 +10,18 @@ from etils import epath
 from matplotlib.figure import Figure
 
 from polaformer_jax.analysis.results import rows as results
+from polaformer_jax.config import ATTENTIONS
 from polaformer_jax.errors import UserError
 from polaformer_jax.files import figures, paths
 from polaformer_jax.models import registry
 from polaformer_jax.models.batch_norm import parameter_count
 from polaformer_jax.models.model_config import ModelConfig
+from polaformer_jax.training import recipes
 from polaformer_jax.training.tasks.images import architecture
 from polaformer_jax.training.workdir import read_config
 
 RECIPES = {"fashion_mnist": "Fashion-MNIST"}  # data sets whose recipe, of the same name, compares attentions
 MODELS = {"pola_pvt_nano": "Pola-PVT", "pola_swin_nano": "Pola-Swin"}
-COLOURS = {"polarity": "#2364aa", "relu": "#e09f3e", "softmax": "#c8382c"}
 
 
 class Variant(NamedTuple):
@@ -37,11 +39,13 @@ class Variant(NamedTuple):
 
 
 # The lines of the table and of the picture, in this order.
+ATTENTIONS_COMPARED = (("polarity", 4.0), ("relu", None), ("softmax", None))  # with their alphas
 VARIANTS = (
     *(Variant("polarity", alpha, True, True) for alpha in (4.0, 1.0, 0.0)),
     *(Variant(attention, None, True, True) for attention in ("relu", "softmax")),
-    *(Variant("polarity", 4.0, convolution, not convolution) for convolution in (False, True)),
-    *(Variant(attention, None, False, False) for attention in ("relu", "softmax")),
+    *(Variant(*attention, False, True) for attention in ATTENTIONS_COMPARED),
+    *(Variant(*attention, True, False) for attention in ATTENTIONS_COMPARED),
+    *(Variant(*attention, False, False) for attention in ATTENTIONS_COMPARED),
 )
 
 
@@ -84,6 +88,13 @@ class Row:
             raise ValueError(
                 f"model {self.model!r} on {self.data!r}, expected {', '.join(MODELS)} on {', '.join(RECIPES)}"
             )
+        if self.attention not in ATTENTIONS:
+            raise ValueError(f"attention {self.attention!r}, expected one of {', '.join(ATTENTIONS)}")
+
+    @property
+    def setting(self) -> tuple[str, int, str]:
+        """What must be equal for accuracies to be averaged: data, steps, and changes to the recipe."""
+        return self.data, self.steps, self.changes
 
     @property
     def variant(self) -> Variant:
@@ -101,7 +112,7 @@ class Step:
         step_ms, step_ms_least, step_ms_greatest: milliseconds; the first is the median.
         calls: number of steps that were timed.
         memory_mib: MiB that the step needs, by the compiler.
-        device, cores: on what it was measured; the cores of a CPU that the process may use.
+        hardware: on which it was measured.
     """
 
     config: str
@@ -112,8 +123,18 @@ class Step:
     step_ms_greatest: float
     calls: int
     memory_mib: float
-    device: str
-    cores: int
+    hardware: str
+
+    def place(self) -> tuple[str, Variant]:
+        """The model and the variant.
+
+        Raises:
+            UserError: there is no such recipe, or it compares no attentions.
+        """
+        config = recipes.load(self.config)
+        if not is_compared(config):
+            raise UserError(f"recipe {self.config!r}: expected one of {', '.join(RECIPES)}")
+        return config.model.name, variant_of(_model_config(config))
 
 
 def is_compared(config: ml_collections.ConfigDict) -> bool:
@@ -125,7 +146,8 @@ def row_of(workdir: epath.PathLike) -> Row:
     """The result of a finished training in its work directory.
 
     Raises:
-        UserError: it is not a training of a recipe that compares attentions; or see `rows.finished`.
+        UserError: it is not a training of a recipe that compares attentions, its weights were not those of the last
+            step; or see `rows.finished`.
     """
     workdir = paths.given(workdir, "workdir")
     config = read_config(workdir)
@@ -135,10 +157,12 @@ def row_of(workdir: epath.PathLike) -> Row:
             f" {' or '.join(RECIPES)}: see the recipes of these names"
         )
     training, result = results.finished(workdir, config)
-    fields = config.model
-    model = registry.model_config(
-        fields.name, num_classes=fields.num_classes, img_size=fields.img_size, **architecture(fields)
-    )
+    if result["step"] != training["steps"]:
+        raise UserError(
+            f"{workdir}/eval.json is of step {result['step']} of {training['steps']}: checkpoints were chosen by test"
+            " accuracy, and the results compare last weights. Run `polaformer eval --checkpoint latest` on it"
+        )
+    model = _model_config(config)
     variant = variant_of(model)
     return Row(
         data=config.data.name,
@@ -157,6 +181,13 @@ def row_of(workdir: epath.PathLike) -> Row:
     )
 
 
+def _model_config(config: ml_collections.ConfigDict) -> ModelConfig:
+    fields = config.model
+    return registry.model_config(
+        fields.name, num_classes=fields.num_classes, img_size=fields.img_size, **architecture(fields)
+    )
+
+
 def variant_of(model: ModelConfig) -> Variant:
     alpha = model.alpha if model.attention == "polarity" else None
     return Variant(model.attention, alpha, model.convolution, model.gate)
@@ -166,20 +197,20 @@ def recipe_of(config: ml_collections.ConfigDict, variant: Variant) -> str:
     """The recipe, with the options that choose a variant, seed and number of steps."""
     options = {name: value for name, value in variant._asdict().items() if value is not None}
     options |= {"seed": config.seed, "steps": config.train.steps}
-    return f"{config.data.name}:{options_of(config.model.name, options)}"
-
-
-def options_of(model: str, options: dict[str, object]) -> str:
-    """What follows the recipe's name: the model, and options that are not None."""
-    name = model.removeprefix("pola_").removesuffix("_nano")
-    return ",".join([name, *(f"{key}={value}" for key, value in options.items() if value is not None)])
+    name = config.model.name.removeprefix("pola_").removesuffix("_nano")
+    return f"{config.data.name}:{','.join([name, *(f'{key}={value}' for key, value in options.items())])}"
 
 
 def table(rows: Sequence[Row], steps: Sequence[Step]) -> str:
     """The table in Markdown: a line for each model and variant, dashes where nothing was run; then any other settings.
 
-    Runs that differ only in the seed are one line: their mean, with the standard deviation if there are at least two.
+    Runs that differ only in the seed and the hardware are one line: their mean, with the standard deviation if there
+    are at least two. Time and memory are those of the recipe as it is.
+
+    Raises:
+        UserError: a step is not one of a recipe that compares attentions.
     """
+    costs = {step.place(): step for step in steps}
     lines = [
         "| model | attention | parameters | test accuracy, % | seeds | steps | ms per step | memory, MiB |",
         "|---|---|---|---|---|---|---|---|",
@@ -189,34 +220,36 @@ def table(rows: Sequence[Row], steps: Sequence[Step]) -> str:
         others = {row.variant for row in of_model} - set(VARIANTS)
         for variant in (*VARIANTS, *sorted(others, key=str)):
             found = [row for row in of_model if row.variant == variant]
-            settings = sorted({(row.data, row.steps, row.hardware, row.changes) for row in found})
-            timed = [step for step in steps if step.config in _recipes(model, variant)]
-            cost = [f"{timed[0].step_ms:.0f}", f"{timed[0].memory_mib:.0f}"] if timed else ["–", "–"]
-            for setting in settings or [None]:
-                same = [row for row in found if (row.data, row.steps, row.hardware, row.changes) == setting]
-                cells = [title, f"{variant}; {setting[3]}" if setting and setting[3] else str(variant)]
+            cost = costs.get((model, variant))
+            for setting in sorted({row.setting for row in found}) or [None]:
+                same = [row for row in found if row.setting == setting]
+                changed = same[0].changes if same else ""
+                cells = [title, f"{variant}; {changed}" if changed else str(variant)]
                 if same:
                     cells += [f"{same[0].parameters:,}", results.accuracy(same), str(len(same)), f"{same[0].steps:,}"]
                 else:
-                    cells += [f"{timed[0].parameters:,}" if timed else "–", "–", "–", "–"]
-                lines.append(f"| {' | '.join([*cells, *cost])} |")
+                    cells += ["–" if cost is None else f"{cost.parameters:,}", "–", "–", "–"]
+                measured = cost is not None and not changed
+                cells += [f"{cost.step_ms:.0f}", f"{cost.memory_mib:.0f}"] if measured else ["–", "–"]
+                lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _recipes(model: str, variant: Variant) -> set[str]:
-    """The recipes of a variant, by any data, without seed and steps, as `options_of` writes them."""
-    return {f"{data}:{options_of(model, variant._asdict())}" for data in RECIPES}
-
-
 def draw(rows: Sequence[Row]) -> Figure:
-    """A panel for each model: for each variant a mark for each seed's accuracy, and a line at their mean."""
+    """A panel for each model: for each variant a mark for each seed's accuracy, and a line at their mean.
+
+    Of the runs of the unchanged recipe with the number of steps that most of them have.
+    """
+    plain = [row for row in rows if not row.changes]
+    common = statistics.mode(row.setting for row in plain) if plain else None
+    rows = [row for row in plain if row.setting == common]
     figure = figures.new(10.5, 0.9 + 0.36 * len(VARIANTS))
     panels = figure.subplots(1, len(MODELS), sharey=True)
     panels[0].invert_yaxis()  # of all panels, which share it
     for axes, (model, title) in zip(panels, MODELS.items(), strict=True):
         for place, variant in enumerate(VARIANTS):
-            values = [row.accuracy for row in rows if (row.model, row.variant, row.changes) == (model, variant, "")]
-            colour = COLOURS[variant.attention]
+            values = [row.accuracy for row in rows if (row.model, row.variant) == (model, variant)]
+            colour = figures.ATTENTION_COLOURS[variant.attention]
             axes.plot(values, [place] * len(values), "o", color=colour, markersize=5.5, alpha=0.75, markeredgewidth=0)
             if values:
                 mean = sum(values) / len(values)

@@ -8,8 +8,10 @@ import ml_collections
 from etils import epath
 
 from polaformer_jax.analysis.results import rows as results
+from polaformer_jax.config import ATTENTIONS
 from polaformer_jax.errors import UserError
 from polaformer_jax.files import paths
+from polaformer_jax.models.pola_sequence import PolaSequenceConfig
 from polaformer_jax.training.workdir import read_config
 
 TITLES = {
@@ -60,6 +62,8 @@ class Row:
     def __post_init__(self):
         if self.task not in TITLES:
             raise ValueError(f"task {self.task!r}, expected one of {', '.join(TITLES)}")
+        if self.attention not in ATTENTIONS:
+            raise ValueError(f"attention {self.attention!r}, expected one of {', '.join(ATTENTIONS)}")
 
 
 def row_of(workdir: epath.PathLike) -> Row:
@@ -72,13 +76,16 @@ def row_of(workdir: epath.PathLike) -> Row:
     config = read_config(workdir)
     task = config.task
     if task.name not in TITLES:
-        raise UserError(f"{workdir} is a training of the task {task.name}, expected one of {', '.join(TITLES)}")
+        raise UserError(
+            f"{workdir} is a training of the task {task.name}, expected one of {', '.join(TITLES)}, or of the recipe"
+            " fashion_mnist"
+        )
     training, result = results.finished(workdir, config)
     return Row(
         task=task.name,
         tokenisation=task.tokenisation or "",
         attention=config.model.attention,
-        alpha=float(config.model.alpha) if config.model.attention == "polarity" else None,
+        alpha=_alpha(config),
         seed=config.seed,
         steps=training["steps"],
         accuracy=round(100 * result["accuracy"], 2),
@@ -90,11 +97,17 @@ def row_of(workdir: epath.PathLike) -> Row:
     )
 
 
+def _alpha(config: ml_collections.ConfigDict) -> float | None:
+    if config.model.attention != "polarity":
+        return None
+    return PolaSequenceConfig.alpha if config.model.alpha is None else float(config.model.alpha)
+
+
 def _changes(config: ml_collections.ConfigDict) -> str:
     """The changes to the task's recipe, other than the options that have a column of their own."""
     names = ("attention", "tokenisation", "alpha")
     given = {"seed": config.seed, "steps": config.train.steps}
-    given |= dict(zip(names, (config.model.attention, config.task.tokenisation, config.model.alpha), strict=True))
+    given |= dict(zip(names, (config.model.attention, config.task.tokenisation, _alpha(config)), strict=True))
     options = [f"{name}={value}" for name, value in given.items() if value is not None]
     return results.changes(config, "lra:" + ",".join([config.task.name, *options]))
 
@@ -140,7 +153,7 @@ def _published_tokenisation(task: str) -> str:
 
 def _order(kind: tuple[str, str, float | None]) -> tuple:
     tokenisation, attention, alpha = kind
-    return tokenisation == "brackets", ("polarity", "softmax", "relu").index(attention), alpha or 0
+    return tokenisation == "brackets", ATTENTIONS.index(attention), alpha or 0
 
 
 def _time(seconds: float) -> str:

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from polaformer_jax.analysis.results import entropy, images, lra, rows
 from polaformer_jax.errors import UserError
 from polaformer_jax.files import atomic, figures, paths
+from polaformer_jax.training.workdir import read_config
 
 LRA, IMAGES, STEPS = "lra.csv", "attention_images.csv", "attention_steps.csv"
 ENTROPY_LISTOPS, ENTROPY_IMAGES = "entropy_listops_short.csv", "entropy_images.csv"
@@ -46,10 +47,11 @@ TABLES = (
 
 
 def _entropies(folder: epath.Path, model: str) -> list[entropy.Row]:
-    """Of the file's first run of each attention."""
-    found = [row for row in _read(folder, ENTROPY_IMAGES, entropy.Row) if row.model == model]
-    first = {row.attention: row.run for row in reversed(found)}
-    return [row for row in found if first[row.attention] == row.run]
+    """Of one run of polarity with alpha 4, relu and softmax, with all parts; those of the first seed."""
+    wanted = [str(images.Variant(attention, alpha, True, True)) for attention, alpha in images.ATTENTIONS_COMPARED]
+    found = [row for row in _read(folder, ENTROPY_IMAGES, entropy.Row) if row.model == model and row.variant in wanted]
+    first = min((row.seed for row in found), default=0)
+    return sorted((row for row in found if row.seed == first), key=lambda row: wanted.index(row.variant))
 
 
 # Pictures of the documentation, and how they are made from the folder of results.
@@ -70,8 +72,6 @@ def add(workdir: epath.PathLike, folder: epath.PathLike) -> tuple[epath.Path, ob
     Raises:
         UserError: it is no finished training of a task whose results are collected, or the file is damaged.
     """
-    from polaformer_jax.training.workdir import read_config
-
     folder = paths.given(folder, "dir")
     kind, name = (images, IMAGES) if images.is_compared(read_config(workdir)) else (lra, LRA)
     row = kind.row_of(workdir)
@@ -79,8 +79,10 @@ def add(workdir: epath.PathLike, folder: epath.PathLike) -> tuple[epath.Path, ob
 
 
 def tables(folder: epath.PathLike) -> dict[str, str]:
-    """The tables in Markdown, by name."""
+    """The tables in Markdown, by name; a UserError if the folder does not exist."""
     folder = paths.given(folder, "dir")
+    if not folder.is_dir():
+        raise UserError(f"{folder} does not exist: expected the folder of the results", argument="dir")
     return {table.name: table.make(folder) for table in TABLES}
 
 
@@ -88,7 +90,7 @@ def write(docs: epath.PathLike, folder: epath.PathLike) -> list[epath.Path]:
     """Writes all tables and pictures of the documentation again; returns the files.
 
     Raises:
-        UserError: a page is missing, or has no place for its table.
+        UserError: the folder or a page is missing, or a page has no place for its table.
     """
     docs, folder = paths.given(docs, "docs"), paths.given(folder, "dir")
     made = tables(folder)

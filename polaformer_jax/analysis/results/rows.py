@@ -94,7 +94,8 @@ def finished(workdir: epath.Path, config: ml_collections.ConfigDict) -> tuple[di
         UserError: it is not finished, or the last evaluation was not that of its own weights on the split that its
             result is reported on.
     """
-    training, result = (_json(workdir / name) for name in ("training.json", "eval.json"))
+    training = _json(workdir / "training.json", ("steps", "seconds", "hardware", "commit"))
+    result = _json(workdir / "eval.json", ("accuracy", "loss", "step"))
     wanted = config.data.test_split or config.data.eval_split
     if result.get("split") != wanted or result.get("kind") != config.eval.weights or "origin" not in result:
         raise UserError(
@@ -109,13 +110,17 @@ def finished(workdir: epath.Path, config: ml_collections.ConfigDict) -> tuple[di
     return training, result
 
 
-def _json(path: epath.Path) -> dict:
+def _json(path: epath.Path, names: Sequence[str]) -> dict[str, Any]:
+    """The content of a JSON file that has these entries."""
     if not path.exists():
         raise UserError(f"{path} does not exist: expected the work directory of a finished training")
     try:
-        return dict(json.loads(path.read_text()))
+        found = dict(json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error})") from error
+    if missing := [name for name in names if name not in found]:
+        raise UserError(f"{path} has no {', '.join(missing)}: evaluate this work directory, or train in it, again")
+    return found
 
 
 def changes(config: ml_collections.ConfigDict, recipe: str) -> str:

@@ -135,7 +135,10 @@ class ImageClassification(Classification):
 
 def architecture(model: ml_collections.ConfigDict) -> dict[str, Any]:
     """The fields of `config.model` that replace those of the named model's config."""
-    return {name: model[name] for name in _ARCHITECTURE if model[name] is not None}
+    given = {name: model[name] for name in _ARCHITECTURE if model[name] is not None}
+    if given["attention"] == "polarity":  # what all named models have, and PolaFormer++ without a choice
+        del given["attention"]
+    return given
 
 
 def _rank(logits: jax.Array, label: jax.Array) -> jax.Array:
