@@ -1,6 +1,7 @@
 """Entropies of image models against those of explicit rows, and the table and pictures of many runs."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -9,10 +10,10 @@ from flax import nnx
 
 from polaformer_jax import create_model
 from polaformer_jax.analysis.attention_maps import attention_maps
-from polaformer_jax.analysis.attention_rows import baseline_weights
 from polaformer_jax.analysis.image_entropy import of_model
 from polaformer_jax.analysis.results.entropy import Row, correlation, draw, draw_sharpness, sharpness
 from polaformer_jax.cli import entropy
+from polaformer_jax.data.images.normalisation import normalise
 from tests.support.small_models import perturbed
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
@@ -44,27 +45,64 @@ class Experiment:
         self.model = lambda params: model
 
 
-def measured(name, **options):
-    model = perturbed(create_model(name, num_classes=4, **options, rngs=nnx.Rngs(0)), scale=0.5)
+@functools.cache
+def measured(**options):
+    """A model with one head and one block in each stage, and its entropies on two images."""
+    small = {"embed_dims": (8, 8, 8, 8), "num_heads": (1, 1, 1, 1), "depths": (1, 1, 1, 1)}
+    model = perturbed(create_model("pola_pvt_nano", num_classes=4, **small, **options, rngs=nnx.Rngs(0)), scale=0.5)
     return model, of_model(Experiment(model), None, examples=2)
 
 
-@pytest.mark.parametrize("kind", ["relu", "softmax"])
-def test_baselines_are_measured_by_their_own_weights(kind):
-    model, found = measured("pola_pvt_nano", attention=kind)
-    assert list(found) == [("0.0", kind), ("1.0", kind), ("2.0", kind), ("2.1", kind)]  # stage 3 has one token
-    x = model.tokens_before(IMAGES[:1].astype(np.float32) / 255, stage=0, block=0)
-    block = model.blocks(0)[0]
-    q, k, _, _ = block.attn.by_heads(block.norm1(x), block.attn.positional_encoding[...])
-    rows = np.asarray(baseline_weights(q, k, kind))[0, 0].astype(np.float64)
-    assert rows.shape == (64, 64) and rows.min() >= 0
-    if kind == "softmax":
-        scores = np.asarray(q)[0, :, 0] @ np.asarray(k)[0, :, 0].T / np.sqrt(q.shape[-1])
-        wanted = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
-    else:
-        wanted = np.maximum(np.asarray(q)[0, :, 0], 0) @ np.maximum(np.asarray(k)[0, :, 0], 0).T
-        wanted = wanted / (wanted.sum(1, keepdims=True) + 64e-6)
-    np.testing.assert_allclose(rows, wanted, rtol=2e-4, atol=1e-6)
+def by_definition(model, place, weight):
+    """(examples,) the mean entropy of rows over log n, where `weight(q, k)` are the weights (N, n) of one head."""
+    stage, block = map(int, place.split("."))
+    images = np.asarray(normalise(IMAGES[[0, 2]]))  # two of three, spread evenly
+    chosen = model.blocks(stage)[block]
+    q, k, _, _ = chosen.attn.project(chosen.norm1(model.tokens_before(images, stage=stage, block=block)))
+    k = k + chosen.attn.positional_encoding[...]
+    means = []
+    for one, other in zip(np.asarray(q, np.float64), np.asarray(k, np.float64), strict=True):
+        rows = weight(one, other)
+        rows = [row[row > 0] / row.sum() for row in rows if row.sum() > 0]
+        means.append(np.mean([-np.sum(row * np.log(row)) for row in rows]) / np.log(len(other)))
+    return np.array(means)
+
+
+def softmax(q, k):
+    return np.exp(q @ k.T / np.sqrt(q.shape[-1]))
+
+
+def relu(q, k):
+    return np.maximum(q, 0) @ np.maximum(k, 0).T
+
+
+@pytest.mark.parametrize("weight", [relu, softmax])
+def test_baselines_are_measured_by_their_own_rows(weight):
+    kind = weight.__name__
+    model, found = measured(attention=kind)
+    assert list(found) == [("0.0", kind), ("1.0", kind), ("2.0", kind)]  # stage 3 has one token
+    for place in ("0.0", "1.0"):
+        np.testing.assert_allclose(found[place, kind][:, 0], by_definition(model, place, weight), rtol=1e-3)
+
+
+@pytest.mark.parametrize("stream, sign", [("same", 1), ("opposite", -1)])
+def test_polarity_is_measured_by_its_own_rows(stream, sign):
+    model, found = measured(alpha=3.0)
+    attn = model.blocks(0)[0].attn
+    scale = np.log1p(np.exp(np.asarray(attn.scale[0, 0], np.float64)))
+
+    def weight(power):
+        def of_head(q, k):
+            q, k = q / scale, sign * k / scale
+            return sum(np.maximum(s * q, 0) ** power @ (np.maximum(s * k, 0) ** power).T for s in (1, -1))
+
+        return of_head
+
+    power = 1 + 3 / (1 + np.exp(-np.asarray(attn.power[0, 0, 0], np.float64)))
+    np.testing.assert_allclose(found["0.0", stream][:, 0], by_definition(model, "0.0", weight(power)), rtol=1e-3)
+    np.testing.assert_allclose(
+        found["0.0", f"{stream}, p = 1"][:, 0], by_definition(model, "0.0", weight(1.0)), rtol=1e-3
+    )
 
 
 def test_maps_of_a_baseline_are_the_rows_that_it_attends_by():
@@ -81,9 +119,9 @@ def test_maps_of_a_baseline_are_the_rows_that_it_attends_by():
 
 
 def test_polarity_is_measured_with_and_without_its_power():
-    model, found = measured("pola_pvt_nano", alpha=4.0)
+    model, found = measured(alpha=3.0)
     assert {name for _, name in found} == {"same", "opposite", "same, p = 1", "opposite, p = 1"}
-    assert model.blocks(0)[0].attn.alpha == 4.0  # as it was
+    assert model.blocks(0)[0].attn.alpha == 3.0  # as it was
     for stream in ("same", "opposite"):
         assert np.all(found["0.0", stream] < found["0.0", f"{stream}, p = 1"])  # the power sharpens
     values = np.stack([found["0.0", name] for name in ("same", "opposite")])
