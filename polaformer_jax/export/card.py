@@ -95,11 +95,12 @@ def _header(model: nnx.Module, repo: str, found: Mapping[str, Any] | None, licen
         for metric, name in _METRICS.items()
         if found and metric in found
     ]
+    linear = [] if "softmax attention" in _attention(model) else ["linear-attention"]
     data = library.ModelCardData(
         license=license,
         library_name="polaformer_jax",
         pipeline_tag=task,
-        tags=["jax", "flax", "polaformer", *([] if _attention(model) else ["linear-attention"]), "arxiv:2501.15061"],
+        tags=["jax", "flax", "polaformer", *linear, "arxiv:2501.15061"],
         model_name=repo,
         eval_results=results or None,
     )

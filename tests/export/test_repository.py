@@ -248,3 +248,25 @@ def test_without_the_library_the_extra_is_named_before_any_work(monkeypatch, cap
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert cli.main(["push", "user/name", "--source", "none.pth"]) == 2
     assert 'pip install "polaformer_jax[hub]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "choice, linear, said",
+    [
+        ({}, True, None),
+        ({"attention": "relu", "gate": False}, True, "Its attention is not the paper's: relu attention, no gate."),
+        ({"attention": "softmax"}, False, "Its attention is not the paper's: softmax attention."),
+    ],
+)
+def test_the_card_says_which_attention_it_is(choice, linear, said):
+    pf.push_to_hub(named(**choice), "user/name", license="mit")
+    card = hub.files["user/name"]["README.md"].decode()
+    assert ("- linear-attention\n" in card) == linear
+    assert "not the paper's" not in card if said is None else said in card
+    assert pf.create_model("hf://user/name").config.attention == choice.get("attention", "polarity")
+
+
+def test_what_has_no_official_layout_is_not_uploaded():
+    with pytest.raises(weights.WeightsError, match="a model with softmax attention has no official layout"):
+        pf.push_to_hub(named(attention="softmax"), "user/name", official_layout=True)
+    assert hub.commits == []

@@ -102,6 +102,15 @@ def test_sequence_models_take_tokens_and_lengths(tmp_path):
             program(*inputs)
 
 
+@pytest.mark.parametrize("choice", [{"attention": "softmax"}, {"attention": "relu", "gate": False}], ids=str)
+def test_other_attentions_are_exported(tmp_path, choice):
+    model = built("pvt", **choice)
+    pf.export.stablehlo(model, tmp_path / "a.stablehlo", platforms=["cpu"])
+    images = np.random.default_rng(0).standard_normal((2, 32, 32, 3), np.float32)
+    expected = jax.jit(lambda m, x: m(x))(model, images)
+    np.testing.assert_allclose(pf.export.load_stablehlo(tmp_path / "a.stablehlo")(images), expected, atol=2e-6)
+
+
 def test_a_model_without_classifier_gives_features(tmp_path):
     model = built("swin", num_classes=0)
     pf.export.stablehlo(model, tmp_path / "a.stablehlo", platforms=["cpu"])
