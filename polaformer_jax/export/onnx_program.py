@@ -11,6 +11,7 @@ from polaformer_jax.export import onnx_file
 from polaformer_jax.export.program import check_target, program_of
 from polaformer_jax.models.pola_pp import PolaPP
 from polaformer_jax.models.pola_swin import PolaSwin
+from polaformer_jax.models.token_attention import departures
 
 FORMAT = "polaformer_jax/onnx/1"
 SUFFIX = ".onnx"
@@ -57,6 +58,11 @@ def onnx(
         )
     if isinstance(model, PolaPP):
         raise UserError("PolaFormer++ cannot be written as ONNX so far: export it as StableHLO")
+    if (other := departures(model.config)) and getattr(model.config, "convolution", False):
+        raise UserError(
+            f"a model with {', '.join(other)}, beside the convolution of the values, cannot be written as ONNX so far:"
+            " export it as StableHLO"
+        )
     if isinstance(model, PolaSwin) and model.is_padded():
         raise UserError(
             f"at img_size={model.config.img_size} this Pola-Swin has padded windows, which cannot be written as ONNX so"

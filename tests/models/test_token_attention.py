@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from polaformer_jax import create_model, load_weights, save_weights
+from polaformer_jax import create_model, export, load_weights, save_weights
 from polaformer_jax.errors import UserError, WeightsError
 from polaformer_jax.models import registry
 from polaformer_jax.models.attention import PolarityAttention
@@ -208,3 +208,11 @@ def test_odd_heads_are_allowed_without_streams():
 def test_a_wrong_choice_is_refused(wrong, message):
     with pytest.raises(UserError, match=message):
         registry.model_config("pola_swin_nano", **wrong)
+
+
+@pytest.mark.parametrize("choice, found", [({"attention": "relu"}, "relu attention"), ({"gate": False}, "no gate")])
+def test_what_onnx_does_not_take_is_refused(tmp_path, choice, found):
+    model = create_model("pola_pvt_nano", **choice, rngs=nnx.Rngs(0))
+    with pytest.raises(UserError, match=f"a model with {found}, beside the convolution .* cannot be written as ONNX"):
+        export.onnx(model, tmp_path / "a.onnx")
+    assert not (tmp_path / "a.onnx").exists()
