@@ -152,8 +152,12 @@ def _gradient(made: Experiment, case: Case):
 
 
 def _step(made: Experiment, case: Case):
-    """The training's own step, augmentation on the device and AdamW included."""
-    batch, state = random_batch(made, case.batch, classes=CLASSES), made.states.initial()
+    return training_step(made, case.batch, classes=CLASSES)
+
+
+def training_step(made: Experiment, size: int, *, classes: int) -> tuple[programs.Program, Callable[[], object]]:
+    """The training's own step, augmentation on the device and AdamW included, and a function that calls it once."""
+    batch, state = random_batch(made, size, classes=classes), made.states.initial()
     program = programs.compiled(lambda: made.train_step.trace(batch))
 
     def call():

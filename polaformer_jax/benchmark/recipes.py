@@ -13,7 +13,7 @@ import jax
 from tqdm import tqdm
 
 from polaformer_jax.benchmark import options, programs
-from polaformer_jax.benchmark.ours import random_batch
+from polaformer_jax.benchmark.ours import training_step
 from polaformer_jax.benchmark.timing import Timing, seconds_of, take_turns
 from polaformer_jax.errors import UserError
 from polaformer_jax.files import tables
@@ -83,15 +83,8 @@ def measure(texts: Sequence[str], *, calls: int, seconds: float) -> list[Row]:
 
 def _step(made: Experiment):
     """The compiled step, and a function that runs it once and returns the seconds, already called once."""
-    size, state = made.config.train.batch_size, made.states.initial()
-    batch = random_batch(made, size, classes=made.config.model.num_classes)
-    program = programs.compiled(lambda: made.train_step.trace(batch))
-
-    def call():
-        nonlocal state  # a step donates its state
-        state, sums = program.run(state, batch)
-        return state, sums
-
+    config = made.config
+    program, call = training_step(made, config.train.batch_size, classes=config.model.num_classes)
     jax.block_until_ready(call())
     return program, lambda: seconds_of(call)
 

@@ -64,10 +64,7 @@ class PlainAttention(nnx.Module):
     def __call__(self, x: jax.Array, key: jax.Array | None = None, *, mask: jax.Array) -> jax.Array:
         """(B, N, C) -> (B, N, C); `mask` (B, N) is True at valid tokens."""
         q, k, v = self.project(x)
-        if self.kind == "softmax":
-            y = softmax_attention(q, k, v, mask=mask)
-        else:
-            y = relu_attention(q, k, v, mask=mask)
+        y = _KINDS[self.kind](q, k, v, mask=mask)
         return dropout(self.proj(y.reshape(x.shape)), self.drop_rate, key)
 
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
