@@ -12,7 +12,6 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from polaformer_jax.config import ATTENTIONS
 from polaformer_jax.errors import WeightsError
 from polaformer_jax.models.model_config import STRIDES, ModelConfig, differences
 from polaformer_jax.models.pola_pp import PolaPPConfig
@@ -20,6 +19,7 @@ from polaformer_jax.models.pola_pvt import PolaPVTConfig
 from polaformer_jax.models.pola_sequence import PolaSequenceConfig
 from polaformer_jax.models.pola_swin import PolaSwinConfig
 from polaformer_jax.models.segmenter import SegmenterConfig
+from polaformer_jax.models.token_attention import ATTENTIONS
 from polaformer_jax.weights.files import WeightsFile
 from polaformer_jax.weights.identify_pp import pola_pp
 from polaformer_jax.weights.tensor_names import Names

@@ -119,7 +119,7 @@ def test_what_is_no_recipe_is_refused_with_those_that_are(parser, text, monkeypa
 
 def test_packaged_recipes_are_found_by_name_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    known = "digits finetune lra pola_pp pola_pvt pola_swin segmentation"
+    known = "digits fashion_mnist finetune lra pola_pp pola_pvt pola_swin segmentation"
     assert sorted(recipes.packaged()) == known.split()
     assert recipes.load("pola_swin:t").model.name == "pola_swin_t"
     assert recipes.load(DIGITS) == recipes.load("digits")
