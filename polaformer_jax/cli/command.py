@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _OVERRIDE = re.compile(r"--(no)?config\.")
 # Modules of the packages of the extra `train`.
 TRAINING_MODULES = {"array_record", "clu", "cv2", "grain", "importlib_resources", "ml_collections", "optax", "orbax"}
-TRAINING_MODULES |= {"sklearn", "tensorboard", "tensorflow", "tensorflow_datasets"}
+TRAINING_MODULES |= {"scipy", "sklearn", "tensorboard", "tensorflow", "tensorflow_datasets"}
 
 
 class Parser(argparse.ArgumentParser):
