@@ -90,7 +90,7 @@ def params_from(
         )
         raise WeightsError(
             f"{file.path} was trained with {listed}: the model would compute another function. Give the model the"
-            f" file's value ({', '.join(f'{name}=' for name in wrong)} of create_model, or the field of config.model)"
+            f" file's value ({', '.join(f'config.model.{name}' for name in wrong)}, or an argument of create_model)"
         )
     if "attention" not in known:
         attention = expected.get("attention", "polarity")

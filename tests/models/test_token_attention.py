@@ -103,14 +103,16 @@ def test_a_file_of_weights_says_which_attention_it_holds(tmp_path, name, choice)
     np.testing.assert_array_equal(loaded.head.kernel[...], model.head.kernel[...])
     field, value = next(iter(choice.items()))
     with pytest.raises(WeightsError, match=f"{field}={value}, and the model has"):
-        load_weights(create_model(name, num_classes=3, rngs=nnx.Rngs(0)), tmp_path / "w.safetensors")
+        load_weights(registry.create_abstract(registry.model_config(name, num_classes=3)), tmp_path / "w.safetensors")
 
 
 @pytest.mark.parametrize("name", ["pola_pvt_nano", "pola_swin_nano"])
 def test_softmax_is_not_loaded_as_relu(tmp_path, name):
     save_weights(create_model(name, attention="softmax", rngs=nnx.Rngs(0)), tmp_path / "w.safetensors")
     with pytest.raises(WeightsError, match="attention=softmax, and the model has relu"):
-        load_weights(create_model(name, attention="relu", rngs=nnx.Rngs(0)), tmp_path / "w.safetensors")
+        load_weights(
+            registry.create_abstract(registry.model_config(name, attention="relu")), tmp_path / "w.safetensors"
+        )
 
 
 def test_without_linear_blocks_their_attention_is_no_matter(tmp_path):
