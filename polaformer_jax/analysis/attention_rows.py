@@ -41,11 +41,17 @@ def polarity_weights(q_signed: jax.Array, k_signed: jax.Array) -> tuple[jax.Arra
     return weights(q_signed), weights(jnp.roll(q_signed, width, axis=-1))  # the halves exchanged: [q-, q+]
 
 
-def baseline_weights(q: jax.Array, k: jax.Array, kind: str) -> jax.Array:
-    """The weights of softmax or relu attention: q (B, m, h, d), k (B, n, h, d) -> (B, h, m, n)."""
+def baseline_weights(q: jax.Array, k: jax.Array, kind: str, *, mask: jax.Array | None = None) -> jax.Array:
+    """The weights of softmax or relu attention: q (B, m, h, d), k (B, n, h, d) -> (B, h, m, n).
+
+    `mask` (B, n) is True at valid keys, and None if all are; other keys have no weight.
+    """
     if kind == "softmax":
-        return jax.nn.softmax(product("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5, axis=-1)
+        scores = product("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
+        return jax.nn.softmax(scores, axis=-1, where=None if mask is None else mask[:, None, None, :])
     q, k = jax.nn.relu(q), jax.nn.relu(k)
+    if mask is not None:
+        k = jnp.where(mask[:, :, None, None], k, 0)
     normaliser = product("bqhd,bhd->bhq", q, jnp.mean(k, axis=1)) + NORMALISER_EPS
     return product("bqhd,bkhd->bhqk", q, k) / k.shape[1] / normaliser[..., None]
 

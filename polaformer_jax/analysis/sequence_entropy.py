@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from polaformer_jax.analysis.attention_rows import WITHOUT_POWER, polarity_weights, row_entropy
+from polaformer_jax.analysis.attention_rows import WITHOUT_POWER, baseline_weights, polarity_weights, row_entropy
 from polaformer_jax.errors import UserError
 from polaformer_jax.models.attention import PolarityAttention
-from polaformer_jax.models.layers import accumulation_dtype, product
+from polaformer_jax.models.layers import accumulation_dtype
 from polaformer_jax.models.plain_attention import PlainAttention
 from polaformer_jax.models.pola_sequence import PolaSequence, Sequences
 from polaformer_jax.models.signed_features import signed_features
@@ -72,10 +72,7 @@ def _polarity_weights(attn: PolarityAttention, x: jax.Array, mask: jax.Array) ->
 
 def _plain_weights(attn: PlainAttention, x: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
     q, k, _ = attn.project(x)
-    if attn.kind == "relu":
-        return {"relu": product("bmhk,bnhk->bhmn", jax.nn.relu(q), jax.nn.relu(k))}
-    scores = product("bmhk,bnhk->bhmn", q, k) * q.shape[-1] ** -0.5
-    return {"softmax": jax.nn.softmax(jnp.where(mask[None, None, None], scores, -jnp.inf), axis=-1)}
+    return {attn.kind: baseline_weights(q, k, attn.kind, mask=mask[None])}
 
 
 def _mean_entropy(weights: jax.Array, mask: jax.Array) -> jax.Array:
