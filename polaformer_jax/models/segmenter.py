@@ -92,15 +92,6 @@ class SegmenterConfig(ModelConfig):
     def drop_path_rate(self) -> float:
         return self.backbone.drop_path_rate
 
-    @property
-    def alpha(self) -> float | None:
-        """That of the backbone; None: it has none."""
-        return getattr(self.backbone, "alpha", None)
-
-    @property
-    def num_heads(self) -> tuple[int, ...]:
-        return self.backbone.num_heads
-
     def to_dict(self) -> dict[str, object]:
         return {**super().to_dict(), "backbone": {"family": self.backbone.family, **self.backbone.to_dict()}}
 

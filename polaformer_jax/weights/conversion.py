@@ -22,6 +22,7 @@ from polaformer_jax.files import paths
 from polaformer_jax.models.batch_norm import parameter_count
 from polaformer_jax.models.model_config import ModelConfig
 from polaformer_jax.models.pola_sequence import PolaSequenceConfig, Sequences
+from polaformer_jax.models.segmenter import Scores
 from polaformer_jax.models.token_attention import departures
 from polaformer_jax.weights import creation
 from polaformer_jax.weights.loading import fitted_info
@@ -173,7 +174,8 @@ def _run(path: epath.Path, source: str, reference: Mapping[str, np.ndarray] | No
         inputs = _reference_images(reference, model.config.img_size)
     graphdef, params = nnx.split(model)
     began = time.monotonic()
-    logits = np.asarray(jax.jit(lambda params, inputs: nnx.merge(graphdef, params)(inputs))(params, inputs))
+    result = jax.jit(lambda params, inputs: nnx.merge(graphdef, params)(inputs))(params, inputs)
+    logits = np.asarray(result.logits if isinstance(result, Scores) else result)
     seconds = time.monotonic() - began
     if not np.isfinite(logits).all():
         raise WeightsError(f"{source}: the model gives logits that are not finite; its weights are broken")

@@ -16,7 +16,7 @@ from polaformer_jax.errors import UserError, WeightsError
 from polaformer_jax.models import registry
 from polaformer_jax.models.attention import PolarityAttention
 from polaformer_jax.models.plain_attention import BaselineAttention
-from polaformer_jax.weights import flatten
+from polaformer_jax.weights import conversion, flatten
 from tests.support.small_models import perturbed
 
 TYPES = {"dtype": jnp.float64, "param_dtype": jnp.float64}
@@ -127,6 +127,7 @@ def test_a_segmenter_keeps_the_attention_of_its_backbone(tmp_path, choice):
     config = registry.segmenter_config("pola_pvt_nano", head="semantic_fpn", num_classes=3, head_channels=8, **choice)
     save_weights(registry.create(config, rngs=nnx.Rngs(0)), tmp_path / "w.safetensors")
     assert create_model(weights=tmp_path / "w.safetensors").config == config
+    assert conversion.convert(tmp_path / "w.safetensors", tmp_path / "copy.safetensors").config == config
     other = registry.change(config, attention="softmax", gate=True)
     with pytest.raises(WeightsError, match="and the model has"):
         load_weights(registry.create_abstract(other), tmp_path / "w.safetensors")
