@@ -9,10 +9,10 @@ pixels, grey, resized to 32x32.
     polaformer results add runs/fashion runs/fashion_swin_relu_1         # as rows of docs/results/
 
 Models: pvt (`pola_pvt_nano`), and swin (`pola_swin_nano` with linear attention in all stages, and windows of the whole
-map, as those of the official models are). Options: `attention=` polarity, or softmax or relu in
-all blocks in its place; `alpha=` of polarity (4); `convolution=False`, `gate=False` leave out these parts; `seed=`,
-`steps=`. Without the gate the MLPs are wider, so that all variants have the same number of parameters to 2 %. The
-accuracy is that of the weights after the last step: no checkpoint is chosen. Ours: docs/comparison.md.
+map, as those of the official models are). Options: `attention=` polarity, or softmax or relu in all blocks in its
+place; `alpha=` of polarity (4); `convolution=False`, `gate=False` leave out these parts; `seed=`, `steps=`. Without the
+gate the MLPs are wider, so that all variants have the same number of parameters to 1 %. The accuracy is that of the
+weights after the last step: no checkpoint is chosen. Ours: docs/comparison.md.
 """
 
 from polaformer_jax.config import defaults

@@ -23,6 +23,7 @@ def small(monkeypatch):
     monkeypatch.setattr(recipes, "load", loaded)
 
 
+@pytest.mark.slow
 def test_steps_are_measured_in_the_order_given_and_can_be_placed(small, tmp_path, capsys):
     given = ["fashion_mnist:pvt,attention=relu,gate=False", "fashion_mnist:pvt,alpha=1"]
     assert main(["recipes", *given, "--calls=2", "--seconds=0", f"--csv={tmp_path / 'steps.csv'}"]) == 0
