@@ -90,7 +90,7 @@ def test_segmenters_are_made_of_named_backbones_and_changed():
     config = registry.segmenter_config("pola_swin_t", head="upernet", img_size=448)
     assert config.backbone == registry.model_config("pola_swin_t", img_size=448, num_classes=0, padded_windows=True)
     changed = registry.change(config, num_classes=20, img_size=224, drop_path=0.5, head="semantic_fpn", alpha=3)
-    assert (changed.num_classes, changed.head, changed.img_size, changed.alpha) == (20, "semantic_fpn", 224, 3)
+    assert (changed.num_classes, changed.head, changed.img_size, changed.backbone.alpha) == (20, "semantic_fpn", 224, 3)
     assert changed.backbone.drop_path_rate == 0.5
     assert (changed.head_channels, changed.auxiliary_channels) == (128, 0)
     with pytest.raises(UserError, match="'pola_sequence' is a PolaSequence: a segmenter needs one of"):
