@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from polaformer_jax.cli import command
 from polaformer_jax.errors import UserError
+from polaformer_jax.hardware.host_memory import keep_freed_memory
 from polaformer_jax.training.signals import StopRequests
 
 
@@ -30,6 +31,7 @@ def _main(parser: command.Parser, argv: Sequence[str]) -> None:
         raise UserError("--config is needed, e.g. --config digits")
     if args.workdir is None and not args.dry_run:
         raise UserError("--workdir is needed: the directory in which the run keeps what it writes")
+    keep_freed_memory()  # before there is a second thread
     with StopRequests() as stop:
         _train(config, args, stop)
 
@@ -38,11 +40,9 @@ def _train(config, args, stop: StopRequests) -> None:
     # Imported here, since processes that read data import the main script again.
     import jax
 
-    from polaformer_jax.hardware.host_memory import keep_freed_memory
     from polaformer_jax.training import loop, progress, reports, runtime
     from polaformer_jax.training.experiment import Experiment
 
-    keep_freed_memory()
     progress.set_up_logging(verbose=args.verbose)
     with runtime.session(config.distributed):
         if args.dry_run:

@@ -3,10 +3,10 @@
 import ctypes
 import importlib.metadata
 import importlib.util
+import os
 import re
+import sys
 from pathlib import Path
-
-import jax
 
 # From malloc.h: the parameters of glibc's mallopt.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
@@ -23,24 +23,40 @@ def keep_freed_memory() -> bool:
     times as much, where what was freed is in pieces too small for the next call. Where there could be a GPU or TPU
     nothing changes.
 
-    Call it before JAX has looked for devices, since JAX's threads keep the heaps that they have.
+    Call it before any thread is started, and before JAX has looked for devices: a thread that has a heap of its own
+    keeps it, and later threads, JAX's own among them, share it. From such a heap large blocks go back to the system.
 
     Returns:
-        Whether the process now keeps freed memory.
+        Whether the process now keeps freed memory: all of it, not that of some threads alone.
     """
     if not _only_cpu():
         return False
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        libc = ctypes.CDLL(None)
+        mallopt, heaps = libc.mallopt, _heaps(libc)
     except (AttributeError, OSError):  # another C library: macOS, musl
         return False
     # One heap for all threads, which grows and never shrinks, with no block outside it.
     settings = {_M_ARENA_MAX: 1, _M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1}
-    return all([mallopt(parameter, value) == 1 for parameter, value in settings.items()])
+    return all([mallopt(parameter, value) == 1 for parameter, value in settings.items()]) and heaps == 1
+
+
+def _heaps(libc: ctypes.CDLL) -> int:
+    """How many heaps this process has: one for the main thread, and those of other threads."""
+    text, size = ctypes.c_void_p(), ctypes.c_size_t()
+    libc.open_memstream.restype = ctypes.c_void_p
+    stream = ctypes.c_void_p(libc.open_memstream(ctypes.byref(text), ctypes.byref(size)))
+    libc.malloc_info(0, stream)
+    libc.fclose(stream)
+    try:
+        return ctypes.string_at(text, size.value).count(b"<heap nr=")
+    finally:
+        libc.free(text)
 
 
 def _only_cpu() -> bool:
-    if platforms := jax.config.jax_platforms:
+    jax = sys.modules.get("jax")  # not imported here, which would take a second
+    if platforms := os.environ.get("JAX_PLATFORMS") if jax is None else jax.config.jax_platforms:
         return platforms == "cpu"
     plugins = importlib.metadata.entry_points(group="jax_plugins")
     return not plugins and importlib.util.find_spec("libtpu") is None

@@ -42,6 +42,53 @@ def test_calls_take_their_memory_from_what_the_process_has():
     assert kept < without / 4
 
 
+HEAPS_IN = """
+import ctypes
+from polaformer_jax.cli import {command}
+from polaformer_jax.hardware import host_memory
+
+def report(*_):
+    print(host_memory._heaps(ctypes.CDLL(None)), file=output)
+    raise SystemExit(0)
+
+output = open({file!r}, "w")
+{command}.{body} = report
+{command}.main({words!r})
+"""
+
+
+@pytest.mark.parametrize(
+    "command, body, words",
+    [
+        ("train", "_train", ["--config", "digits", "--workdir", "runs/none"]),
+        ("eval", "_evaluate", ["--config", "digits", "--config.init.weights=none.safetensors"]),
+    ],
+)
+def test_commands_have_one_heap_when_they_begin(command, body, words, tmp_path):
+    # The thread that waits for signals had a heap of its own, and JAX's threads got their memory there.
+    file = tmp_path / "heaps.txt"
+    script = HEAPS_IN.format(command=command, body=body, words=words, file=str(file))
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert file.read_text() == "1\n"
+
+
+SECOND_HEAP = """
+import threading
+from polaformer_jax.hardware.host_memory import keep_freed_memory
+
+if {late}:
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+print(keep_freed_memory())
+"""
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_memory_is_not_kept_where_a_thread_has_a_heap_already(late):
+    script = SECOND_HEAP.format(late=late)
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert done.stdout == f"{not late}\n"
+
+
 @pytest.fixture
 def called(monkeypatch):
     """The parameters of the calls of mallopt, which are not made."""
@@ -52,17 +99,17 @@ def called(monkeypatch):
         return 1
 
     monkeypatch.setattr(host_memory.ctypes, "CDLL", lambda name: types.SimpleNamespace(mallopt=mallopt))
+    monkeypatch.setattr(host_memory, "_heaps", lambda libc: 1)
     return calls
 
 
 def test_where_there_could_be_an_accelerator_nothing_changes(called, monkeypatch):
     assert host_memory.keep_freed_memory() and len(called) == 3  # the tests' jax_platforms is "cpu"
     called.clear()
-    monkeypatch.setattr(
-        host_memory, "jax", types.SimpleNamespace(config=types.SimpleNamespace(jax_platforms="cuda,cpu"))
-    )
+    jax = types.SimpleNamespace(config=types.SimpleNamespace(jax_platforms="cuda,cpu"))
+    monkeypatch.setitem(host_memory.sys.modules, "jax", jax)
     assert not host_memory.keep_freed_memory()
-    monkeypatch.setattr(host_memory, "jax", types.SimpleNamespace(config=types.SimpleNamespace(jax_platforms=None)))
+    jax.config.jax_platforms = None
     monkeypatch.setattr(host_memory.importlib.metadata, "entry_points", lambda group: ["cuda"])
     assert not host_memory.keep_freed_memory()
     monkeypatch.setattr(host_memory.importlib.metadata, "entry_points", lambda group: [])
@@ -70,6 +117,14 @@ def test_where_there_could_be_an_accelerator_nothing_changes(called, monkeypatch
     assert not host_memory.keep_freed_memory()
     assert not called
     monkeypatch.setattr(host_memory.importlib.util, "find_spec", lambda name: None)
+    assert host_memory.keep_freed_memory() and called
+
+
+def test_before_jax_is_imported_its_variable_counts(called, monkeypatch):
+    monkeypatch.delitem(host_memory.sys.modules, "jax")
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    assert not host_memory.keep_freed_memory() and not called
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert host_memory.keep_freed_memory() and called
 
 
