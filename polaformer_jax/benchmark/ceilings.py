@@ -15,10 +15,9 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from polaformer_jax.benchmark import options
-from polaformer_jax.benchmark.timing import Timing, seconds_of, take_turns
+from polaformer_jax.benchmark.timing import Timing, seconds_of, take_turns, warm
 from polaformer_jax.files import tables
 from polaformer_jax.hardware.chips import chip_of
-from polaformer_jax.hardware.host_memory import keep_freed_memory
 
 SIDE = {"cpu": 2048}  # of the matrices
 SIDE_OF_ACCELERATORS = 8192
@@ -96,7 +95,7 @@ def measure(
 
 
 def _warm(program: Callable, *arrays: jax.Array) -> Callable[[], float]:
-    jax.block_until_ready(program(*arrays))
+    warm(lambda: program(*arrays))
     return lambda: seconds_of(lambda: program(*arrays))
 
 
@@ -130,7 +129,6 @@ def main(args: argparse.Namespace) -> None:
     options.check_timing(args)
     options.check_positive("--side", args.side)
     options.check_positive("--mib", args.mib)
-    keep_freed_memory()  # as training and evaluation do
     dtypes = list(dict.fromkeys(args.dtypes))
     side = args.side or SIDE.get(jax.default_backend(), SIDE_OF_ACCELERATORS)
     total = (len(dtypes) + 1) * args.calls

@@ -25,7 +25,6 @@ from polaformer_jax.errors import UserError
 from polaformer_jax.files import tables
 from polaformer_jax.hardware.chips import chip_of
 from polaformer_jax.hardware.costs import is_out_of_memory
-from polaformer_jax.hardware.host_memory import keep_freed_memory
 from polaformer_jax.training.experiment import Experiment
 
 OURS = "ours"
@@ -183,7 +182,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    keep_freed_memory()  # as training and evaluation do
     options.check_timing(args)
     options.check_positive("--threads", args.threads)
     wanted = ours.cases(args)

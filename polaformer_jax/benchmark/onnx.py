@@ -22,7 +22,6 @@ from polaformer_jax.benchmark.ours import CLASSES, Case, experiment
 from polaformer_jax.benchmark.workers import Worker
 from polaformer_jax.errors import UserError
 from polaformer_jax.files import tables
-from polaformer_jax.hardware.host_memory import keep_freed_memory
 
 CODE = "ONNX Runtime"
 _WORKER = Path(__file__).with_name("onnx_worker.py")
@@ -41,7 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    keep_freed_memory()
     options.check_timing(args)
     options.check_positive("--threads", args.threads)
     wanted = ours.cases(args)

@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 
 from polaformer_jax.benchmark import options, programs
-from polaformer_jax.benchmark.timing import seconds_of
+from polaformer_jax.benchmark.timing import seconds_of, warm
 from polaformer_jax.config import defaults, use_official_augmentation
 from polaformer_jax.data.sources import IMAGENET_EXAMPLES
 from polaformer_jax.errors import UserError
@@ -110,10 +110,10 @@ def experiment(case: Case, devices: Sequence[jax.Device]) -> Experiment:
 
 
 def subject(made: Experiment, case: Case, mode: str) -> Subject:
-    """Compiles one of `MODES` and calls it twice, before it is timed."""
+    """Compiles one of `MODES` and calls it until it is warm, before it is timed."""
     program, call = MODES[mode](made, case)
     peak = programs.device_peak(program, call, made.mesh.local_devices)
-    jax.block_until_ready(call())
+    warm(call)
     return Subject(
         run=lambda: seconds_of(call),
         compile_s=program.seconds,

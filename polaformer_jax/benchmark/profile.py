@@ -17,9 +17,9 @@ from typing import NamedTuple
 import jax
 
 from polaformer_jax.benchmark import options, ours
+from polaformer_jax.benchmark.timing import warm
 from polaformer_jax.errors import UserError
 from polaformer_jax.files import tables
-from polaformer_jax.hardware.host_memory import keep_freed_memory
 
 # These contain other operations, which are counted by themselves.
 _HOLDERS = ("while", "call", "conditional")
@@ -124,7 +124,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    keep_freed_memory()  # as training and evaluation do
     options.check_positive("--calls", args.calls)
     options.check_positive("--top", args.top)
     (case,) = ours.cases(
@@ -133,7 +132,7 @@ def main(args: argparse.Namespace) -> None:
         )
     )
     program, call = ours.MODES[args.mode](ours.experiment(case, jax.devices()[:1]), case)
-    jax.block_until_ready(call())
+    warm(call)
     rows = profile(call, program.run.as_text(), calls=args.calls)
     print(table(rows, top=args.top))
     if args.csv:

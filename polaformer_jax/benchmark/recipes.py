@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from polaformer_jax.benchmark import options, programs
 from polaformer_jax.benchmark.ours import training_step
-from polaformer_jax.benchmark.timing import Timing, seconds_of, take_turns
+from polaformer_jax.benchmark.timing import Timing, seconds_of, take_turns, warm
 from polaformer_jax.errors import UserError
 from polaformer_jax.files import tables
 from polaformer_jax.training import recipes
@@ -82,10 +82,10 @@ def measure(texts: Sequence[str], *, calls: int, seconds: float) -> list[Row]:
 
 
 def _step(made: Experiment):
-    """The compiled step, and a function that runs it once and returns the seconds, already called once."""
+    """The compiled step, and a function that runs it once and returns the seconds, already warm."""
     config = made.config
     program, call = training_step(made, config.train.batch_size, classes=config.model.num_classes)
-    jax.block_until_ready(call())
+    warm(call)
     return program, lambda: seconds_of(call)
 
 

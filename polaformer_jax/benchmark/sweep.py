@@ -9,11 +9,10 @@ from tqdm import tqdm
 
 from polaformer_jax.benchmark import options, programs
 from polaformer_jax.benchmark.programs import GIB, Program
-from polaformer_jax.benchmark.timing import Timing, seconds_of, take_turns
+from polaformer_jax.benchmark.timing import Timing, seconds_of, take_turns, warm
 from polaformer_jax.errors import UserError
 from polaformer_jax.files import tables
 from polaformer_jax.hardware.costs import is_out_of_memory
-from polaformer_jax.hardware.host_memory import keep_freed_memory
 
 
 class Job(NamedTuple):
@@ -90,7 +89,7 @@ def sweep(
 def _warm(start: Callable[[jax.stages.Compiled], Callable[[], object]], program: Program, what: str):
     try:
         call = start(program.run)
-        jax.block_until_ready(call())
+        warm(call)
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -122,7 +121,6 @@ def run(
     Raises:
         UserError: see `sweep`; or the CSV file cannot be written.
     """
-    keep_freed_memory()  # as training and evaluation do
     kind = jax.devices()[0].device_kind
     points: list[Point] = []
     turns = len(set(lengths)) * len(attentions) * len(modes) * args.calls

@@ -1,5 +1,6 @@
 """Timing for comparisons: calls take turns, so that a slow phase of a shared machine affects all alike."""
 
+import resource
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -8,6 +9,8 @@ from typing import NamedTuple, TypeVar
 import jax
 
 Name = TypeVar("Name", bound=Hashable)
+
+_FEW_PAGES = 1024  # of 4 KiB each
 
 
 class Timing(NamedTuple):
@@ -34,6 +37,25 @@ def seconds_of(call: Callable[[], object]) -> float:
     began = time.perf_counter()
     jax.block_until_ready(call())
     return time.perf_counter() - began
+
+
+def warm(call: Callable[[], object], *, most: int = 30, seconds: float = 20.0) -> None:
+    """Calls it until two calls in a row take no new memory from the system, at most `most` times or for `seconds`.
+
+    Where freed memory is kept (`host_memory.keep_freed_memory`) the heap grows for some ten calls until the blocks of a
+    program fit in, and they take up to a third longer than those that follow.
+    """
+    began, settled = time.perf_counter(), 0
+    for _ in range(most):
+        before = _page_faults()
+        jax.block_until_ready(call())
+        settled = settled + 1 if _page_faults() - before < _FEW_PAGES else 0
+        if settled == 2 or (settled == 0 and time.perf_counter() - began > seconds):
+            return
+
+
+def _page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def take_turns(

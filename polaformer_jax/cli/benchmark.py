@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(module, args: argparse.Namespace) -> None:
     from polaformer_jax.files import tables
+    from polaformer_jax.hardware.host_memory import keep_freed_memory
 
+    keep_freed_memory()  # as training and evaluation do
     tables.check_csv(getattr(args, "csv", None))
     module.main(args)

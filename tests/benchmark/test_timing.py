@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from polaformer_jax.benchmark import programs
+from polaformer_jax.benchmark import programs, timing
 from polaformer_jax.benchmark.sweep import Job, sweep
-from polaformer_jax.benchmark.timing import Timing, take_turns
+from polaformer_jax.benchmark.timing import Timing, take_turns, warm
 from polaformer_jax.errors import UserError
 from polaformer_jax.files import tables
 
@@ -40,6 +40,34 @@ def test_a_quick_thing_is_called_again_in_its_turn_until_its_share_of_the_second
     timings = take_turns(given.runs, calls=2, seconds=2.0)
     assert given.ran == [*["quick"] * 4, "slow"] * 2  # a round's share is one second
     assert (timings["quick"].calls, timings["slow"].calls) == (8, 2)
+
+
+@pytest.mark.parametrize(
+    "pages, calls",
+    [
+        ([5000, 3000, 10, 10], 4),  # until two calls in a row took no new memory
+        ([0, 0], 2),
+        ([5000, 10, 5000, 10, 10], 5),
+        ([5000] * 8, 8),  # not for ever, where freed memory is not kept
+    ],
+)
+def test_things_are_warm_when_their_calls_take_no_new_memory(pages, calls, monkeypatch):
+    total, made = [0], []
+
+    def call():
+        total[0] += pages[len(made)]
+        made.append(None)
+
+    monkeypatch.setattr(timing, "_page_faults", lambda: total[0])
+    warm(call, most=8)
+    assert len(made) == calls
+
+
+def test_warming_ends_when_its_time_is_over(monkeypatch):
+    calls = []
+    monkeypatch.setattr(timing, "_page_faults", lambda: 10_000 * len(calls))
+    warm(lambda: calls.append(None), seconds=0)
+    assert len(calls) == 1
 
 
 def test_a_compiled_program_is_counted():
