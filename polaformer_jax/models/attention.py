@@ -13,10 +13,11 @@ from flax import nnx
 
 from polaformer_jax.config import ATTENTION_IMPLEMENTATIONS
 from polaformer_jax.models.attention_layers import AttentionLayers, finished
+from polaformer_jax.models.head_products import keys_by_values, queries_by_matrices
 from polaformer_jax.models.initializers import zeros
 from polaformer_jax.models.kernels import placement, polarity
 from polaformer_jax.models.kernels.polarity import packed, projected
-from polaformer_jax.models.layers import accumulation_dtype, check_implementation, product
+from polaformer_jax.models.layers import accumulation_dtype, check_implementation
 from polaformer_jax.models.model_config import Checks
 from polaformer_jax.models.signed_features import rescaling, signed_feature_map, split_heads
 
@@ -140,11 +141,11 @@ def _by_operations(grid: tuple[int, ...], arrays: dict[str, jax.Array]) -> jax.A
         k_signed = jnp.where(mask[:, :, None, None], k_signed, 0)
         keys = jnp.maximum(jnp.sum(mask, axis=1), 1).astype(full).reshape(-1, 1, 1, 1)  # (B, 1, 1, 1)
         k_mean = jnp.sum(k_signed, axis=1, dtype=full)[..., None] / keys
-    kv = product("bnhk,bnhe->bhke", k_signed, split_heads(v, heads)) / keys  # (B, h, 2d, d)
+    kv = keys_by_values(k_signed, split_heads(v, heads)) / keys  # (B, h, 2d, d)
     same = jnp.concatenate([kv[..., :half], k_mean], axis=-1)
     opposite = jnp.roll(jnp.concatenate([kv[..., half:], k_mean], axis=-1), width, axis=-2)  # the halves swapped
     m = jnp.concatenate([same, opposite], axis=-1).astype(narrow)  # (B, h, 2d, d + 2)
-    qm = product("bnhk,bhke->bnhe", q_signed, m)  # (B, N, h, d + 2)
+    qm = queries_by_matrices(q_signed, m)  # (B, N, h, d + 2)
     o_same = qm[..., :half] / (qm[..., half : half + 1] + NORMALISER_EPS)
     o_opposite = qm[..., half + 1 : width + 1] / (qm[..., width + 1 :] + NORMALISER_EPS)
     o = jnp.concatenate([o_same, o_opposite], axis=-1).reshape(-1, tokens, channels)

@@ -6,7 +6,8 @@ from flax import nnx
 
 from polaformer_jax.models.attention import NORMALISER_EPS
 from polaformer_jax.models.attention_layers import AttentionLayers, finished
-from polaformer_jax.models.layers import accumulation_dtype, dropout, linear, product
+from polaformer_jax.models.head_products import keys_by_values, queries_by_matrices
+from polaformer_jax.models.layers import accumulation_dtype, dropout, linear
 from polaformer_jax.models.model_config import Checks
 
 
@@ -105,9 +106,9 @@ def relu_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, mask: jax.Array 
         k = jnp.where(mask[:, :, None, None], k, 0)
         n = jnp.maximum(jnp.sum(mask, axis=1), 1).astype(full).reshape(-1, 1, 1, 1)
     k_mean = jnp.sum(k, axis=1, dtype=full)[..., None] / n  # (B, h, d, 1)
-    kv = product("bnhk,bnhe->bhke", k, v) / n  # (B, h, d, d)
+    kv = keys_by_values(k, v) / n  # (B, h, d, d)
     m = jnp.concatenate([kv, k_mean], axis=-1).astype(q.dtype)
-    qm = product("bnhk,bhke->bnhe", q, m)  # (B, N, h, d + 1)
+    qm = queries_by_matrices(q, m)  # (B, N, h, d + 1)
     return (qm[..., :-1] / (qm[..., -1:] + NORMALISER_EPS)).astype(q.dtype)
 
 

@@ -1,0 +1,30 @@
+"""The two products of linear attention, of each head of each example, in the layout that is fastest on the back end."""
+
+import jax
+import jax.numpy as jnp
+
+from polaformer_jax.models.kernels import placement
+from polaformer_jax.models.layers import product
+
+
+def keys_by_values(k: jax.Array, v: jax.Array) -> jax.Array:
+    """k^T v of each head, summed over the tokens: (B, n, h, c) and (B, n, h, e) give (B, h, c, e), at least float32."""
+    if placement.for_tpu():
+        return product("bnhc,bnhe->bhce", k, v)
+    return product("xnc,xne->xce", _joined(k), _joined(v)).reshape(-1, k.shape[2], k.shape[3], v.shape[3])
+
+
+def queries_by_matrices(q: jax.Array, m: jax.Array) -> jax.Array:
+    """q m of each head: (B, N, h, c) and (B, h, c, e) give (B, N, h, e), at least float32."""
+    if placement.for_tpu():
+        return product("bnhc,bhce->bnhe", q, m)
+    y = product("xnc,xce->xne", _joined(q), m.reshape(-1, *m.shape[2:]))
+    return jnp.swapaxes(y.reshape(q.shape[0], q.shape[2], q.shape[1], -1), 1, 2)
+
+
+def _joined(x: jax.Array) -> jax.Array:
+    """(B, n, h, c) -> (B h, n, c), with one axis for the heads of all examples.
+
+    Otherwise XLA's CPU back end would transpose for the products of each head.
+    """
+    return jnp.swapaxes(x, 1, 2).reshape(-1, x.shape[1], x.shape[3])
