@@ -143,6 +143,8 @@ class Backbone(nnx.Module):
 
     def _check_images(self, images: jax.Array, any_size: bool) -> None:
         """Raises a ValueError if the shape of the images does not fit."""
+        if images.ndim and images.shape[0] == 0:
+            raise ValueError(f"images have shape {tuple(images.shape)}, expected at least one")
         if any_size:
             multiple = STRIDES[-1]
             sides = images.shape[1:3]

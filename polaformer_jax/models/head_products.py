@@ -11,15 +11,17 @@ def keys_by_values(k: jax.Array, v: jax.Array) -> jax.Array:
     """k^T v of each head, summed over the tokens: (B, n, h, c) and (B, n, h, e) give (B, h, c, e), at least float32."""
     if placement.for_tpu():
         return product("bnhc,bnhe->bhce", k, v)
-    return product("xnc,xne->xce", _joined(k), _joined(v)).reshape(-1, k.shape[2], k.shape[3], v.shape[3])
+    batch, _, heads, channels = k.shape
+    return product("xnc,xne->xce", _joined(k), _joined(v)).reshape(batch, heads, channels, v.shape[3])
 
 
 def queries_by_matrices(q: jax.Array, m: jax.Array) -> jax.Array:
     """q m of each head: (B, N, h, c) and (B, h, c, e) give (B, N, h, e), at least float32."""
     if placement.for_tpu():
         return product("bnhc,bhce->bnhe", q, m)
-    y = product("xnc,xce->xne", _joined(q), m.reshape(-1, *m.shape[2:]))
-    return jnp.swapaxes(y.reshape(q.shape[0], q.shape[2], q.shape[1], -1), 1, 2)
+    batch, tokens, heads, _ = q.shape
+    y = product("xnc,xce->xne", _joined(q), m.reshape(batch * heads, *m.shape[2:]))
+    return jnp.swapaxes(y.reshape(batch, heads, tokens, m.shape[3]), 1, 2)
 
 
 def _joined(x: jax.Array) -> jax.Array:
@@ -27,4 +29,5 @@ def _joined(x: jax.Array) -> jax.Array:
 
     Otherwise XLA's CPU back end would transpose for the products of each head.
     """
-    return jnp.swapaxes(x, 1, 2).reshape(-1, x.shape[1], x.shape[3])
+    batch, tokens, heads, channels = x.shape
+    return jnp.swapaxes(x, 1, 2).reshape(batch * heads, tokens, channels)

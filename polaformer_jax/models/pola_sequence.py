@@ -245,6 +245,8 @@ class PolaSequence(nnx.Module):
             raise ValueError(
                 f"tokens and lengths have shapes {tuple(tokens.shape)} and {tuple(length.shape)}, expected {expected}"
             )
+        if tokens.shape[0] == 0:
+            raise ValueError(f"tokens have shape {tuple(tokens.shape)}, expected at least one sequence")
         if tokens.shape[-1] > self.config.max_length:
             raise ValueError(
                 f"sequences are {tokens.shape[-1]} tokens long, expected at most {self.config.max_length}: cut them, "

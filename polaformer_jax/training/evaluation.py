@@ -24,7 +24,7 @@ from polaformer_jax.training.experiment import Experiment
 from polaformer_jax.training.export import model_info
 from polaformer_jax.training.metrics import Mean
 from polaformer_jax.training.progress import bar, log
-from polaformer_jax.training.sharding import to_devices
+from polaformer_jax.training.sharding import on_one_device, to_devices
 from polaformer_jax.training.workdir import differences, read_config
 
 IN_FLIGHT = 2  # batches given to the device before the first one's result is awaited
@@ -237,6 +237,8 @@ def evaluate(
     content = report(config, result, evaluated)
     facts = {**({} if workdir is None else {"step": step}), **result.metrics}
     info = model_info(config, source.class_names, facts)
+    if weights_path is not None:
+        params = on_one_device(params)  # all processes take part in gathering it
 
     def write_weights(path: epath.Path) -> None:
         model = experiment.model(params)

@@ -77,6 +77,7 @@ def test_an_image_size_that_the_windows_cannot_take_is_refused_with_what_fits():
         ((2, 3, 32, 32), "float32"),
         ((2, 64, 64, 3), "float32"),
         ((32, 32, 3), "float32"),
+        ((0, 32, 32, 3), "float32"),
         ((2, 32, 32, 3), "uint8"),
     ],
     ids=str,

@@ -189,6 +189,7 @@ def test_rematerialised_blocks_give_the_same_gradients():
         ((2, 25), (2,), "25 tokens long, expected at most 24"),
         ((2, 9), (2, 1), r"have shapes \(2, 9\) and \(2, 1\), expected \(batch, tokens\) and \(batch,\)"),
         ((2, 2, 9), (2, 2), r"expected \(batch, tokens\)"),
+        ((0, 9), (0,), "expected at least one sequence"),
     ],
 )
 def test_what_the_model_cannot_take(tokens, lengths, message):

@@ -10,8 +10,10 @@ import shutil
 import signal
 from functools import partial
 
+import numpy as np
 import pytest
 
+from polaformer_jax import weights
 from polaformer_jax.training.evaluation import evaluate
 from tests.support import clusters
 from tests.support.forked_scripts import Group, SlowFiles
@@ -27,6 +29,7 @@ from tests.support.runs import (
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shallow")]
 STEPS = RUN["train.steps"]
+WEIGHTS = "weights.safetensors"
 SETTINGS = RUN | {"train.batch_size": 8, "eval.batch_size": 100}  # of 360: the last batch is padded
 dense_and_polaformer = pytest.mark.parametrize("trained", ["dense", "pola_pvt_nano"], indirect=True, scope="module")
 dense = pytest.mark.parametrize("trained", ["dense"], indirect=True, scope="module")
@@ -166,7 +169,8 @@ def test_processes_agree_on_a_damaged_checkpoint(trained, straight, tmp_path):
 def evaluated(trained, workdir, folder, processes, **options):
     """What eval.py prints, by process, and its evaluation."""
     folder.mkdir()
-    arguments = [*trained, f"--workdir={workdir}", f"--json={folder}/eval.json", f"--predictions={folder}/table.csv"]
+    files = [f"--json={folder}/eval.json", f"--predictions={folder}/table.csv", f"--save-weights={folder}/{WEIGHTS}"]
+    arguments = [*trained, f"--workdir={workdir}", *files]
     with Group("eval.py", arguments, processes=processes, logs=folder, **options) as running:
         assert running.statuses() == [0] * processes, running.errors()
         return [running.output(index) for index in range(processes)], evaluation(folder)
@@ -186,7 +190,10 @@ def test_processes_whose_devices_are_mixed_train_and_evaluate_as_one(trained, st
 @dense
 def test_two_processes_evaluate_as_one(trained, straight, tmp_path):
     _, alone = evaluated(trained, straight, tmp_path / "one", 1)
-    (first, second), together = evaluated(trained, straight, tmp_path / "two", 2)
+    (first, second), together = evaluated([*trained, "--config.mesh.fsdp=2"], straight, tmp_path / "two", 2)
     assert json.loads(first[first.index("{") :]) == together[0] and together[0]["images"] == 360
     assert "{" not in second
     assert_same_evaluation(together, alone)
+    one, two = (weights.read_file(tmp_path / folder / WEIGHTS) for folder in ("one", "two"))
+    assert one.tensors.keys() == two.tensors.keys()
+    assert all(np.array_equal(one.tensors[name], two.tensors[name]) for name in one.tensors)
