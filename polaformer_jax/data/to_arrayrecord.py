@@ -72,12 +72,13 @@ def _copy(source: epath.Path, target: epath.Path) -> None:
             if copied.name == path.name:
                 raise UserError(f"{path} is not named *.tfrecord*: the name of its copy is not known")
             _copy_shard(path, copied, length, progress)
-    records = {path.name for path, _ in shards}
+    # The same records may be there in other formats too, as NAME-SPLIT.FORMAT-SHARD: none of them is copied.
+    record_file = re.compile(rf"\.({'|'.join(one.file_suffix for one in tfds.core.FileFormat)})(-|$)")
     for path in source.iterdir():
-        if path.name not in records and path.name != "dataset_info.json" and not path.is_dir():
+        if not record_file.search(path.name) and path.name != "dataset_info.json" and not path.is_dir():
             path.copy(target / path.name)
     info = json.loads((source / "dataset_info.json").read_text())
-    info.pop("alternativeFileFormats", None)  # whatever is next to the TFRecord files is not copied
+    info.pop("alternativeFileFormats", None)
     info["fileFormat"] = "array_record"
     (target / "dataset_info.json").write_text(json.dumps(info, indent=2, sort_keys=True))
 

@@ -97,6 +97,18 @@ def test_the_copy_is_what_tfds_would_have_prepared(tfrecord_dir, arrayrecord_dir
     assert files(tfrecord_dir) == before
 
 
+def test_records_that_are_there_in_another_format_too_are_not_copied(tfrecord_dir, arrayrecord_dir, tmp_path):
+    description = next(tfrecord_dir.rglob("dataset_info.json"))
+    info = json.loads(description.read_text()) | {"alternativeFileFormats": ["parquet"]}
+    description.write_text(json.dumps(info))
+    for path in description.parent.glob("*.tfrecord-*"):
+        path.with_name(path.name.replace(".tfrecord", ".parquet")).write_bytes(b"PAR1")
+    assert convert("--data-dir", tfrecord_dir, "--out-dir", tmp_path / "new") == 0
+    version = Path("tiles", "small", "1.2.0")
+    assert sorted(files(tmp_path / "new" / version)) == sorted(files(arrayrecord_dir / version))
+    assert "alternativeFileFormats" not in json.loads((tmp_path / "new" / version / description.name).read_text())
+
+
 def test_the_error_about_tfrecord_names_the_command_that_helps(tfrecord_dir):
     with pytest.raises(UserError) as caught:
         records(tfrecord_dir, "train")
