@@ -35,11 +35,37 @@ class Keys:
         """The keys of a constructor's `rngs`, which is a Keys already if the caller decides where values are placed."""
         return rngs if isinstance(rngs, cls) else cls(rngs.params())
 
+    @classmethod
+    def below(cls, rngs: "nnx.Rngs | Keys") -> "Keys":
+        """A new stream, derived from the next key of `rngs`, for values that are placed as those of `rngs`."""
+        return rngs.child() if isinstance(rngs, cls) else cls(rngs.params())
+
+    def child(self) -> "Keys":
+        return Keys(self(), self.place)
+
     def __call__(self) -> jax.Array:
         self.count += 1
         return _fold_in(self.key, self.count - 1)
 
     params = __call__  # the method of an Rngs that the layers of nnx call
+
+
+class AbstractKeys(Keys):
+    """In the place of keys where a model's parameters are to be shapes and dtypes only, `jax.ShapeDtypeStruct`.
+
+    Nothing is drawn or traced: `pola_pp_b5` is created in 0.13 s, where `nnx.eval_shape` takes 0.75.
+    """
+
+    def __init__(self):
+        pass
+
+    def __call__(self) -> None:
+        return None
+
+    params = __call__
+
+    def child(self) -> "AbstractKeys":
+        return self
 
 
 def table(shape: tuple[int, ...], *, param_dtype, rngs) -> nnx.Param:
@@ -54,13 +80,22 @@ def zeros(shape: tuple[int, ...], *, param_dtype, rngs) -> nnx.Param:
 
 def constant(value: float, shape: tuple[int, ...], *, param_dtype, rngs) -> nnx.Param:
     """A parameter that starts from one value."""
-    place = rngs.place if isinstance(rngs, Keys) else jax.device_put
-    return nnx.Param(place(np.full(shape, value, param_dtype)))
+    return nnx.Param(placed(_constant_init, rngs)(None, shape, param_dtype, value=value))
 
 
 def placed(init: Callable, rngs: "nnx.Rngs | Keys") -> Callable:
     """The initialiser, with values placed by `rngs`; on the default device if `rngs` is not a Keys."""
+    if isinstance(rngs, AbstractKeys):
+        return _shape_and_dtype
     return functools.partial(init, place=rngs.place) if isinstance(rngs, Keys) else init
+
+
+def _shape_and_dtype(key: None, shape: tuple[int, ...], dtype, **_) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _constant_init(key: None, shape: tuple[int, ...], dtype, place=jax.device_put, *, value: float) -> jax.Array:
+    return place(np.full(shape, value, dtype))
 
 
 def zeros_init(key: jax.Array | None, shape: tuple[int, ...], dtype, place=jax.device_put) -> jax.Array:

@@ -158,7 +158,7 @@ class PolaSequence(nnx.Module):
             config.family, dtype=dtype, param_dtype=param_dtype, attention_impl=attention_impl
         )
         dim, drop_rate = config.dim, config.drop_rate
-        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": Keys(rngs.params())}
+        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": Keys.below(rngs)}
 
         def mixer():
             if config.attention != "polarity":
@@ -282,4 +282,4 @@ def _draw_as_pytorch(model: nnx.Module, rngs: Keys) -> None:
         if isinstance(layer, nnx.Linear):
             bound = layer.in_features**-0.5
             for param in (layer.kernel, layer.bias):
-                param[...] = placed(uniform_init, rngs)(rngs(), param.shape, param.dtype, bound=bound)
+                param.set_value(placed(uniform_init, rngs)(rngs(), param.shape, param.dtype, bound=bound))

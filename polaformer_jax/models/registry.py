@@ -3,10 +3,9 @@
 import dataclasses
 import difflib
 
-from flax import nnx
-
 from polaformer_jax.errors import UserError
 from polaformer_jax.models.families import BACKBONES, ImageModel
+from polaformer_jax.models.initializers import AbstractKeys
 from polaformer_jax.models.model_config import ModelConfig
 from polaformer_jax.models.pola_pp import PolaPPConfig
 from polaformer_jax.models.pola_pvt import PolaPVTConfig
@@ -254,7 +253,7 @@ def create(config: ModelConfig, **computation) -> Model:
 
 def create_abstract(config: ModelConfig, **computation) -> Model:
     """The model of a config with abstract parameters (`jax.ShapeDtypeStruct`); nothing is computed."""
-    return nnx.eval_shape(lambda: create(config, **computation, rngs=nnx.Rngs(0)))
+    return create(config, **computation, rngs=AbstractKeys())
 
 
 def name_of(config: ModelConfig) -> str | None:

@@ -15,6 +15,7 @@ from polaformer_jax.errors import UserError
 from polaformer_jax.files import paths
 from polaformer_jax.hardware.costs import product_flops
 from polaformer_jax.models.batch_norm import parameter_count, statistics_of
+from polaformer_jax.models.initializers import AbstractKeys
 from polaformer_jax.training import runtime, sharding
 from polaformer_jax.training.config_checks import check
 from polaformer_jax.training.inputs import Inputs
@@ -234,6 +235,6 @@ def create_abstract_model(config: ml_collections.ConfigDict) -> nnx.Module:
         UserError: the model does not accept a value.
     """
     try:
-        return nnx.eval_shape(lambda: task_of(config).create_model(nnx.Rngs(0)))
+        return task_of(config).create_model(AbstractKeys())
     except ValueError as error:
         raise UserError(f"config.model: {error}") from error

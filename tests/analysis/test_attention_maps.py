@@ -15,7 +15,7 @@ from polaformer_jax.analysis.attention_rows import polarity_weights
 from polaformer_jax.models.attention import polarity_attention
 from polaformer_jax.models.signed_features import signed_features
 from tests.models.test_attention import CASES, draw
-from tests.support.small_models import build, noise, split
+from tests.support.small_models import abstract, build, noise, split
 
 BATCH = 2
 
@@ -255,7 +255,7 @@ def test_stage_block_and_token_count_from_the_end_too(x64):
 )
 def test_refuses_what_is_not_there(arguments, message):
     with pytest.raises(ValueError, match=message):
-        attention_maps(nnx.eval_shape(lambda: build("swin")), noise(1, 32, 32, 3), **arguments)
+        attention_maps(abstract("swin"), noise(1, 32, 32, 3), **arguments)
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_refuses_what_is_not_there(arguments, message):
     ids=["a single token", "LSLS", "SSSS"],
 )
 def test_last_linear_block(family, changes, expected):
-    assert last_linear_block(nnx.eval_shape(lambda: build(family, **changes))) == expected
+    assert last_linear_block(abstract(family, **changes)) == expected
 
 
 def test_the_public_name_stays_the_function():

@@ -10,11 +10,13 @@ import pytest
 from flax import nnx
 
 import polaformer_jax as pf
+from polaformer_jax.config import HEADS
 from polaformer_jax.models import registry, window_attention
+from polaformer_jax.models.initializers import AbstractKeys
 from polaformer_jax.models.windows import Windows
 from tests.support.golden_models import FULL
 from tests.support.quick import QUICK
-from tests.support.small_models import FAMILIES, all_finite, build, noise, split
+from tests.support.small_models import FAMILIES, abstract, all_finite, build, noise, split
 
 OFFICIAL = [name for name in pf.list_models() if name.startswith(("pola_pvt", "pola_swin")) and "nano" not in name]
 
@@ -44,7 +46,7 @@ def test_official_models_have_the_official_number_of_parameters(name):
         "pola_swin_b_384": 91_599_304,
     }
     unused = 2 * 512 if "pvt" in name else 0  # the final norm, which the official model never calls
-    model = nnx.eval_shape(lambda: pf.create_model(name, rngs=nnx.Rngs(0)))
+    model = pf.create_model(name, rngs=AbstractKeys())
     assert sum(leaf.size for leaf in jax.tree.leaves(split(model)[1])) == published[name] - unused
 
 
@@ -53,7 +55,7 @@ def test_features_are_the_maps_of_four_strides(name):
     config = registry.model_config(name)
     size = config.img_size
     dims = config.embed_dims if config.family == "PolaPVT" else [config.embed_dim * 2**i for i in range(4)]
-    graphdef, params = split(nnx.eval_shape(lambda: pf.create_model(name, num_classes=7, rngs=nnx.Rngs(0))))
+    graphdef, params = split(pf.create_model(name, num_classes=7, rngs=AbstractKeys()))
 
     def call(params, images):
         model = nnx.merge(graphdef, params)
@@ -67,7 +69,7 @@ def test_features_are_the_maps_of_four_strides(name):
 
 def test_small_models_of_the_zoo_are_small():
     for name in ("pola_pvt_nano", "pola_swin_nano"):
-        model = nnx.eval_shape(lambda name=name: pf.create_model(name, num_classes=10, rngs=nnx.Rngs(0)))
+        model = pf.create_model(name, num_classes=10, rngs=AbstractKeys())
         assert sum(leaf.size for leaf in jax.tree.leaves(split(model)[1])) < 1.05e6
 
 
@@ -103,7 +105,7 @@ def test_models_of_one_architecture_share_their_graph():
 
 
 def test_merges_deep_models_under_trace():
-    graphdef, params = split(nnx.eval_shape(lambda: pf.create_model("pola_pvt_b", rngs=nnx.Rngs(0))))
+    graphdef, params = split(pf.create_model("pola_pvt_b", rngs=AbstractKeys()))
     assert len(jax.tree.leaves(params)) > 600
     survived = jax.eval_shape(jax.jit(lambda p: nnx.to_pure_dict(nnx.state(nnx.merge(graphdef, p)))), params)
     assert jax.tree.structure(survived) == jax.tree.structure(params)
@@ -131,9 +133,19 @@ def test_bfloat16_is_close_to_float32(family):
     assert 0 < jnp.linalg.norm(found - expected) < 0.03 * jnp.linalg.norm(expected)
 
 
+@pytest.mark.parametrize("name", ["pola_pvt_nano", "pola_swin_nano", "pola_pp_nano", "pola_sequence", *HEADS])
+def test_abstract_models_are_what_nnx_traces(name):
+    config = registry.segmenter_config("pola_pp_nano", head=name) if name in HEADS else registry.model_config(name)
+    expected = nnx.eval_shape(lambda: registry.create(config, param_dtype="bfloat16", rngs=nnx.Rngs(0)))
+    graph, found = split(registry.create_abstract(config, param_dtype="bfloat16"))
+    expected_graph, expected = split(expected)
+    assert graph == expected_graph
+    assert found == expected and {leaf.dtype.name for leaf in jax.tree.leaves(found)} == {"bfloat16"}
+
+
 def test_stores_parameters_in_the_type_asked_for(x64):
     for param_dtype in ("bfloat16", "float32", "float64"):
-        params = split(nnx.eval_shape(lambda d=param_dtype: build("swin", param_dtype=d)))[1]
+        params = split(abstract("swin", param_dtype=param_dtype))[1]
         assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {param_dtype}
 
 
@@ -204,7 +216,7 @@ def sweep(count: int):
                 },
             )
         try:
-            nnx.eval_shape(lambda c=constructor, a={**common, **arguments}: c(**a, rngs=nnx.Rngs(0)))
+            constructor(**common, **arguments, rngs=AbstractKeys())
         except ValueError:
             continue
         found.append((constructor, {**common, **arguments}))
@@ -215,7 +227,7 @@ def sweep(count: int):
 def test_any_accepted_combination_trains(count, compiled_ones):
     """Shapes for all combinations, numbers for some of them: to compile one takes seconds."""
     for constructor, arguments in sweep(count):
-        graphdef, params = split(nnx.eval_shape(lambda c=constructor, a=arguments: c(**a, rngs=nnx.Rngs(0))))
+        graphdef, params = split(constructor(**arguments, rngs=AbstractKeys()))
         size, classes = arguments["img_size"], arguments["num_classes"]
 
         def loss(params, images, graphdef=graphdef):

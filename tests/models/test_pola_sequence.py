@@ -15,6 +15,7 @@ from polaformer_jax.analysis import augmentation
 from polaformer_jax.config import ATTENTIONS
 from polaformer_jax.errors import UserError
 from polaformer_jax.inference.images import evaluation_transform
+from polaformer_jax.models.initializers import AbstractKeys
 from polaformer_jax.models.plain_attention import relu_attention
 from polaformer_jax.models.pola_sequence import Sequences
 from polaformer_jax.weights.conversion import convert_all
@@ -97,7 +98,7 @@ def test_the_models_differ_in_the_attention_alone():
 
 
 def test_the_sizes_of_the_long_range_arena_are_the_defaults():
-    model = nnx.eval_shape(lambda: pf.create_model("pola_sequence", rngs=nnx.Rngs(0)))
+    model = pf.create_model("pola_sequence", rngs=AbstractKeys())
     shapes = {name: leaf.shape for name, leaf in weights.flatten(split(model)[1]).items()}
     assert shapes["token_embed"] == (512, 64) and shapes["pos_embed"] == (1, 4096, 64)
     assert shapes["blocks.1.attn.qkvg.kernel"] == (64, 256) and shapes["blocks.1.attn.power"] == (1, 2, 1, 32)
@@ -237,7 +238,7 @@ def test_a_file_whose_tensors_are_of_another_depth_is_refused(saved):
 
 
 def test_the_registry_names_the_model_of_the_arena():
-    model = nnx.eval_shape(lambda: pf.create_model("pola_sequence", num_classes=2, texts=2, rngs=nnx.Rngs(0)))
+    model = pf.create_model("pola_sequence", num_classes=2, texts=2, rngs=AbstractKeys())
     described = weights.model_metadata(model)
     assert described["model"] == "pola_sequence" and json.loads(described["arguments"])["texts"] == 2
 

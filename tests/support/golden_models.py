@@ -10,6 +10,7 @@ from flax import nnx
 
 import polaformer_jax as pf
 from polaformer_jax import weights
+from polaformer_jax.models.initializers import AbstractKeys
 from tests.golden.fill import fill, image, is_buffer
 from tests.support import GOLDEN_FOLDER
 
@@ -26,20 +27,20 @@ def build_small(name: str, dtype, **changes):
     family = {"pola_pvt": pf.PolaPVT, "pola_swin": pf.PolaSwin}[spec["family"]]
     arguments = {key: value for key, value in spec.items() if key not in _FIXED} | changes
     make = functools.partial(family, **arguments, dtype=dtype, param_dtype=dtype)
-    return filled(lambda: make(rngs=nnx.Rngs(0)), official_tensors(SMALL[name]["shapes"]))
+    return filled(make, official_tensors(SMALL[name]["shapes"]))
 
 
 def build_full(name: str, dtype):
     """(graphdef, params) of an official model, with its golden weights."""
     return filled(
-        lambda: pf.create_model(name, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0)),
+        functools.partial(pf.create_model, name, dtype=dtype, param_dtype=dtype),
         official_tensors(FULL[name]["shapes"]),
     )
 
 
 def filled(make, tensors):
-    """(graphdef, state) of the model that `make` creates, with official tensors."""
-    graphdef, state = nnx.split(nnx.eval_shape(make))
+    """(graphdef, state) of the model that `make` creates from `rngs`, with official tensors."""
+    graphdef, state = nnx.split(make(rngs=AbstractKeys()))
     return graphdef, weights.from_torch(tensors, nnx.to_pure_dict(state))
 
 

@@ -1,11 +1,11 @@
 """The golden models of PolaFormer++: shapes, weights and inputs; the numbers beside them are the official code's."""
 
+import functools
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 import polaformer_jax as pf
 from tests.golden.fill_pp import fill
@@ -26,14 +26,14 @@ def build_small(name: str, dtype, **changes):
     entry = SMALL[f"pp_{name}"]
     arguments = {**entry["spec"], **changes}
     return filled(
-        lambda: pf.PolaPP(**arguments, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0)),
+        functools.partial(pf.PolaPP, **arguments, dtype=dtype, param_dtype=dtype),
         official_tensors(entry["shapes"]),
     )
 
 
 def build_full(name: str, dtype):
     return filled(
-        lambda: pf.create_model(name, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0)),
+        functools.partial(pf.create_model, name, dtype=dtype, param_dtype=dtype),
         official_tensors(FULL[name]["shapes"]),
     )
 

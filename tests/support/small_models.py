@@ -12,6 +12,7 @@ from flax import nnx
 
 import polaformer_jax as pf
 from polaformer_jax.models import registry
+from polaformer_jax.models.initializers import AbstractKeys
 
 # Small models that reach every kind of block: reduced keys, softmax, shifted windows of both types, windows as large as
 # their grid, every position table.
@@ -55,6 +56,12 @@ FAMILIES = {"pvt": (pf.PolaPVT, PVT), "swin": (pf.PolaSwin, SWIN)}
 def build(family: str, **changes):
     constructor, arguments = FAMILIES[family]
     return build_once(constructor, **{**arguments, "drop_path_rate": 0.0, **changes})
+
+
+def abstract(family: str, **changes):
+    """The same with shapes and dtypes only."""
+    constructor, arguments = FAMILIES[family]
+    return constructor(**{**arguments, "drop_path_rate": 0.0, **changes}, rngs=AbstractKeys())
 
 
 _BUILT = {}
