@@ -58,8 +58,13 @@ def by_definition(model, place, weight):
     stage, block = map(int, place.split("."))
     images = np.asarray(normalise(IMAGES[[0, 2]]))  # two of three, spread evenly
     chosen = model.blocks(stage)[block]
-    q, k, _, _ = chosen.attn.project(chosen.norm1(model.tokens_before(images, stage=stage, block=block)))
-    k = k + chosen.attn.positional_encoding[...]
+
+    @jax.jit  # one program in place of one for each operation
+    def projected(images):
+        q, k, *_ = chosen.attn.project(chosen.norm1(model.tokens_before(images, stage=stage, block=block)))
+        return q, k + chosen.attn.positional_encoding[...]
+
+    q, k = projected(images)
     means = []
     for one, other in zip(np.asarray(q, np.float64), np.asarray(k, np.float64), strict=True):
         rows = weight(one, other)

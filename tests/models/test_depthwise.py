@@ -54,7 +54,7 @@ def test_the_rounded_convolution_is_the_convolution(x64):
         results(depthwise.depthwise_conv, np.float64),
         strict=True,
     ):
-        np.testing.assert_array_equal(ours, theirs)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-13)
     rounded, exact = (
         results(convolve, jnp.bfloat16) for convolve in (depthwise.rounded_depthwise_conv, depthwise.depthwise_conv)
     )
