@@ -53,7 +53,7 @@ class Keys:
 class AbstractKeys(Keys):
     """In the place of keys where a model's parameters are to be shapes and dtypes only, `jax.ShapeDtypeStruct`.
 
-    Nothing is drawn or traced: `pola_pp_b5` is created in 0.13 s, where `nnx.eval_shape` takes 0.75.
+    The model is the one that `nnx.eval_shape` would give, without tracing what is drawn.
     """
 
     def __init__(self):

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import polaformer_jax as pf
-from polaformer_jax.models import initializers, layers
+from polaformer_jax.models import initializers, layers, registry
 from tests.support.quick import QUICK
 from tests.support.small_models import build, noise, split
 
@@ -125,3 +125,11 @@ def test_initial_values_do_not_depend_on_the_blocks_they_are_drawn_in(size, monk
         monkeypatch.setattr(initializers, "BLOCKS", blocks)
         drawn.append(initializers.normal_init(jax.random.key(3), (size,), jnp.float32))
     np.testing.assert_array_equal(*drawn)
+
+
+@pytest.mark.parametrize("name", ["pola_pvt_nano", "pola_swin_nano", "pola_pp_nano", "pola_sequence"])
+def test_all_initial_values_are_placed_where_the_keys_say(name):
+    device = jax.devices()[3]
+    keys = initializers.Keys(jax.random.key(0), lambda array: jax.device_put(array, device))
+    _, params = split(registry.create(registry.model_config(name), rngs=keys))
+    assert {leaf.device for leaf in jax.tree.leaves(params)} == {device}

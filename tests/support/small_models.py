@@ -71,10 +71,7 @@ def build_once(constructor, *, seed=0, **arguments):
     """The model of these arguments, a new one each time, though its initial weights are drawn the first time only."""
     key = constructor, seed, jax.config.jax_enable_x64, repr(sorted(arguments.items()))
     if key not in _BUILT:
-        model = constructor(**arguments, rngs=nnx.Rngs(seed))
-        graphdef, state = nnx.split(model)
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(state)):
-            return model  # shapes are asked for, nothing is drawn
+        graphdef, state = nnx.split(constructor(**arguments, rngs=nnx.Rngs(seed)))
         _BUILT[key] = graphdef, jax.tree.map(np.asarray, state)
     graphdef, state = _BUILT[key]
     return nnx.merge(graphdef, jax.tree.map(jnp.asarray, state))
