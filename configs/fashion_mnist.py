@@ -15,21 +15,20 @@ gate the MLPs are wider, so that all variants have the same number of parameters
 weights after the last step: no checkpoint is chosen. Ours: docs/comparison.md.
 """
 
+from polaformer_jax import model_config
 from polaformer_jax.config import defaults
-from polaformer_jax.errors import UserError
 from polaformer_jax.training.recipes import parse_arg
 
-MLP_RATIO = {"pvt": 4.0, "swin": 2.0}
 # A gate has C² weights for each block of C channels, and so have these hidden channels of an MLP.
 MLP_RATIO_OF_GATE = 0.5
 STEPS = 800
 
 
 def get_config(arg=None):
-    text = arg or ""
     arg = parse_arg(
         arg,
         models=("pvt", "swin"),
+        only={"alpha": ("attention", ("polarity",))},
         attention="polarity",
         alpha=4.0,
         convolution=True,
@@ -37,8 +36,6 @@ def get_config(arg=None):
         seed=0,
         steps=STEPS,
     )
-    if "alpha=" in text and arg.attention != "polarity":
-        raise UserError(f"config option alpha={arg.alpha:g}: attention={arg.attention} has none")
     config = defaults()
     config.seed = arg.seed
     config.model.name = f"pola_{arg.model}_nano"
@@ -49,9 +46,11 @@ def get_config(arg=None):
     if arg.model == "swin":
         config.model.window_size = 8
     config.model.attention = arg.attention
-    config.model.alpha = arg.alpha if arg.attention == "polarity" else None
+    config.model.alpha = arg.alpha
     config.model.convolution, config.model.gate = arg.convolution, arg.gate
-    config.model.mlp_ratio = MLP_RATIO[arg.model] + (0.0 if arg.gate else MLP_RATIO_OF_GATE)
+    model = model_config(config.model.name)
+    mlp_ratio = model.mlp_ratio if arg.model == "swin" else model.mlp_ratios[0]  # the same in all stages
+    config.model.mlp_ratio = mlp_ratio + (0.0 if arg.gate else MLP_RATIO_OF_GATE)
 
     config.data.name = "fashion_mnist"
     config.data.eval_split = "test"

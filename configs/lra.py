@@ -19,7 +19,6 @@ after the first 20 % of the steps chooses the checkpoint, whose test accuracy is
 from typing import NamedTuple
 
 from polaformer_jax.config import SEQUENCE_TASKS, defaults
-from polaformer_jax.errors import UserError
 from polaformer_jax.training.recipes import parse_arg
 
 
@@ -45,24 +44,29 @@ STEPS = 50_000
 
 
 def get_config(arg=None):
-    text = arg or ""
     arg = parse_arg(
-        arg, models=tuple(RECIPES), alpha=3.0, attention="polarity", tokenisation="no_brackets", seed=0, steps=STEPS
+        arg,
+        models=tuple(RECIPES),
+        first="task",
+        only={
+            "alpha": ("attention", ("polarity",)),
+            "tokenisation": ("task", tuple(task for task, known in SEQUENCE_TASKS.items() if known != (None,))),
+        },
+        attention="polarity",
+        alpha=3.0,
+        tokenisation="no_brackets",
+        seed=0,
+        steps=STEPS,
     )
-    task, recipe = arg.model, RECIPES[arg.model]
-    if "alpha=" in text and arg.attention != "polarity":
-        raise UserError(f"config option alpha={arg.alpha:g}: attention={arg.attention} has none")
-    tokenised = None if None in SEQUENCE_TASKS[task] else arg.tokenisation
-    if "tokenisation=" in text and tokenised is None:
-        raise UserError(f"config option tokenisation={arg.tokenisation}: {task} has one only")
+    task, recipe = arg.task, RECIPES[arg.task]
     config = defaults()
     config.seed = arg.seed
     config.task.name = task
     config.model.attention = arg.attention
-    config.task.tokenisation = tokenised
+    config.task.tokenisation = arg.tokenisation
     config.model.name = "pola_sequence"
     config.model.num_classes = recipe.num_classes
-    config.model.alpha = arg.alpha if arg.attention == "polarity" else None
+    config.model.alpha = arg.alpha
     config.model.dtype = "float32"  # the model is too small for bfloat16 to gain much
 
     config.data.source = "lra"

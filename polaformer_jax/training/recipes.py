@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import ml_collections
@@ -105,21 +105,31 @@ def _failing(path: str) -> Iterator[None]:
         raise UserError(f"{place}: {type(error).__name__}: {' '.join(said.split())}") from error
 
 
-def parse_arg(arg: str | None, *, models: Sequence[str], first: str = "model", **options) -> ml_collections.ConfigDict:
+def parse_arg(
+    arg: str | None,
+    *,
+    models: Sequence[str],
+    first: str = "model",
+    only: Mapping[str, tuple[str, Sequence]] | None = None,
+    **options,
+) -> ml_collections.ConfigDict:
     """Parses what follows the colon of `RECIPE:MODEL,key=value,...`.
 
     Args:
         arg: the text, or None.
         models: valid values of the optional first item; the first of them is the default.
         first: what the first item is, in messages and in what is returned.
+        only: options that have a meaning with some values of another one only: its name and these values. With other
+            values they are None in what is returned.
         options: the other options and their defaults. A value that is given is converted to its default's type.
 
     Returns:
         A ConfigDict with `model`, or what `first` says, and every option.
 
     Raises:
-        UserError: an unknown model or option, or a value of another type.
+        UserError: an unknown model or option, a value of another type, or an option that means nothing with the others.
     """
+    given = {}
     parsed = ml_collections.ConfigDict({first: models[0], **options})
     items = [item.strip() for item in (arg or "").split(",") if item.strip()]
     if items and "=" not in items[0]:
@@ -140,4 +150,13 @@ def parse_arg(arg: str | None, *, models: Sequence[str], first: str = "model", *
         if type(value) is not wanted:
             raise UserError(f"config option {key}={text} is not of type {wanted.__name__}")
         parsed[key] = value
+        given[key] = item
+    for key, (other, values) in (only or {}).items():
+        if parsed[other] in values:
+            continue
+        if key in given:
+            raise UserError(
+                f"config option {given[key]} goes with {other}={' or '.join(map(str, values))}, found {parsed[other]}"
+            )
+        parsed[key] = None
     return parsed

@@ -18,6 +18,7 @@ from polaformer_jax.training.recipes import parse_arg
 
 CONFIGS = {
     "digits": ("pvt", "swin", "pp"),
+    "fashion_mnist": ("pvt", "swin"),
     "finetune": ("pola_swin_t", "pola_pvt_b"),
     "lra": ("listops", "text", "retrieval", "pathfinder", "image_lra", "listops_short"),
     "pola_pp": ("b2", "b0", "b1", "b3", "b4", "b5,recipe=finetune"),
@@ -159,6 +160,10 @@ def test_a_training_that_is_not_published_is_not_made_up():
         resolve("pola_pp", "b2,recipe=finetune")
 
 
+def test_all_packaged_recipes_are_tested():
+    assert list(CONFIGS) == list(recipes.packaged())
+
+
 @pytest.mark.parametrize("file", CONFIGS)
 def test_the_first_model_is_the_default(file):
     assert str(resolve(file, None)) == str(resolve(file, CONFIGS[file][0]))
@@ -179,10 +184,19 @@ def test_options_of_the_long_range_arena():
     config = resolve("lra", "text,attention=softmax,steps=40")
     assert (config.model.attention, config.model.alpha, config.task.tokenisation) == ("softmax", None, None)
     assert config.schedule.warmup == 40.0  # no more warm-up than run
-    with pytest.raises(UserError, match="alpha=3: attention=relu has none"):
+    with pytest.raises(UserError, match="alpha=3 goes with attention=polarity, found relu"):
         resolve("lra", "listops,attention=relu,alpha=3")
-    with pytest.raises(UserError, match="tokenisation=brackets: text has one only"):
+    with pytest.raises(UserError, match="tokenisation=brackets goes with task=listops or listops_short, found text"):
         resolve("lra", "text,tokenisation=brackets")
+
+
+def test_options_of_fashion_mnist():
+    models = [resolve("fashion_mnist", arg).model for arg in ("pvt", "pvt,gate=False", "swin", "swin,gate=False")]
+    assert [model.mlp_ratio for model in models] == [4.0, 4.5, 2.0, 2.5]
+    assert resolve("fashion_mnist", "swin,alpha=1").model.alpha == 1.0
+    assert resolve("fashion_mnist", "swin,attention=softmax").model.alpha is None
+    with pytest.raises(UserError, match="alpha=1 goes with attention=polarity, found softmax"):
+        resolve("fashion_mnist", "pvt,attention=softmax,alpha=1")
 
 
 @pytest.mark.parametrize(
