@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -117,10 +118,15 @@ def test_maps_of_a_baseline_are_the_rows_that_it_attends_by():
     images = jax.random.normal(jax.random.key(0), (1, 32, 32, 3))
     maps = attention_maps(model, images, stage=1, token=(1, 2)).streams["relu"].weights  # (1, h, 4, 4)
     block = model.blocks(1)[0]
-    x = block.attention_input(model.tokens_before(images, stage=1, block=0), (4, 4))
-    _, _, v, _ = block.attn.by_heads(x, block.attn.positional_encoding[...])
-    attended = np.einsum("hn,nhd->hd", maps.reshape(2, 16), np.asarray(v[0])).reshape(-1)
-    np.testing.assert_allclose(block.attn.proj(attended), block.attn(x)[0, 1 * 4 + 2], rtol=1e-4, atol=1e-5)
+
+    @jax.jit
+    def run(images, maps):
+        x = block.attention_input(model.tokens_before(images, stage=1, block=0), (4, 4))
+        _, _, v, _ = block.attn.by_heads(x, block.attn.positional_encoding[...])
+        attended = jnp.einsum("hn,nhd->hd", maps.reshape(2, 16), v[0]).reshape(-1)
+        return block.attn.proj(attended), block.attn(x)[0, 1 * 4 + 2]
+
+    np.testing.assert_allclose(*run(images, maps), rtol=1e-4, atol=1e-5)
 
 
 def test_polarity_is_measured_with_and_without_its_power():
