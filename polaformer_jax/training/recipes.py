@@ -156,7 +156,7 @@ def parse_arg(
             continue
         if key in given:
             raise UserError(
-                f"config option {given[key]} goes with {other}={' or '.join(map(str, values))}, found {parsed[other]}"
+                f"config option {given[key]} goes with {other} {' or '.join(map(str, values))}, found {parsed[other]}"
             )
         parsed[key] = None
     return parsed
