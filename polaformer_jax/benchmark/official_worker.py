@@ -19,13 +19,16 @@ CLASSES = {
     "PolaPP": ("pola", "POLA"),
 }
 
+# Arguments of our models that the official ones, which always have polarity, gate and convolution, do not take.
+OURS_ALONE = ("attention", "convolution", "gate")
+
 
 def build(given):
     """The official class with our model's arguments, whose names are the same, and additional ones that it needs."""
     import torch
 
     module, name = CLASSES[given["family"]]
-    arguments = dict(given["arguments"])
+    arguments = {name: value for name, value in given["arguments"].items() if name not in OURS_ALONE}
     if given["family"] == "PolaPVT":
         arguments["patch_size"] = 4
         arguments["norm_layer"] = functools.partial(torch.nn.LayerNorm, eps=1e-6)

@@ -137,7 +137,12 @@ print("a greeting on standard output, which is no answer")
 LOG = pathlib.Path(__file__).with_name("log.json")
 
 class PyramidVisionTransformer:
+    NAMES = "img_size patch_size num_classes embed_dims num_heads mlp_ratios qkv_bias drop_rate drop_path_rate " \\
+        "norm_layer depths sr_ratios la_sr_ratios alpha kernel_size attn_type"
+
     def __init__(self, **arguments):
+        if unknown := arguments.keys() - set(self.NAMES.split()):
+            raise TypeError(f"unexpected arguments {unknown}")
         arguments.pop("norm_layer")
         self.arguments = arguments
 
