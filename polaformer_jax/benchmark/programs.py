@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import jax
 
 from polaformer_jax.hardware.costs import is_out_of_memory, memory_needed, product_flops
+from polaformer_jax.hardware.host_memory import retire_fragments
 
 GIB = 2**30
 CPU_SHARE, DEVICE_SHARE = 0.5, 0.9  # fractions of the memory that programs may use by default
@@ -38,6 +39,7 @@ def compiled(trace: Callable[[], jax.stages.Traced]) -> Program:
     traced = trace()
     program = traced.lower().compile()
     seconds = time.perf_counter() - began
+    retire_fragments()  # as training does
     return Program(
         run=program,
         seconds=seconds,

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from polaformer_jax.hardware.host_memory import retire_fragments
 from polaformer_jax.training.progress import log
 
 AnyBatch = Mapping[str, jax.Array | jax.ShapeDtypeStruct]
@@ -56,6 +57,7 @@ class ProgramCache:
         if key not in self._programs:
             began = time.monotonic()
             self._programs[key] = self._function.lower(self._abstract, abstract(batch)).compile(options)
+            retire_fragments()
             name, leaf = max(batch.items(), key=lambda item: math.prod(item[1].shape))
             log.info("compiled the %s for %s %s in %.1f s", self.name, name, leaf.shape, time.monotonic() - began)
         return self._programs[key]

@@ -1,4 +1,4 @@
-"""Memory that is freed stays with the process: the system is not asked for it again; and the most that it held."""
+"""Memory that is freed stays with the process, but for small pieces; and the most that it held."""
 
 import re
 import subprocess
@@ -40,6 +40,53 @@ def test_calls_take_their_memory_from_what_the_process_has():
     without, kept = faults("not"), faults("keep")
     assert without > 64 * 2**20 // 4096 / 2  # pages of 4 KiB, 64 MiB a call, and half of them to spare
     assert kept < without / 4
+
+
+LEAVE_FRAGMENTS = """
+import ctypes, re, sys
+from polaformer_jax.hardware import host_memory
+
+def free_blocks():
+    found = re.findall(r'<size from="(\\d+)" to="\\d+" total="\\d+" count="(\\d+)"/>', host_memory._malloc_info(libc))
+    return sum(int(count) for least, count in found if int(least) >= 4096)
+
+def held():
+    return 1024 * int(re.search(r"VmRSS:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+kept = sys.argv[1] == "keep" and host_memory.keep_freed_memory()
+sizes = [5000 + 100 * i for i in range(1000)]  # 55 MB
+blocks = [libc.malloc(size) for size in sizes]
+for block, size in zip(blocks, sizes):
+    ctypes.memset(block, size % 251, size)
+for block in blocks[::2]:
+    libc.free(block)
+libc.free(libc.malloc(2**25))  # now they are sorted into the lists of free blocks
+before, held_before = free_blocks(), held()
+retired = host_memory.retire_fragments()
+assert all(ctypes.string_at(b, s) == bytes([s % 251]) * s for b, s in zip(blocks[1::2], sizes[1::2]))
+print(int(kept), before, free_blocks(), retired, held_before - held(), host_memory.retire_fragments())
+"""
+
+
+def fragments(mode: str) -> list[int]:
+    """Whether memory is kept; free blocks before and after; bytes retired, given back, and retired the second time."""
+    command = [sys.executable, "-c", LEAVE_FRAGMENTS, mode]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return [int(word) for word in done.stdout.split()]
+
+
+def test_small_free_blocks_are_retired_and_their_pages_go_back():
+    kept, before, after, retired, returned, again = fragments("keep")
+    assert kept and before >= 490 and after <= before / 20
+    assert 25e6 < retired < 40e6 and returned > 0.8 * retired - 500 * 2 * 4096  # of each, whole pages
+    assert again <= retired / 20
+
+
+def test_without_keeping_memory_nothing_is_retired():
+    kept, before, after, retired, _, again = fragments("not")
+    assert not kept and before >= 490 and abs(after - before) < 5 and retired == again == 0
 
 
 HEAPS_IN = """
@@ -98,6 +145,7 @@ def called(monkeypatch):
         calls.append(parameter)
         return 1
 
+    monkeypatch.setattr(host_memory, "_keeps", False)  # is restored afterwards
     monkeypatch.setattr(host_memory.ctypes, "CDLL", lambda name: types.SimpleNamespace(mallopt=mallopt))
     monkeypatch.setattr(host_memory, "_heaps", lambda libc: 1)
     return calls
